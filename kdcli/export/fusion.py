@@ -1,0 +1,81 @@
+"""onnxruntime's transformer fusions, made to work for models with uneven heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
+
+from kdcli.export.quiet import quiet
+
+
+def fuse(source: Path, target: Path, *, embeddings: bool = True) -> dict[str, int]:
+    """Write ``source`` with attention, layer norms and GELUs as single operators of onnxruntime.
+
+    Args:
+        source: A float graph in plain ONNX.
+        target: Where the fused graph goes; it runs in onnxruntime only.
+        embeddings: Also fuse the embedding layer (an operator that cannot hold per-row scales).
+
+    Returns:
+        How often each fused operator occurs, zeros left out.
+    """
+    from onnxruntime.transformers import optimizer
+    from onnxruntime.transformers.fusion_options import FusionOptions
+
+    model = onnx.load(str(source))
+    make_head_counts_explicit(model.graph)
+    with quiet():
+        options = FusionOptions("bert")
+        options.enable_embed_layer_norm = embeddings
+        # opt_level 0: no session is made here; onnxruntime does its own constant folding when it loads.
+        optimised = optimizer.optimize_model(
+            model, model_type="bert", num_heads=0, hidden_size=0, opt_level=0, optimization_options=options
+        )
+        counts = optimised.get_fused_operator_statistics()
+        merged = optimised.model
+    if any(node.domain == "com.microsoft" for node in merged.graph.node):
+        domains = {entry.domain for entry in merged.opset_import}
+        if "com.microsoft" not in domains:
+            merged.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(merged, str(target))
+    return {name: int(count) for name, count in counts.items() if count}
+
+
+def make_head_counts_explicit(graph: GraphProto) -> int:
+    """Write the number of heads where the exporter left -1, in place; return how many were written.
+
+    transformers reshapes to ``(B, T, -1, head_size)``. The optimiser reads the number of heads off that
+    shape, and gives up at -1; here it follows from the length of the bias that was just added. Each layer
+    gets its own number, which is what makes unevenly pruned models fuse.
+    """
+    constants: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
+    producer: dict[str, NodeProto] = {output: node for node in graph.node for output in node.output}
+
+    def value(name: str) -> np.ndarray | None:
+        if name in constants:
+            return numpy_helper.to_array(constants[name])
+        node = producer.get(name)
+        if node is not None and node.op_type == "Constant":
+            return numpy_helper.to_array(node.attribute[0].t)
+        return None
+
+    written = 0
+    for node in graph.node:
+        if node.op_type != "Reshape":
+            continue
+        shape, add = producer.get(node.input[1]), producer.get(node.input[0])
+        if shape is None or shape.op_type != "Concat" or len(shape.input) != 4 or add is None or add.op_type != "Add":
+            continue
+        heads, size = value(shape.input[2]), value(shape.input[3])
+        biases = [constants[name] for name in add.input if name in constants]
+        if heads is None or size is None or heads.size != 1 or int(heads.flat[0]) != -1 or not biases:
+            continue
+        name = f"kdcli_heads_{written}"
+        count = np.array([biases[0].dims[0] // int(size.flat[0])], dtype=np.int64)
+        graph.initializer.append(numpy_helper.from_array(count, name))
+        shape.input[2] = name
+        written += 1
+    return written

@@ -1,0 +1,146 @@
+"""From a classification model to a portable ONNX graph with dynamic batch and sequence.
+
+Two routes through ``torch.onnx.export``. The TorchScript route takes about two seconds for a
+six-layer encoder and its graph can be fused by onnxruntime; torch calls it legacy, and will take it
+away one day. The ``torch.export`` route takes about twenty seconds and fuses less. kdcli uses the
+first while torch has it and the second afterwards, says in the report which one it was, and tests both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+
+from kdcli.errors import InputError, ParityError
+from kdcli.export.quiet import quiet
+
+Route = Literal["torchscript", "dynamo"]
+
+OPSET = 17  # LayerNormalization is one operator from here on; every maintained onnxruntime reads it
+OUTPUT = "logits"
+
+
+class _Logits(nn.Module):
+    """Calls the model by input name and returns its logits (B, C) alone."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+
+
+def export(model: nn.Module, inputs: Mapping[str, Tensor], path: Path, *, route: Route | None = None) -> Route:
+    """Write ``model`` as an ONNX graph whose inputs all have the dimensions ``batch`` and ``sequence``.
+
+    Args:
+        model: A classifier that returns an object with ``logits`` (B, C); its mode is restored.
+        inputs: One example batch, each tensor (B, T) with B and T of at least 2, so that neither is
+            taken for a constant.
+        path: The file to write.
+        route: Which exporter; None takes the first that this torch has.
+
+    Returns:
+        The route that was used.
+
+    Raises:
+        InputError: The model cannot be exported, or the route needs a package that is not installed.
+        ParityError: The graph that came out does not have the promised dimensions.
+    """
+    names = list(inputs)
+    wrapper = _Logits(model, names)
+    training = model.training
+    wrapper.eval()  # a wrapper in training mode would switch dropout on again when the exporter is done
+    used: Route = route or "torchscript"
+    try:
+        with quiet() as printed, torch.no_grad():
+            try:
+                _run(wrapper, inputs, path, used)
+            except TypeError:
+                if route is not None:
+                    raise
+                used = "dynamo"  # this torch no longer knows dynamo=False
+                _run(wrapper, inputs, path, used)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"exporting through the '{used}' route needs the package '{error.name}'", 'pip install "kdcli[dynamo]"'
+        ) from error
+    except Exception as error:
+        reason = (str(error).strip() or printed.getvalue().strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"the model cannot be exported to ONNX: {reason}") from error
+    finally:
+        model.train(training)
+    check_dimensions(path, names)
+    return used
+
+
+def _run(wrapper: nn.Module, inputs: Mapping[str, Tensor], path: Path, route: Route) -> None:
+    names = list(inputs)
+    arguments = tuple(inputs.values())
+    common: dict[str, Any] = {"input_names": names, "output_names": [OUTPUT]}
+    if route == "torchscript":
+        axes: dict[str, dict[int, str]] = {name: {0: "batch", 1: "sequence"} for name in names}
+        axes[OUTPUT] = {0: "batch"}
+        torch.onnx.export(
+            wrapper, arguments, str(path), dynamo=False, dynamic_axes=axes, opset_version=OPSET, **common
+        )
+        return
+    import onnxscript  # noqa: F401  torch asks for it late and in many words
+
+    batch, sequence = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=1)
+    shapes = {"inputs": tuple({0: batch, 1: sequence} for _ in names)}
+    torch.onnx.export(
+        wrapper, arguments, str(path), dynamo=True, dynamic_shapes=shapes, external_data=False, **common
+    )
+
+
+def check_dimensions(path: Path, names: Sequence[str]) -> None:
+    """Check that every input is (batch, sequence) and that the output's first dimension is ``batch``.
+
+    Raises:
+        ParityError: An exporter turned a dynamic dimension into a constant or gave it another name.
+    """
+    graph = onnx.load(str(path), load_external_data=False).graph
+    found = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
+    if set(found) != set(names):
+        raise ParityError(f"the exported graph has the inputs {sorted(found)}, not {sorted(names)}")
+    for name, dims in found.items():
+        if dims != ["batch", "sequence"]:
+            raise ParityError(f"input '{name}' of the exported graph has the dimensions {dims}, not batch, sequence")
+
+
+def set_metadata(model: ModelProto, labels: Sequence[str], properties: Mapping[str, str]) -> None:
+    """Store label names (JSON list under ``labels``) and further properties in the graph's metadata."""
+    merged = {p.key: p.value for p in model.metadata_props}
+    merged |= {"labels": json.dumps(list(labels), ensure_ascii=False), **properties}
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, dict(sorted(merged.items())))
+
+
+def annotate(path: Path, labels: Sequence[str], properties: Mapping[str, str]) -> None:
+    """Put label names and properties into the metadata of the graph at ``path``, in place."""
+    model = onnx.load(str(path))
+    set_metadata(model, labels, properties)
+    model.producer_name, model.producer_version = "kdcli", properties.get("kdcli_version", "")
+    temporary = path.with_suffix(".annotated")
+    onnx.save(model, str(temporary))
+    os.replace(temporary, path)
+
+
+def example(vocab_size: int, names: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
+    """An example batch (2, 7) for tracing; its values do not matter, its sizes do (neither 0 nor 1)."""
+    ids = np.arange(14, dtype=np.int64).reshape(2, 7) % max(vocab_size, 1)
+    made = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    made["attention_mask"][1, 5:] = 0
+    return {name: torch.from_numpy(made[name]).to(device) for name in names}

@@ -1,0 +1,71 @@
+"""onnxruntime sessions: made alike everywhere, so that their numbers can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from kdcli.errors import InputError, ResourceError
+
+Batch = Mapping[str, np.ndarray]
+
+
+def open_session(path: Path, *, threads: int, device: str = "cpu", spinning: bool = True) -> ort.InferenceSession:
+    """Open an ONNX file.
+
+    Args:
+        path: The graph.
+        threads: Threads inside one operator.
+        device: ``cpu`` or ``cuda[:N]``.
+        spinning: Whether idle threads wait actively. Several open sessions that spin slow each other
+            about four times, so only one that is timed alone should.
+
+    Raises:
+        InputError: onnxruntime cannot read the graph.
+        ResourceError: CUDA was asked for and this onnxruntime cannot use it.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    providers: list[object] = ["CPUExecutionProvider"]
+    if device.startswith("cuda"):
+        if "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise ResourceError(
+                f"device '{device}' was asked for, but this onnxruntime has no CUDA provider",
+                "install onnxruntime-gpu, or pass --device cpu",
+            )
+        number = device.partition(":")[2] or "0"
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's errors share no base class but Exception
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"onnxruntime cannot open {path}: {reason}") from error
+
+
+def runner(session: ort.InferenceSession) -> Callable[[Batch], np.ndarray]:
+    """A function from a batch of (B, T) arrays to logits (B, C) that feeds only what the graph takes."""
+    names = [i.name for i in session.get_inputs()]
+
+    def run(batch: Batch) -> np.ndarray:
+        return session.run(None, {name: batch[name] for name in names})[0]
+
+    return run
+
+
+def predict(run: Callable[[Batch], np.ndarray], batches: Sequence[tuple[np.ndarray, Batch]]) -> np.ndarray:
+    """Logits (N, C) in row order, from batches given as (row indices, arrays)."""
+    rows = sum(len(index) for index, _ in batches)
+    logits: np.ndarray | None = None
+    for index, batch in batches:
+        part = run(batch)
+        if logits is None:
+            logits = np.empty((rows, part.shape[1]), dtype=np.float32)
+        logits[index] = part
+    assert logits is not None, "no rows to predict"
+    return logits

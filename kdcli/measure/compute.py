@@ -1,0 +1,30 @@
+"""Multiply-accumulates of one forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def macs(model: Any, tokens: int) -> int:
+    """Count the multiply-accumulates of one row of ``tokens`` tokens.
+
+    torch's counter sees matrix products only, which is where an encoder spends its time. It counts a
+    fused attention on the CPU as nothing, so the model must use eager attention, as kdcli loads it.
+
+    Args:
+        model: A transformers classifier on any device.
+        tokens: T, at least 1.
+
+    Returns:
+        MACs, half of the floating-point operations that the counter reports.
+    """
+    device = next(model.parameters()).device
+    ids = torch.full((1, tokens), int(model.config.pad_token_id or 0) + 3, dtype=torch.long, device=device)
+    ids %= int(getattr(model.config, "vocab_size", 2))
+    counter = FlopCounterMode(display=False)
+    with torch.inference_mode(False), torch.no_grad(), counter:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return counter.get_total_flops() // 2

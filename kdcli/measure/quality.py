@@ -1,0 +1,77 @@
+"""Quality of answers: accuracy, macro F1, calibration, and whether two models really differ."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kdcli.report.schema import MetricValue, Quality
+
+BINS = 15
+_Z95 = 1.959963984540054  # 97.5% quantile of the normal distribution
+
+
+def measure(logits: np.ndarray, labels: np.ndarray, split: str) -> Quality:
+    """Measure classification quality.
+
+    Args:
+        logits: (N, C).
+        labels: (N,) class indices.
+        split: Name of the rows, for the report.
+    """
+    from sklearn.metrics import f1_score
+
+    predicted = logits.argmax(1)
+    n = len(labels)
+    right = int((predicted == labels).sum())
+    value = right / n
+    accuracy = MetricValue(
+        value=value, stderr=math.sqrt(value * (1 - value) / n), ci95=wilson(right, n), n=n, split=split
+    )
+    macro = float(f1_score(labels, predicted, average="macro", zero_division=0))
+    return Quality(
+        accuracy=accuracy,
+        macro_f1=MetricValue(value=macro, n=n, split=split),
+        ece=MetricValue(value=calibration_error(logits, labels), n=n, split=split, higher_is_better=False),
+    )
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95% score interval of a proportion (Wilson 1927, eq. 4); unlike the normal one it stays in [0, 1]."""
+    share, square = right / n, _Z95**2
+    centre = (share + square / (2 * n)) / (1 + square / n)
+    half = _Z95 * math.sqrt(share * (1 - share) / n + square / (4 * n * n)) / (1 + square / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
+    """Expected calibration error of the top-1 confidence over equal-width bins (Guo et al. 2017, eq. 3)."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max(1, keepdims=True)
+    probabilities = np.exp(scores)
+    probabilities /= probabilities.sum(1, keepdims=True)
+    confidence = probabilities.max(1)
+    right = (logits.argmax(1) == labels).astype(np.float64)
+    # Bins are (lower, upper], as in the paper.
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(index, weights=right - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(labels))
+
+
+def mcnemar(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> float:
+    """Two-sided exact p-value that two models are equally often right on these rows (McNemar 1947).
+
+    Args:
+        before: (N,) answers of one model.
+        after: (N,) answers of the other.
+        labels: (N,) the truth.
+
+    Returns:
+        Binomial test on the rows that exactly one of the two got right; 1.0 when there are none.
+    """
+    from scipy.stats import binomtest
+
+    lost = int(((before == labels) & (after != labels)).sum())
+    won = int(((before != labels) & (after == labels)).sum())
+    return 1.0 if lost + won == 0 else float(binomtest(won, lost + won, 0.5).pvalue)

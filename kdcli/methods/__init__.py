@@ -1,0 +1,69 @@
+"""The registry of methods: a file in ``methods/<family>/`` is a method, its name is the file's."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcli.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from pydantic import BaseModel
+
+FAMILIES = ("distill", "prune", "quantize", "lowrank")
+
+
+@lru_cache(maxsize=8)
+def names(family: str) -> tuple[str, ...]:
+    """Method names of a family, sorted, found without importing any of them."""
+    folder = Path(__file__).parent / family
+    return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules([str(folder)])))
+
+
+def load(family: str, name: str) -> ModuleType:
+    """Import a method.
+
+    Raises:
+        UsageError: There is no such method in this family.
+    """
+    if name not in names(family):
+        raise UsageError(f"unknown {family} method '{name}': {did_you_mean(name, names(family))}")
+    return importlib.import_module(f"kdcli.methods.{family}.{name.replace('-', '_')}")
+
+
+def summary(family: str, name: str) -> str:
+    """First line of a method's docstring, read without importing it."""
+    path = Path(__file__).parent / family / f"{name.replace('-', '_')}.py"
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0].strip()
+
+
+def parse_settings(module: ModuleType, settings: Mapping[str, str]) -> Any:
+    """Make a method's ``Config`` from ``--set`` strings.
+
+    Raises:
+        UsageError: An unknown key or a value that the Config refuses.
+    """
+    return parse_config(module.Config, settings)
+
+
+def parse_config(config: type[BaseModel], settings: Mapping[str, str]) -> Any:
+    """Make any pydantic settings object from strings; see :func:`parse_settings`."""
+    from pydantic import ValidationError
+
+    for key in settings:
+        if key not in config.model_fields:
+            raise UsageError(f"unknown setting '{key}': {did_you_mean(key, config.model_fields)}")
+    try:
+        return config.model_validate_strings(dict(settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"--set {key}={settings.get(key)}: {first['msg'].lower()}") from error

@@ -1,0 +1,337 @@
+"""A model on disk: load it whatever wrote it, save it so that anybody can load it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kdcli.errors import InputError
+from kdcli.models import safety, transforms
+from kdcli.models.families import FAMILIES, Family, family_of
+from kdcli.models.transforms import Quantise, TransformLog
+
+WEIGHTS = "model.safetensors"
+SCALE_SUFFIX = "_scale"
+
+# What belongs to a tokenizer, by name: nothing else is copied out of a foreign directory.
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+# More positions than anybody classifies; a tokenizer without a limit says 1e30.
+_LONGEST = 8192
+
+
+@dataclass
+class Checkpoint:
+    """A classification model with everything needed to run it and to write it again."""
+
+    model: nn.Module  # float32, eval mode
+    tokenizer: Any  # a fast tokenizer of transformers
+    labels: list[str]  # in the order of the logits
+    log: TransformLog
+    path: Path  # where it was loaded from
+    has_head: bool = True  # False: the classification head is newly initialised
+    by_kdcli: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.model_type)
+
+    @property
+    def family(self) -> Family:
+        """The family, for surgery.
+
+        Raises:
+            InputError: kdcli cannot operate on this architecture.
+        """
+        return family_of(self.model_type)
+
+    @property
+    def max_length(self) -> int:
+        """Longest input in tokens, special tokens included."""
+        positions = int(getattr(self.config, "max_position_embeddings", 512) or 512)
+        if self.model_type in ("roberta", "mpnet"):
+            positions -= int(self.config.pad_token_id) + 1  # their positions start after the padding index
+        limit = int(min(getattr(self.tokenizer, "model_max_length", positions) or positions, _LONGEST))
+        return min(positions, limit)
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the chatter of transformers (progress bars, init notices) off the terminal."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load(path: Path, *, labels: Sequence[str] | None = None, device: str | torch.device = "cpu") -> Checkpoint:
+    """Load a sequence-classification checkpoint, whether kdcli or plain transformers wrote it.
+
+    Args:
+        path: A directory with config.json, safetensors weights and a tokenizer.
+        labels: Label names for a new head; used only when the checkpoint has none.
+        device: Where the model goes.
+
+    Returns:
+        The model in float32 and eval mode. ``has_head`` is False when its classifier is new.
+
+    Raises:
+        InputError: The directory is broken, unsafe, or not a text classifier.
+    """
+    files = safety.check_checkpoint(path)
+    log = transforms.read_log(path)
+    with quiet():
+        if log is not None:
+            model, has_head = _load_own(path, log), True
+        else:
+            model, has_head = _load_plain(path, files.config, labels)
+        tokenizer = _load_tokenizer(path)
+    vocabulary = getattr(model.config, "vocab_size", None)
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise InputError(f"the tokenizer in {path} has {len(tokenizer)} tokens, but the model embeds only {vocabulary}")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"weight '{name}' in {path} holds NaN or infinity")
+    names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    if not has_head and labels is not None:
+        names = list(labels)
+    model.eval().to(device)
+    return Checkpoint(model, tokenizer, names, log or TransformLog(), path, has_head, log is not None)
+
+
+def fresh(config: Any) -> nn.Module:
+    """Build an untrained classifier from a configuration, with attention that can be exported and counted."""
+    from transformers import AutoModelForSequenceClassification
+
+    with quiet():
+        try:
+            return AutoModelForSequenceClassification.from_config(
+                config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+            )
+        except ValueError as error:
+            raise InputError(f"models of type '{config.model_type}' have no sequence-classification form") from error
+
+
+def _load_own(path: Path, log: TransformLog) -> nn.Module:
+    """Rebuild: configuration, then the log, then strict weights."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = fresh(config)
+    transforms.replay(model, log)
+    try:
+        state = load_file(path / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path / WEIGHTS} cannot be read: {error}") from error
+    if log.quantised is not None:
+        state = dequantise(state, log.quantised)
+    try:
+        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    except RuntimeError as error:
+        problem = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise InputError(f"{path / WEIGHTS} does not fit config.json and kdcli.json: {problem}") from error
+    return model
+
+
+def _load_plain(path: Path, config_json: Mapping[str, Any], labels: Sequence[str] | None) -> tuple[nn.Module, bool]:
+    """Load what transformers wrote; say whether its classification head was really in the file."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    kwargs: dict[str, Any] = {}
+    if labels is not None and not _stores_head(path, config_json):
+        kwargs = {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {name: i for i, name in enumerate(labels)},
+        }
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True, **kwargs)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            config=config,
+            attn_implementation="eager",
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kind = config_json.get("model_type")
+        raise InputError(f"{path} cannot be loaded as a text classifier (model_type {kind!r}): {reason}") from error
+    missing = set(info["missing_keys"])
+    base = str(getattr(model, "base_model_prefix", "")) + "."
+    if lost := sorted(k for k in missing if k.startswith(base) and ".pooler." not in k):
+        raise InputError(f"{path} lacks weights that its config.json promises, such as '{lost[0]}'")
+    return model, not any(not k.startswith(base) for k in missing)
+
+
+def _stores_head(path: Path, config_json: Mapping[str, Any]) -> bool:
+    """Whether the weights hold a classification head, told from the tensor names alone."""
+    names = [name for file in sorted(path.glob("*.safetensors")) for name in safety.read_header(file)]
+    architectures = config_json.get("architectures") or [""]
+    heads = ("classifier.", "score.", "pre_classifier.")
+    return str(architectures[0]).endswith("ForSequenceClassification") and any(n.startswith(heads) for n in names)
+
+
+def _load_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True, use_fast=True)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise InputError(f"{path} has no tokenizer that can be loaded: {str(error).strip().splitlines()[0]}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise InputError(f"the tokenizer in {path} has no tokenizer.json form, which kdcli needs")
+    # A stored truncation or padding would silently change what every later user of the file sees.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def save(checkpoint: Checkpoint, directory: Path, *, integers: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
+    """Write config.json, model.safetensors, the tokenizer and kdcli.json into an existing directory.
+
+    Args:
+        checkpoint: What to write; its configuration gets the label names and, where possible, the sizes.
+        directory: Where; files of the same name are replaced.
+        integers: Quantised weights, name -> (integer tensor, scale); they are stored in place of the
+            float weight of that name, the scale beside it with the suffix ``_scale``.
+    """
+    model, config = checkpoint.model, checkpoint.config
+    transforms.settle_in_config(model, checkpoint.log)
+    config.id2label = dict(enumerate(checkpoint.labels))
+    config.label2id = {name: i for i, name in enumerate(checkpoint.labels)}
+    config.architectures = [type(model).__name__]
+    config.dtype = "float32"
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    for name, (values, scale) in (integers or {}).items():
+        state[name] = values.detach().cpu().contiguous()
+        state[name + SCALE_SUFFIX] = scale.detach().cpu().contiguous()
+    save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
+    config_json = json.loads(config.to_json_string(use_diff=False))
+    config_json.pop("_name_or_path", None)
+    if integers:
+        config_json["quantization_config"] = _quantization_config(checkpoint)
+    _write_json(directory / "config.json", config_json)
+    save_tokenizer(checkpoint, directory)
+    transforms.write_log(checkpoint.log, directory)
+
+
+def save_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write tokenizer.json from memory and copy the small files around it by name, nothing else."""
+    checkpoint.tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
+    for name in TOKENIZER_FILES:
+        source = checkpoint.path / name
+        if source.is_file() and source.resolve() != (directory / name).resolve():
+            shutil.copyfile(source, directory / name)
+    config = directory / "tokenizer_config.json"
+    content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    content.setdefault("model_max_length", checkpoint.max_length)
+    content.setdefault("tokenizer_class", type(checkpoint.tokenizer).__name__)
+    for key in ("auto_map", "chat_template", "max_length", "truncation_strategy", "pad_to_multiple_of", "stride"):
+        content.pop(key, None)
+    _write_json(config, content)
+
+
+def _quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Describe the integer weights the way compressed-tensors does.
+
+    Without it plain transformers would read the integers as if they were the weights; with it, it
+    multiplies them out when that library is installed and refuses when it is not.
+    """
+    log = checkpoint.log.quantised
+    assert log is not None
+    quantised = {name.removesuffix(".weight") for name in log.tensors}
+    ignored = sorted(
+        name
+        for name, module in checkpoint.model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and name not in quantised
+    )
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    kinds = {type(checkpoint.model.get_submodule(name)).__name__ for name in quantised}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": sorted(kinds), "weights": weights}},
+        "ignore": ignored,
+    }
+
+
+def dequantise(state: Mapping[str, Tensor], log: Quantise) -> dict[str, Tensor]:
+    """Multiply integer tensors by their scales; the scales disappear from the result.
+
+    Raises:
+        InputError: A tensor that the log names is missing or is not an integer one.
+    """
+    dense = dict(state)
+    for name in log.tensors:
+        values, scale = dense.get(name), dense.pop(name + SCALE_SUFFIX, None)
+        if values is None or scale is None or values.is_floating_point():
+            raise InputError(f"{WEIGHTS} holds no integers with scales for '{name}', which kdcli.json promises")
+        dense[name] = values.float() * scale.float()
+    return dense
+
+
+def weights_digest(path: Path) -> str:
+    """sha256 over what decides a checkpoint's answers: configuration, log, tokenizer and weights."""
+    digest = hashlib.sha256()
+    names = ["config.json", transforms.FILE, "tokenizer.json", "vocab.txt", "model.safetensors.index.json"]
+    for file in [path / n for n in names] + sorted(path.glob("*.safetensors")):
+        if file.is_file():
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def supported_families() -> list[str]:
+    """Names of the architectures that kdcli can operate on."""
+    return sorted(FAMILIES)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

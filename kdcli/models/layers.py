@@ -1,0 +1,121 @@
+"""Layers that surgery leaves behind, and how to slice any of them.
+
+Shape letters used by the whole package: B batch, T tokens, C classes, O output features,
+I input features, R rank, H heads, F feed-forward neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class LowRankLinear(nn.Module):
+    """``y = second(first(x))``: a linear layer of rank at most R, stored as its two factors.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        rank: R, at least 1.
+        bias: Whether the layer it replaces had a bias; it sits on the second factor.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.first = nn.Linear(in_features, rank, bias=False)
+        self.second = nn.Linear(rank, out_features, bias=bias)
+
+    @property
+    def in_features(self) -> int:
+        return self.first.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.second.out_features
+
+    @property
+    def rank(self) -> int:
+        return self.first.out_features
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.second.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., I) to (..., O)."""
+        return self.second(self.first(x))
+
+
+class BiasOnly(nn.Module):
+    """What is left of an output projection whose inputs are all gone: its bias, for every token.
+
+    A layer of zero input features would do the same in torch, but ONNX runtimes treat empty
+    matrix products differently, so the product is not written at all.
+    """
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, anything) to (B, T, O)."""
+        return self.bias.expand(*x.shape[:-1], -1)
+
+
+class FirstFeature(nn.Module):
+    """Stands where the input projection of an emptied sub-layer was; only the shape of its result is used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, I) to (B, T, 1)."""
+        return x[..., :1]
+
+
+class EmptyAttention(nn.Module):
+    """An attention module without heads.
+
+    Args:
+        output_name: Attribute under which the family keeps the output projection inside the attention
+            module (DistilBERT, MPNet), so that its bias keeps its name in the checkpoint; None when the
+            projection lives elsewhere (BERT, RoBERTa, ELECTRA).
+        output: The bias that is left of that projection.
+    """
+
+    def __init__(self, output_name: str | None = None, output: BiasOnly | None = None) -> None:
+        super().__init__()
+        self.output_name = output_name
+        if output_name is not None and output is not None:
+            setattr(self, output_name, output)
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, None]:
+        """Map (B, T, I) to the bias (B, T, O), or to a placeholder (B, T, 1) for the projection outside."""
+        if self.output_name is not None:
+            return getattr(self, self.output_name)(hidden_states), None
+        return hidden_states[..., :1], None
+
+
+Projection = nn.Linear | LowRankLinear
+
+
+def projections(module: nn.Module) -> dict[str, nn.Linear]:
+    """Return every plain linear layer below ``module`` by its dotted name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def keep_outputs(layer: Projection, index: Sequence[int]) -> None:
+    """Keep only the given output features of ``layer``, in place and in the given order."""
+    target = layer.second if isinstance(layer, LowRankLinear) else layer
+    at = torch.as_tensor(index, dtype=torch.long, device=target.weight.device)
+    target.weight = nn.Parameter(target.weight.detach()[at].clone())
+    if target.bias is not None:
+        target.bias = nn.Parameter(target.bias.detach()[at].clone())
+    target.out_features = len(index)
+
+
+def keep_inputs(layer: Projection, index: Sequence[int]) -> None:
+    """Keep only the given input features of ``layer``, in place and in the given order."""
+    target = layer.first if isinstance(layer, LowRankLinear) else layer
+    at = torch.as_tensor(index, dtype=torch.long, device=target.weight.device)
+    target.weight = nn.Parameter(target.weight.detach()[:, at].clone())
+    target.in_features = len(index)

@@ -1,0 +1,234 @@
+"""Small students: their size, their family and where their first weights come from."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.errors import InputError, KdcliError, UsageError, did_you_mean
+from kdcli.models import transforms
+from kdcli.models.checkpoint import Checkpoint, fresh, load
+from kdcli.models.families import FAMILIES, Family
+
+HEAD_SIZE = 64  # of the published BERT miniatures
+
+
+@dataclass
+class Student:
+    """A student that is ready to train."""
+
+    checkpoint: Checkpoint
+    init: str  # "teacher", "hub", "random" or "checkpoint"
+    notes: list[str] = field(default_factory=list)
+
+
+def size_of(name: str, presets: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
+    """Return (layers, hidden) of a preset or of ``LxH``; None when the name is neither.
+
+    Raises:
+        UsageError: ``LxH`` with a size that makes no model.
+    """
+    if name in presets:
+        return presets[name]
+    found = re.fullmatch(r"(\d+)x(\d+)", name)
+    if not found:
+        return None
+    layers, hidden = int(found[1]), int(found[2])
+    if not 1 <= layers <= 48 or not 8 <= hidden <= 4096 or hidden % 8:
+        raise UsageError(
+            f"student '{name}' is out of range: 1 to 48 layers, and a hidden size from 8 to 4096 in steps of 8"
+        )
+    return layers, hidden
+
+
+def build(
+    name: str,
+    teacher: Checkpoint,
+    labels: Sequence[str],
+    presets: dict[str, tuple[int, int]],
+    *,
+    init: str,
+    seed: int,
+    hub: Callable[[str], Path],
+    resolve: Callable[[str], Path],
+) -> Student:
+    """Make the student called ``name``: a preset, ``LxH``, or a checkpoint of one's own.
+
+    Args:
+        name: Preset, ``LxH`` or a model reference.
+        teacher: Gives the vocabulary, the family and, for ``init`` teacher, the first weights.
+        labels: Label names of the student's head.
+        presets: Preset name -> (layers, hidden).
+        init: ``auto`` (published miniature, else teacher), ``teacher``, ``hub`` or ``random``.
+        seed: Of the random part.
+        hub: Maps a preset to the directory of its published miniature; may raise KdcliError.
+        resolve: Maps any other reference to a directory; may raise KdcliError.
+
+    Raises:
+        UsageError: A student that is neither preset nor size nor checkpoint, or an ``init`` that cannot be had.
+        InputError: A student checkpoint with another vocabulary than the teacher's.
+    """
+    size = size_of(name, presets)
+    torch.manual_seed(seed)
+    if size is None:
+        return _own(name, teacher, labels, presets, resolve)
+    notes: list[str] = []
+    if init in ("auto", "hub"):
+        try:
+            student = _from_hub(hub(name), teacher, labels)
+            return Student(student, "hub", notes)
+        except KdcliError as error:
+            if init == "hub":
+                raise
+            notes.append(f"no published '{name}' weights ({error}); initialised from the teacher instead")
+    student = _blank(size, teacher, labels)
+    if init == "random":
+        return Student(student, "random", notes)
+    copied = from_teacher(student, teacher)
+    notes.extend(copied)
+    return Student(student, "teacher" if copied else "random", notes)
+
+
+def _own(
+    name: str,
+    teacher: Checkpoint,
+    labels: Sequence[str],
+    presets: dict[str, tuple[int, int]],
+    resolve: Callable[[str], Path],
+) -> Student:
+    try:
+        path = resolve(name)
+    except InputError as error:
+        hint = did_you_mean(name, presets)
+        raise UsageError(f"unknown student '{name}': {hint}, LxH (such as 3x192), or a model directory") from error
+    student = load(path, labels=labels)
+    _same_vocabulary(student, teacher, str(path))
+    if not student.has_head or student.labels != list(labels):
+        _new_head(student, labels)
+    return Student(student, "checkpoint", [])
+
+
+def _from_hub(path: Path, teacher: Checkpoint, labels: Sequence[str]) -> Checkpoint:
+    student = load(path, labels=labels)
+    _same_vocabulary(student, teacher, "the published miniature")
+    return student
+
+
+def _same_vocabulary(student: Checkpoint, teacher: Checkpoint, what: str) -> None:
+    # Sizes alone would let two vocabularies of 30,522 tokens in another order pass.
+    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        raise InputError(f"{what} has another vocabulary than the teacher; student and teacher must share it")
+
+
+def _new_head(student: Checkpoint, labels: Sequence[str]) -> None:
+    config = copy.deepcopy(student.config)
+    config.num_labels = len(labels)
+    model = fresh(config)
+    transforms.replay(model, student.log)
+    base = model.base_model_prefix
+    getattr(model, base).load_state_dict(getattr(student.model, base).state_dict())
+    student.model, student.labels, student.has_head = model.eval(), list(labels), False
+
+
+def _blank(size: tuple[int, int], teacher: Checkpoint, labels: Sequence[str]) -> Checkpoint:
+    """An untrained student of the teacher's family (BERT for a family kdcli cannot operate on)."""
+    from transformers import AutoConfig
+
+    layers, hidden = size
+    family = teacher.model_type if teacher.model_type in FAMILIES else "bert"
+    heads = max(1, hidden // HEAD_SIZE)
+    while hidden % heads:
+        heads -= 1
+    tokenizer = teacher.tokenizer
+    source = teacher.config
+    sizes: dict[str, Any] = {
+        "vocab_size": int(getattr(source, "vocab_size", len(tokenizer))),
+        "max_position_embeddings": int(getattr(source, "max_position_embeddings", 512) or 512),
+        "pad_token_id": tokenizer.pad_token_id,
+        "num_labels": len(labels),
+    }
+    if family == "distilbert":
+        sizes |= {"dim": hidden, "n_layers": layers, "n_heads": heads, "hidden_dim": 4 * hidden}
+    else:
+        sizes |= {
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": 4 * hidden,
+            "layer_norm_eps": float(getattr(source, "layer_norm_eps", 1e-12)),
+        }
+    if family == "electra":
+        sizes["embedding_size"] = hidden
+    if family in ("bert", "roberta", "electra"):
+        sizes["type_vocab_size"] = int(getattr(source, "type_vocab_size", 2) or 2)
+    for key in ("bos_token_id", "eos_token_id"):
+        if getattr(source, key, None) is not None:
+            sizes[key] = getattr(source, key)
+    config = AutoConfig.for_model(family, **sizes)
+    return Checkpoint(fresh(config).eval(), tokenizer, list(labels), transforms.TransformLog(), teacher.path)
+
+
+def from_teacher(student: Checkpoint, teacher: Checkpoint) -> list[str]:
+    """Start the student from the teacher: embeddings, and lower layers where the shapes agree.
+
+    The embedding tables E (V, D) of the teacher are projected on the D' leading right singular vectors
+    of its token table, which is the best rank-D' approximation in the Frobenius norm (Eckart and Young,
+    1936); token, position and segment tables share the projection, because the model adds them.
+
+    Returns:
+        What was taken over, one sentence each; empty when nothing fits.
+    """
+    if student.model_type != teacher.model_type:
+        return []
+    family = student.family
+    notes = []
+    ours = _embedding_tables(student.model, family)
+    theirs = _embedding_tables(teacher.model, family)
+    hidden, wide = ours["word_embeddings"].shape[1], theirs["word_embeddings"].shape[1]
+    if hidden < wide:
+        table = theirs["word_embeddings"].double()
+        _, vectors = torch.linalg.eigh(table.T @ table)  # ascending eigenvalues
+        projection = vectors[:, -hidden:].flip(1)
+        notes.append(f"embeddings projected from {wide} to {hidden} features by truncated SVD of the teacher's")
+    elif hidden == wide:
+        projection = torch.eye(hidden, dtype=torch.float64, device=theirs["word_embeddings"].device)
+        notes.append("embeddings copied from the teacher")
+    else:
+        return []
+    with torch.no_grad():
+        for name, target in ours.items():
+            source = theirs.get(name)
+            if source is not None and source.shape[0] == target.shape[0]:
+                target.copy_((source.double() @ projection).to(target))
+    if hidden == wide and _same_layers(student, teacher):
+        notes.append(_copy_lower_layers(student, teacher, family))
+    return notes
+
+
+def _embedding_tables(model: nn.Module, family: Family) -> dict[str, Tensor]:
+    embeddings = model.get_submodule(f"{family.base}.embeddings")
+    return {name: m.weight.data for name, m in embeddings.named_children() if isinstance(m, nn.Embedding)}
+
+
+def _same_layers(student: Checkpoint, teacher: Checkpoint) -> bool:
+    one = student.model.get_submodule(student.family.layers)[0].state_dict()  # type: ignore[index]
+    two = teacher.model.get_submodule(teacher.family.layers)[0].state_dict()  # type: ignore[index]
+    return {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()}
+
+
+def _copy_lower_layers(student: Checkpoint, teacher: Checkpoint, family: Family) -> str:
+    # Lower layers, not every other one: better for response distillation (Wang et al., ACL 2023).
+    ours, theirs = student.model.get_submodule(family.layers), teacher.model.get_submodule(family.layers)
+    count = min(len(ours), len(theirs))  # type: ignore[arg-type]
+    for index in range(count):
+        ours[index].load_state_dict(theirs[index].state_dict())  # type: ignore[index]
+    student_embeddings = student.model.get_submodule(f"{family.base}.embeddings")
+    student_embeddings.load_state_dict(teacher.model.get_submodule(f"{family.base}.embeddings").state_dict())
+    return f"the teacher's lowest {count} layers copied"

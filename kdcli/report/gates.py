@@ -1,0 +1,153 @@
+"""Gates: conditions that a result must meet. A value that is missing or NaN never meets one."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from kdcli.errors import UsageError, did_you_mean
+from kdcli.report.schema import Delta, Gate, Latency, Measurement
+
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+NAMES = (
+    "accuracy",
+    "macro_f1",
+    "ece",
+    "drop",
+    "agreement",
+    "p_value",
+    "speedup",
+    "size_ratio",
+    "parameters",
+    "nonzero_parameters",
+    "macs",
+    "checkpoint_bytes",
+    "onnx_bytes",
+    "onnx_gzip_bytes",
+    "p50_ms",
+    "p90_ms",
+    "p99_ms",
+    "throughput_per_s",
+)
+
+
+class Limits(Protocol):
+    """The gates of a request (``kdcli.stages.base.Gates``)."""
+
+    @property
+    def max_drop(self) -> float | None: ...
+    @property
+    def min_speedup(self) -> float | None: ...
+    @property
+    def max_size_bytes(self) -> int | None: ...
+    @property
+    def expressions(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Expression:
+    """``accuracy>=0.9``, taken apart."""
+
+    name: str
+    operator: str
+    threshold: float
+
+    def holds(self, value: float | None) -> bool:
+        """Whether the value meets the condition; None and NaN never do."""
+        return value is not None and not math.isnan(value) and _OPERATORS[self.operator](value, self.threshold)
+
+
+def parse_size(given: str) -> int:
+    """Bytes of ``20MiB``, ``1.5GB`` or ``4096``.
+
+    Raises:
+        UsageError: Not a size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", given)
+    if not found or found[2].lower() not in _UNITS:
+        raise UsageError(f"'{given}' is not a size", "write it like 20MiB, 1.5GB or 4096")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def parse_expression(given: str) -> Expression:
+    """Take ``accuracy>=0.9`` apart.
+
+    Raises:
+        UsageError: Not of the form NAME OP NUMBER, or an unknown name.
+    """
+    found = re.fullmatch(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*(>=|<=|==|>|<)\s*(\S+)\s*", given)
+    if not found:
+        raise UsageError(f"'{given}' is not a gate", 'write it like "accuracy>=0.9", with one of >= <= == > <')
+    name, sign, number = found.groups()
+    if name not in NAMES:
+        raise UsageError(f"unknown gate '{name}': {did_you_mean(name, NAMES)}")
+    try:
+        threshold = float(parse_size(number)) if name.endswith("_bytes") else float(number)
+    except ValueError:
+        threshold = math.nan
+    if not math.isfinite(threshold):
+        raise UsageError(f"'{number}' in the gate '{given}' is not a number")
+    return Expression(name, sign, threshold)
+
+
+def value_of(name: str, after: Measurement, delta: Delta) -> float | None:
+    """The value a gate judges; None when it was not measured."""
+    if name in ("accuracy", "macro_f1", "ece"):
+        return None if after.quality is None else getattr(after.quality, name).value
+    if name == "drop":
+        return None if delta.accuracy is None else -delta.accuracy
+    if name in ("agreement", "p_value", "speedup", "size_ratio"):
+        return getattr(delta, name)
+    if name == "macs":
+        return after.compute.macs
+    if name in ("p50_ms", "p90_ms", "p99_ms"):
+        single = at_batch(after, 1)
+        return None if single is None else getattr(single, name)
+    if name == "throughput_per_s":
+        largest = max(after.latency, key=lambda one: one.batch, default=None)
+        at = at_batch(after, 32) or largest
+        return None if at is None else at.throughput_per_s
+    return getattr(after.size, name)
+
+
+def at_batch(measurement: Measurement, batch: int) -> Latency | None:
+    """The first latency measured at this batch size."""
+    return next((one for one in measurement.latency if one.batch == batch), None)
+
+
+def judge(limits: Limits, before: Measurement | None, after: Measurement, delta: Delta) -> list[Gate]:
+    """Judge every gate that was asked for.
+
+    ``max_drop`` is in points of 1 of the accuracy; it and ``min_speedup`` need something to compare
+    with, and fail when there is nothing (``before`` is None).
+    """
+    asked: list[tuple[str, str, Expression]] = []
+    if limits.max_drop is not None:
+        asked.append(("max-drop", f"drop<={limits.max_drop:g}", Expression("drop", "<=", limits.max_drop)))
+    if limits.min_speedup is not None:
+        asked.append(("min-speedup", f"speedup>={limits.min_speedup:g}", Expression("speedup", ">=", limits.min_speedup)))
+    if limits.max_size_bytes is not None:
+        size = float(limits.max_size_bytes)
+        asked.append(("max-size", f"onnx_bytes<={limits.max_size_bytes}", Expression("onnx_bytes", "<=", size)))
+    asked.extend((e.strip(), e.strip(), parse_expression(e)) for e in limits.expressions)
+    gates = []
+    for name, text, expression in asked:
+        value = value_of(expression.name, after, delta)
+        usable = None if value is None or not math.isfinite(value) else float(value)
+        # A drop of exactly the limit is allowed: 0.9 - 0.89 must not fail 0.01 for its last binary digit.
+        slack = 1e-12 if expression.name == "drop" and expression.operator == "<=" else 0.0
+        passed = Expression(expression.name, expression.operator, expression.threshold + slack).holds(usable)
+        gates.append(Gate(name=name, expression=text, value=usable, threshold=expression.threshold, passed=passed))
+    return gates

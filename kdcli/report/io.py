@@ -1,0 +1,75 @@
+"""Write and read report.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from kdcli.errors import InputError
+from kdcli.report.schema import Report
+
+FILE = "report.json"
+
+
+def dumps(report: Report) -> str:
+    """The report as canonical JSON: fields in the order of their declaration, newline at the end."""
+    return json.dumps(report.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write(report: Report, directory: Path) -> Path:
+    """Write report.json atomically; its presence marks the directory as complete."""
+    handle, temporary = tempfile.mkstemp(prefix=".report-", dir=directory)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(dumps(report))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, directory / FILE)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return directory / FILE
+
+
+def read(path: Path) -> Report:
+    """Read a report.
+
+    Args:
+        path: report.json or the directory that holds it.
+
+    Raises:
+        InputError: There is none, it is broken, or its schema version is unknown.
+    """
+    file = path / FILE if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"'{path}' holds no {FILE}", "give the output directory of a kdcli stage") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"'{file}' is not readable JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("kind") != "kdcli.report":
+        raise InputError(f"'{file}' is not a kdcli report")
+    if content.get("schema_version") != 1:
+        raise InputError(f"'{file}' has schema version {content.get('schema_version')!r}; this kdcli reads version 1")
+    try:
+        return Report.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"'{file}' is not a valid report: {where}: {first['msg']}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's content, as hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def schema_json() -> str:
+    """The JSON Schema of report.json, keys sorted."""
+    return json.dumps(Report.model_json_schema(mode="serialization"), indent=2, sort_keys=True) + "\n"

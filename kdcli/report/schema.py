@@ -1,0 +1,217 @@
+"""report.json, schema version 1: typed, with units in the names, null instead of NaN."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kdcli.errors import ExitCode
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+"""A finite float; NaN and infinity are refused, unknown values are null."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelInfo(_Part):
+    """What kind of model this is."""
+
+    source: str = Field(description="the reference the stage started from")
+    family: str
+    task: str
+    labels: list[str] = Field(description="label names in the order of the logits")
+
+
+class DataInfo(_Part):
+    """The rows that were used."""
+
+    ref: str
+    fingerprint: str = Field(description="sha256 over the content of all splits")
+    rows: dict[str, int] = Field(description="split -> number of rows")
+
+
+class MetricValue(_Part):
+    """One quality metric with its uncertainty."""
+
+    value: Number
+    stderr: Number | None = None
+    ci95: tuple[Number, Number] | None = None
+    n: int
+    split: str
+    higher_is_better: bool = True
+
+
+class Quality(_Part):
+    """How good the answers are."""
+
+    accuracy: MetricValue
+    macro_f1: MetricValue
+    ece: MetricValue
+
+
+class Size(_Part):
+    """How big the model is; bytes on disk, not in memory."""
+
+    parameters: int | None
+    nonzero_parameters: int | None
+    checkpoint_bytes: int | None = Field(description="of the safetensors files")
+    onnx_bytes: int | None
+    onnx_gzip_bytes: int | None
+
+
+class Compute(_Part):
+    """Multiply-accumulates of one row of ``sequence`` tokens."""
+
+    macs: int | None
+    sequence: int | None
+
+
+class Latency(_Part):
+    """Wall-clock time of one batch."""
+
+    runtime: str
+    batch: int
+    sequence: Number = Field(description="mean tokens a row, padding not counted")
+    threads: int
+    p50_ms: Number
+    p90_ms: Number
+    p99_ms: Number
+    throughput_per_s: Number
+    n: int = Field(description="timed batches")
+
+
+class Measurement(_Part):
+    """One model, measured."""
+
+    quality: Quality | None
+    size: Size
+    compute: Compute
+    latency: list[Latency]
+
+
+class Delta(_Part):
+    """``after`` against ``before``."""
+
+    accuracy: Number | None = Field(description="after minus before, in points of 1")
+    size_ratio: Number | None = Field(description="bytes of model.onnx before / after")
+    speedup: Number | None = Field(description="p50 at batch 1 before / after")
+    agreement: Number | None = Field(description="share of rows with the same top-1 answer")
+    p_value: Number | None = Field(description="McNemar, exact, two-sided")
+
+
+class Method(_Part):
+    """What the stage did, resolved to the last default."""
+
+    name: str
+    params: dict[str, Any]
+    detail: dict[str, Any]
+    layers: list[dict[str, Any]] = Field(description="one row a layer, where the stage has such a table")
+
+
+class Parity(_Part):
+    """The exported graph against the checkpoint."""
+
+    max_abs_diff: Number | None
+    top1_agreement: Number | None
+    shapes: list[tuple[int, int]] = Field(description="(batch, sequence) of every comparison")
+    passed: bool
+    tolerance: Number | None = Field(description="largest allowed difference of a logit; null for integer graphs")
+
+
+class Gate(_Part):
+    """One condition and how it went."""
+
+    name: str
+    expression: str
+    value: Number | None
+    threshold: Number
+    passed: bool
+
+
+class LineageEntry(_Part):
+    """One step of a model's history."""
+
+    stage: str
+    method: str
+    report_sha256: str | None
+    model: str
+    accuracy: Number | None
+    params: dict[str, Any]
+
+
+class Environment(_Part):
+    """Where the numbers were measured."""
+
+    python: str
+    platform: str
+    cpu: str
+    isa: list[str]
+    cores: int
+    threads: int
+    ram_bytes: int | None
+    device: str
+    gpu: str | None
+    versions: dict[str, str]
+    seed: int
+    deterministic: bool
+
+
+class Warning_(_Part):
+    """Something to know before trusting the result."""
+
+    code: str
+    message: str
+
+
+class Artifact(_Part):
+    """One file of the output directory."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Setting(_Part):
+    """One resolved option."""
+
+    value: Any
+    origin: str = Field(description="flag, environment, file or default")
+
+
+class Report(_Part):
+    """report.json of one stage."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["kdcli.report"] = "kdcli.report"
+    complete: bool
+    exit_code: int
+    kdcli_version: str
+    stage: str
+    command: list[str]
+    config: dict[str, Setting]
+    model: ModelInfo
+    data: DataInfo | None
+    before: Measurement | None
+    after: Measurement
+    delta: Delta
+    method: Method | None
+    parity: Parity | None
+    gates: list[Gate]
+    lineage: list[LineageEntry]
+    environment: Environment
+    timings: dict[str, Number] = Field(description="seconds a phase")
+    warnings: list[Warning_]
+    artifacts: list[Artifact]
+    created_at: str = Field(description="ISO 8601, UTC")
+
+    @property
+    def verdict(self) -> ExitCode:
+        """What the process should exit with: parity first, then the gates."""
+        if self.parity is not None and not self.parity.passed:
+            return ExitCode.PARITY
+        if not all(gate.passed for gate in self.gates):
+            return ExitCode.GATE
+        return ExitCode.OK

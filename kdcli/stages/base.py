@@ -1,0 +1,171 @@
+"""What a stage is asked for: plain data, no torch, importable in a few milliseconds.
+
+The command line builds one :class:`Request` and hands it to :func:`kdcli.stages.runner.run`;
+a Python caller can do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+StageName = Literal["distill", "prune", "lowrank", "quantize", "evaluate"]
+
+STAGES: tuple[StageName, ...] = ("distill", "prune", "lowrank", "quantize", "evaluate")
+
+DEFAULT_DATA = "rotten-tomatoes"
+"""The data alias used when neither ``--data`` nor the model's own report names one."""
+
+STUDENT_PRESETS: dict[str, tuple[int, int]] = {
+    "tiny": (2, 128),
+    "mini": (4, 256),
+    "small": (4, 512),
+    "medium": (8, 512),
+}
+"""Student name -> (layers, hidden size); ``LxH`` by hand is allowed too."""
+
+STRATEGIES: tuple[str, ...] = ("teacher-assisted",)
+STRUCTURES: dict[str, str] = {
+    "weights": "magnitude",
+    "heads": "taylor",
+    "neurons": "taylor",
+    "heads+neurons": "taylor",
+}
+"""Structure that ``prune`` can remove -> the method it uses unless ``--method`` says otherwise."""
+
+INITS: tuple[str, ...] = ("auto", "teacher", "hub", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """The conditions a stage's result must meet; every one of them is optional."""
+
+    max_drop: float | None = None  # points of 1 of the primary metric
+    min_speedup: float | None = None
+    max_size_bytes: int | None = None  # of model.onnx
+    expressions: tuple[str, ...] = ()  # "accuracy>=0.9"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options that every stage has."""
+
+    out: Path | None = None
+    data: str | None = None
+    columns: str | None = None
+    device: str = "auto"
+    seed: int = 0
+    settings: Mapping[str, str] = field(default_factory=dict)  # --set KEY=VALUE, values as given
+    limit: int | None = None
+    resume: bool = False
+    force: bool = False
+    offline: bool = False
+    debug: bool = False
+    gates: Gates = field(default_factory=Gates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """``kdcli distill``."""
+
+    teachers: tuple[str, ...]
+    student: str
+    methods: tuple[str, ...] = ("response",)
+    strategy: str = "teacher-assisted"
+    alpha: float | None = None
+    temperature: float | None = None
+    beta: float = 0.0
+    gamma: float = 0.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+    layer_map: str | None = None
+    init: str = "auto"
+    epochs: int | None = None
+    lr: float | None = None
+    batch_size: int | None = None
+    labels: int | None = None
+    unlabeled: Path | None = None
+    control: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """``kdcli prune``."""
+
+    structure: str = "heads+neurons"
+    method: str | None = None
+    sparsity: float | None = None
+    budget: float | None = None
+    schedule: str = "iterative"
+    epochs: int = 0
+    lr: float | None = None
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankOptions:
+    """``kdcli lowrank``."""
+
+    method: str = "whitening"
+    budget: float | None = None
+    energy: float | None = None
+    rank: int | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    epochs: int = 0
+    lr: float | None = None
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """``kdcli quantize``."""
+
+    scheme: str = "dynamic-int8"
+    calibration: str | None = None
+    calibration_samples: int = 128
+    keep_fp32: tuple[str, ...] = ()
+    embeddings: str = "int8"
+    epochs: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """``kdcli evaluate``."""
+
+    models: tuple[str, ...] = ()
+    baseline: str | None = None
+    split: str | None = None
+    runtime: str = "onnx"
+    batch_sizes: tuple[int, ...] = (1, 32)
+    html: Path | None = None
+    summary: Path | None = None
+    junit: Path | None = None
+
+
+Options = DistillOptions | PruneOptions | LowRankOptions | QuantizeOptions | EvaluateOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One run of one stage."""
+
+    stage: StageName
+    model: str | None  # None for distill, whose models are in its options
+    options: Options
+    common: Common = field(default_factory=Common)
+    argv: tuple[str, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)  # option -> flag|environment|file|default
+    dequantize: bool = False
+
+
+SUCCESSORS: dict[StageName, frozenset[StageName]] = {
+    "distill": frozenset(STAGES),
+    "prune": frozenset(STAGES),
+    "lowrank": frozenset(STAGES),
+    # int8 weights have no gradients to follow: only --dequantize makes them dense again.
+    "quantize": frozenset({"evaluate"}),
+    "evaluate": frozenset(STAGES),
+}
+"""Which stage may follow which in one lineage."""

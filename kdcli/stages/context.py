@@ -1,0 +1,50 @@
+"""What the runner hands to a stage, and what it gets back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcli.progress import Progress
+from kdcli.report.schema import Method, Warning_
+from kdcli.stages.base import Request
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kdcli.data.sources import Dataset
+    from kdcli.data.text import Encoded
+    from kdcli.models.checkpoint import Checkpoint
+
+
+@dataclass
+class Context:
+    """One run of one stage: the input, loaded, and the means to work on it."""
+
+    request: Request
+    checkpoint: Checkpoint  # the input model; a stage may change it in place
+    dataset: Dataset
+    encoded: Mapping[str, Encoded]  # split -> tokenised rows with label indices, for this checkpoint
+    device: torch.device
+    seed: int
+    progress: Progress
+    work: Path  # the temporary directory that becomes the output
+    resume_dir: Path  # where a resume point of a training goes
+    #: distill: how its teacher was prepared.
+    teacher_detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Applied:
+    """What a stage did."""
+
+    checkpoint: Checkpoint
+    method: Method
+    #: Integer weights to store: name -> (values, scale).
+    integers: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    #: Rewrites the float model.onnx of the new checkpoint (bytes in, bytes out), e.g. into int8.
+    rewrite_onnx: Callable[[Path, Path], dict[str, Any]] | None = None
+    warnings: list[Warning_] = field(default_factory=list)

@@ -1,0 +1,228 @@
+"""Evaluate: measure models on the same rows, compare, judge the gates, change nothing."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from kdcli import __version__
+from kdcli.errors import InputError, UsageError
+from kdcli.measure import environment, quality
+from kdcli.models import checkpoint as checkpoints
+from kdcli.models import references
+from kdcli.models.checkpoint import Checkpoint
+from kdcli.progress import Progress
+from kdcli.report import ci, gates, html, io
+from kdcli.report.redact import redact
+from kdcli.report.schema import Delta, LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
+from kdcli.stages import graph as graphs
+from kdcli.stages import measuring, output, runner
+from kdcli.stages.base import EvaluateOptions, Request
+from kdcli.stages.runner import Outcome
+from kdcli.stages.timing import Timings
+
+RUNTIMES = {"onnx": ("onnx",), "torch": ("torch",), "both": ("onnx", "torch")}
+
+
+@dataclass
+class _Judged:
+    source: str
+    checkpoint: Checkpoint
+    graph: Path
+    measured: measuring.Measured
+    warnings: list[Warning_]
+
+
+def run(request: Request, progress: Progress) -> Outcome:
+    """Measure every model of the request and judge the gates on each.
+
+    Without ``--baseline`` a model is compared with the first model of its lineage, as that one's report
+    recorded it. With ``-o`` the (single) model is copied there with its ONNX export and the report.
+    """
+    options = request.options
+    assert isinstance(options, EvaluateOptions)
+    names = options.models or ((request.model,) if request.model else ())
+    if not names:
+        raise UsageError("evaluate needs at least one model")
+    if request.common.out is not None and len(names) > 1:
+        raise UsageError("-o takes one model; with several models the reports go to stdout (--json) or --html")
+    timings = Timings()
+    paths = [references.resolve(name, offline=request.common.offline).path for name in names]
+    out = None
+    if request.common.out is not None:
+        out = output.choose(request.common.out, "", "evaluate", force=request.common.force, inputs=tuple(paths))
+    runner.device_of(request.common.device)
+    dataset = runner.load_data(request, paths[0], progress)
+    baseline = None
+    if options.baseline is not None:
+        path = references.resolve(options.baseline, offline=request.common.offline).path
+        progress.phase(f"measure baseline {options.baseline}")
+        baseline = _measure(request, options, options.baseline, path, dataset, timings, progress)
+    reports: list[Report] = []
+    judged: list[_Judged] = []
+    for name, path in zip(names, paths, strict=True):
+        progress.phase(f"measure {name}")
+        one = _measure(request, options, name, path, dataset, timings, progress)
+        judged.append(one)
+        reports.append(_report(request, options, one, baseline, dataset, timings))
+    if out is not None:
+        reports = [_write(judged[0], reports[0], out, timings)]
+    if options.html is not None:
+        _write_text(options.html, html.page(reports))
+    if options.junit is not None:
+        _write_text(options.junit, "".join(ci.junit(report) for report in reports[:1]))
+    if options.summary is not None:
+        for report in reports:
+            ci.step_summary(options.summary, report)
+    return Outcome(out or paths[0], _worst(reports), reports)
+
+
+def _measure(
+    request: Request,
+    options: EvaluateOptions,
+    source: str,
+    path: Path,
+    dataset: runner.Dataset,
+    timings: Timings,
+    progress: Progress,
+) -> _Judged:
+    device = runner.device_of(request.common.device)
+    runner.seed_everything(request.common.seed)
+    with timings.phase("load"):
+        checkpoint = checkpoints.load(path, device=device)
+        if not checkpoint.has_head:
+            raise InputError(f"'{source}' has no classification head, so there is nothing to evaluate")
+        encoded = runner.encode(dataset, checkpoint)
+    split, rows = runner.measured_rows(encoded, options.split, request.common.limit)
+    threads = environment.threads()
+    graph, warnings = graphs.of_input(checkpoint, encoded[split], threads=threads, timings=timings, progress=progress)
+    measured = measuring.measure(
+        checkpoint,
+        graph,
+        rows,
+        split,
+        threads=threads,
+        device=runner.session_device(device),
+        batch_sizes=options.batch_sizes,
+        runtimes=RUNTIMES[options.runtime],
+        timings=timings,
+        progress=progress,
+        title=source,
+    )
+    return _Judged(source, checkpoint, graph, measured, warnings)
+
+
+def _report(
+    request: Request,
+    options: EvaluateOptions,
+    one: _Judged,
+    baseline: _Judged | None,
+    dataset: runner.Dataset,
+    timings: Timings,
+) -> Report:
+    after = one.measured.measurement
+    lineage = runner.lineage_of(one.checkpoint, one.source, after)
+    warnings = list(one.warnings)
+    before: Measurement | None = None
+    delta = Delta(accuracy=None, size_ratio=None, speedup=None, agreement=None, p_value=None)
+    if baseline is not None:
+        before = baseline.measured.measurement
+        delta = runner.compare(before, after)
+        if set(baseline.checkpoint.labels) == set(one.checkpoint.labels):
+            order = [baseline.checkpoint.labels.index(name) for name in one.checkpoint.labels]
+            old, new = baseline.measured.logits[:, order].argmax(1), one.measured.logits.argmax(1)
+            _, rows = runner.measured_rows(
+                runner.encode(dataset, one.checkpoint), options.split, request.common.limit
+            )
+            assert rows.labels is not None
+            delta = delta.model_copy(
+                update={
+                    "agreement": float((old == new).mean()),
+                    "p_value": quality.mcnemar(old, new, rows.labels),
+                }
+            )
+    elif len(one.checkpoint.log.lineage) > 1 and (recorded := _recorded(lineage[0])) is not None:
+        before = recorded
+        delta = runner.compare(before, after)
+        if not _same_rows(before, after):
+            warnings.append(
+                Warning_(code="other-rows", message="the lineage's first model was measured on other rows than these")
+            )
+        warnings.append(
+            Warning_(
+                code="recorded-baseline",
+                message=f"compared with '{lineage[0].model}' as its report recorded it; --baseline measures it again",
+            )
+        )
+    warnings.extend(runner.honest(delta, after))
+    judged = gates.judge(request.common.gates, before, after, delta)
+    report = Report(
+        schema_version=1,
+        kind="kdcli.report",
+        complete=True,
+        exit_code=0,
+        kdcli_version=__version__,
+        stage="evaluate",
+        command=[redact(part) for part in request.argv],
+        config=runner.config_of(request),
+        model=ModelInfo(
+            source=redact(one.source),
+            family=one.checkpoint.model_type,
+            task="text-classification",
+            labels=one.checkpoint.labels,
+        ),
+        data=runner.data_info(dataset),
+        before=before,
+        after=after,
+        delta=delta,
+        method=Method(name="evaluate", params={"runtime": options.runtime, "split": options.split}, detail={}, layers=[]),
+        parity=None,
+        gates=judged,
+        lineage=lineage,
+        environment=environment.environment(str(one.checkpoint.device), request.common.seed),
+        timings=timings.rounded(),
+        warnings=runner.unique(warnings),
+        artifacts=[],
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    return report.model_copy(update={"exit_code": int(report.verdict)})
+
+
+def _recorded(first: LineageEntry) -> Measurement | None:
+    stored = first.params.get("measurement")
+    return Measurement.model_validate(stored) if stored is not None else None
+
+
+def _same_rows(before: Measurement, after: Measurement) -> bool:
+    if before.quality is None or after.quality is None:
+        return False
+    one, two = before.quality.accuracy, after.quality.accuracy
+    return one.n == two.n and one.split == two.split
+
+
+def _write(one: _Judged, report: Report, out: Path, timings: Timings) -> Report:
+    """Copy the model unchanged, with its ONNX export, the card and the report."""
+    source = one.checkpoint.path
+    with output.building(out, 2 * sum(p.stat().st_size for p in source.iterdir() if p.is_file())) as work:
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.name not in ("report.json", "README.md"):
+                shutil.copyfile(path, work / path.name)
+        if not (work / graphs.FILE).exists():
+            shutil.copyfile(one.graph, work / graphs.FILE)
+        report = runner.finish(report, work, timings)
+        output.publish(work, out)
+    return report
+
+
+def _write_text(path: Path, content: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write '{path}': {error.strerror}") from error
+
+
+def _worst(reports: list[Report]) -> Report:
+    return max(reports, key=lambda report: report.exit_code)

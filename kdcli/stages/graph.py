@@ -1,0 +1,173 @@
+"""From a checkpoint to the ``model.onnx`` that ships: export, parity, fusion, parity again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+from kdcli import __version__, cache
+from kdcli.data import batching
+from kdcli.data.text import Encoded
+from kdcli.errors import ParityError
+from kdcli.export import fusion, onnx, parity, sessions
+from kdcli.models import checkpoint as checkpoints
+from kdcli.models.checkpoint import Checkpoint
+from kdcli.progress import Progress
+from kdcli.report.schema import Parity, Warning_
+from kdcli.stages.timing import Timings
+from kdcli.training.batches import model_inputs
+
+FILE = "model.onnx"
+
+
+@dataclass
+class Graph:
+    """A finished ONNX file and how it came about."""
+
+    path: Path
+    parity: Parity
+    detail: dict[str, Any] = field(default_factory=dict)
+    warnings: list[Warning_] = field(default_factory=list)
+
+
+def parity_batches(encoded: Encoded, pad_id: int) -> list[dict[str, np.ndarray]]:
+    """Real rows at the shapes that go wrong: single short and long ones, mixed lengths, extra padding."""
+    order = np.argsort(encoded.lengths, kind="stable")
+    shortest, longest, middle = order[:1], order[-1:], order[len(order) // 2 : len(order) // 2 + 1]
+    spread = order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]
+    wide = int(encoded.lengths[spread].max()) + 5
+    groups: list[tuple[np.ndarray, int | None]] = [(shortest, None), (middle, None), (longest, None), (spread, None)]
+    return [batching.collate(encoded, rows, pad_id, width=width) for rows, width in groups] + [
+        batching.collate(encoded, spread[:3], pad_id, width=wide)
+    ]
+
+
+def torch_runner(checkpoint: Checkpoint) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+    """A function from a batch to the checkpoint's own logits (B, C)."""
+
+    @torch.inference_mode()
+    def run(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        output = checkpoint.model(**model_inputs(checkpoint.model, batch, checkpoint.device))
+        return output.logits.float().cpu().numpy()
+
+    return run
+
+
+def build(
+    checkpoint: Checkpoint,
+    target: Path,
+    encoded: Encoded,
+    *,
+    threads: int,
+    timings: Timings,
+    progress: Progress,
+    rewrite: Callable[[Path, Path], dict[str, Any]] | None = None,
+    properties: Mapping[str, str] | None = None,
+) -> Graph:
+    """Export ``checkpoint`` to ``target`` and prove that it answers as the checkpoint does.
+
+    The plain graph is checked first; the fused one replaces it only where it agrees as well. With
+    ``rewrite`` (quantisation) the float graph is an intermediate step, and the integer graph must
+    give the same answers.
+
+    Raises:
+        ParityError: The exported graph does not agree with the checkpoint.
+    """
+    names = [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in _inputs_of(checkpoint)]
+    plain = target.with_name("plain.onnx")
+    fused = target.with_name("fused.onnx")
+    batches = parity_batches(encoded, checkpoint.pad_id)
+    reference = torch_runner(checkpoint)
+    warnings: list[Warning_] = []
+    try:
+        with timings.phase("export"):
+            example = onnx.example(int(checkpoint.config.vocab_size), names, checkpoint.device)
+            route = onnx.export(checkpoint.model, example, plain)
+        detail: dict[str, Any] = {"exporter": route, "opset": onnx.OPSET, "fused": {}}
+        with timings.phase("parity"):
+            result = _check(reference, plain, batches, threads)
+        if not result.passed:
+            raise ParityError(
+                f"the ONNX export differs from the checkpoint by {result.max_abs_diff} (allowed {result.tolerance})"
+            )
+        chosen = plain
+        with timings.phase("fusion"):
+            counts = fusion.fuse(plain, fused, embeddings=rewrite is None)
+        with timings.phase("parity"):
+            fused_result = _check(reference, fused, batches, threads) if counts else None
+        if fused_result is not None and fused_result.passed:
+            chosen, result, detail["fused"] = fused, fused_result, counts
+        else:
+            reason = "nothing fused" if not counts else f"fused logits differ by {fused_result and fused_result.max_abs_diff}"
+            warnings.append(Warning_(code="not-fused", message=f"the ONNX graph is not fused: {reason}"))
+        if rewrite is not None:
+            with timings.phase("rewrite"):
+                detail |= rewrite(chosen, target)
+            with timings.phase("parity"):
+                result = _check(reference, target, _many(encoded, checkpoint.pad_id), threads, exact=False)
+            if not result.passed:
+                raise ParityError(
+                    f"the integer graph gives the checkpoint's answer for only {result.top1_agreement:.1%} of the rows"
+                )
+        else:
+            chosen.replace(target)
+        with timings.phase("export"):
+            meta = {"kdcli_version": __version__, "max_length": str(checkpoint.max_length), **(properties or {})}
+            onnx.annotate(target, checkpoint.labels, meta)
+    finally:
+        for path in (plain, fused):
+            path.unlink(missing_ok=True)
+    return Graph(target, result, detail, warnings)
+
+
+def of_input(
+    checkpoint: Checkpoint, encoded: Encoded, *, threads: int, timings: Timings, progress: Progress
+) -> tuple[Path, list[Warning_]]:
+    """The ONNX form of a model that came in: its own ``model.onnx``, else an export kept in the cache."""
+    own = checkpoint.path / FILE
+    if own.is_file() and checkpoint.by_kdcli:
+        return own, []
+    name = cache.key(
+        model=checkpoints.weights_digest(checkpoint.path),
+        labels=checkpoint.labels,
+        kdcli=__version__,
+        torch=torch.__version__,
+        onnxruntime=onnxruntime.__version__,
+    )
+    place = cache.entry("onnx", name)
+    if not (place / FILE).is_file():
+        with cache.writing(place) as temporary:
+            graph = build(
+                checkpoint, temporary / FILE, encoded, threads=threads, timings=timings, progress=progress
+            )
+        return place / FILE, graph.warnings
+    return place / FILE, []
+
+
+def _inputs_of(checkpoint: Checkpoint) -> Sequence[str]:
+    probe = {n: np.zeros((1, 2), dtype=np.int64) for n in ("input_ids", "attention_mask", "token_type_ids")}
+    return list(model_inputs(checkpoint.model, probe, "cpu"))
+
+
+def _check(
+    reference: Callable[[Mapping[str, np.ndarray]], np.ndarray],
+    path: Path,
+    batches: Sequence[Mapping[str, np.ndarray]],
+    threads: int,
+    *,
+    exact: bool = True,
+) -> Parity:
+    session = sessions.open_session(path, threads=threads, spinning=False)
+    return parity.compare(reference, sessions.runner(session), batches, exact=exact)
+
+
+def _many(encoded: Encoded, pad_id: int) -> list[dict[str, np.ndarray]]:
+    """256 rows one by one, because the activation scale of an integer graph depends on the whole batch."""
+    rows = np.unique(np.linspace(0, len(encoded) - 1, 256).astype(int))
+    return [batching.collate(encoded, rows[i : i + 1], pad_id) for i in range(len(rows))]

@@ -1,0 +1,168 @@
+"""Measure one model the same way before and after: quality, size, compute, latency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from kdcli import cache
+from kdcli.data import batching, text
+from kdcli.data.text import Encoded
+from kdcli.export import sessions
+from kdcli.measure import compute, latency, quality, size
+from kdcli.models.checkpoint import Checkpoint
+from kdcli.progress import Progress
+from kdcli.report.io import sha256_of
+from kdcli.report.schema import Compute, Latency, Measurement
+from kdcli.stages.graph import torch_runner
+from kdcli.stages.timing import Timings
+
+LATENCY_ROWS = 128
+_SEED = 0  # of the rows that are timed: the same for every model of a data set
+
+
+@dataclass
+class Measured:
+    """A measurement and the logits (N, C) behind it, for comparing two models row by row."""
+
+    measurement: Measurement
+    logits: np.ndarray
+
+
+def dynamic_integers(graph: Path) -> bool:
+    """Whether the graph rounds activations at run time, so that a row's answer depends on its batch."""
+    operators = {node.op_type for node in onnx.load(str(graph), load_external_data=False).graph.node}
+    return bool(operators & {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QAttention", "MatMulIntegerToFloat"})
+
+
+def logits_of(
+    graph: Path, encoded: Encoded, pad_id: int, *, threads: int, device: str, progress: Progress, title: str
+) -> np.ndarray:
+    """Logits (N, C) of an ONNX file for every row; remembered by content.
+
+    Rows share a batch only with rows of the same length, so padding cannot matter; an integer graph
+    with dynamic activation scales sees every row alone, as a service that answers single requests does.
+    """
+    name = cache.key(
+        graph=sha256_of(graph),
+        rows=text.fingerprint(Encoded(encoded.ids, encoded.type_ids, encoded.offsets, None)),
+        onnxruntime=onnxruntime.__version__,
+        device=device,
+        cpu=_cpu(),
+    )
+    path = cache.entry("predictions", f"{name}.npy")
+    if path.exists():
+        return np.load(path, allow_pickle=False)
+    size = 1 if dynamic_integers(graph) else 32
+    groups = batching.equal_length_batches(encoded.lengths, size)
+    session = sessions.open_session(graph, threads=threads, device=device)
+    run = sessions.runner(session)
+    logits: np.ndarray | None = None
+    with progress.task(title, len(encoded)) as task:
+        for rows in groups:
+            part = run(batching.collate(encoded, rows, pad_id))
+            if logits is None:
+                logits = np.empty((len(encoded), part.shape[1]), dtype=np.float32)
+            logits[rows] = part
+            task.advance(len(rows))
+    assert logits is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{id(logits)}.tmp.npy")
+    np.save(temporary, logits)
+    temporary.replace(path)
+    return logits
+
+
+def measure(
+    checkpoint: Checkpoint,
+    graph: Path,
+    encoded: Encoded,
+    split: str,
+    *,
+    threads: int,
+    device: str,
+    batch_sizes: Sequence[int],
+    runtimes: Sequence[str],
+    timings: Timings,
+    progress: Progress,
+    title: str,
+) -> Measured:
+    """Measure a checkpoint and its ONNX file on one split.
+
+    Args:
+        checkpoint: Loaded from the directory whose size is meant.
+        graph: Its ONNX form, which gives quality and latency, because it is what ships.
+        encoded: Labelled rows.
+        split: Their name.
+        threads: For every session.
+        device: ``cpu`` or ``cuda[:N]``.
+        batch_sizes: To time.
+        runtimes: ``onnx``, ``torch`` or both; quality comes from the first.
+        timings: Gets the phases ``quality`` and ``latency``.
+        progress: Observer.
+        title: ``before`` or ``after``, for people.
+    """
+    with timings.phase("quality"):
+        if runtimes[0] == "onnx":
+            logits = logits_of(
+                graph, encoded, checkpoint.pad_id, threads=threads, device=device, progress=progress, title=title
+            )
+        else:
+            logits = _torch_logits(checkpoint, encoded, progress, title)
+        assert encoded.labels is not None
+        found = quality.measure(logits, encoded.labels, split)
+    tensors = [t for t in checkpoint.model.parameters()]
+    parameters = sum(t.numel() for t in tensors)
+    nonzero = sum(int((t != 0).sum()) for t in tensors)
+    with timings.phase("size"):
+        sizes = size.measure(checkpoint.path, parameters, nonzero, graph)
+    with timings.phase("compute"):
+        tokens = max(2, round(float(encoded.lengths.mean())))
+        counted = Compute(macs=compute.macs(checkpoint.model, tokens), sequence=tokens)
+    measured: list[Latency] = []
+    with timings.phase("latency"):
+        for runtime in runtimes:
+            if runtime == "onnx":
+                session = sessions.open_session(graph, threads=threads, device=device)
+                run = sessions.runner(session)
+            else:
+                session, run = None, torch_runner(checkpoint)
+            for batch_size in batch_sizes:
+                batches = latency_batches(encoded, checkpoint.pad_id, batch_size)
+                measured.append(latency.measure(run, batches, runtime=runtime, threads=threads))
+            del session  # its spinning threads would slow the next one
+    return Measured(Measurement(quality=found, size=sizes, compute=counted, latency=measured), logits)
+
+
+def latency_batches(encoded: Encoded, pad_id: int, size: int) -> list[dict[str, np.ndarray]]:
+    """Random rows in batches of ``size``, padded to their own longest, as a service would meet them."""
+    rng = np.random.default_rng(_SEED)
+    count = max(1, min(LATENCY_ROWS, 4 * LATENCY_ROWS // size))
+    picks = rng.integers(0, len(encoded), (count, size))
+    return [batching.collate(encoded, rows, pad_id) for rows in picks]
+
+
+def _torch_logits(checkpoint: Checkpoint, encoded: Encoded, progress: Progress, title: str) -> np.ndarray:
+    run = torch_runner(checkpoint)
+    groups = batching.equal_length_batches(encoded.lengths, 32)
+    with progress.task(title, len(groups)) as task:
+
+        def batches() -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+            made = []
+            for rows in groups:
+                made.append((rows, batching.collate(encoded, rows, checkpoint.pad_id)))
+                task.advance()
+            return made
+
+        return sessions.predict(run, batches())
+
+
+def _cpu() -> str:
+    from kdcli.measure.environment import isa
+
+    return ",".join(isa())

@@ -1,0 +1,82 @@
+"""Recovery: distil the model as it came in into the model that surgery left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kdcli.methods.distill import response
+from kdcli.models import checkpoint as checkpoints
+from kdcli.stages.context import Context
+from kdcli.training import teacher as teachers
+from kdcli.training.loop import FitOptions, fit
+from kdcli.training.losses import UNLABELLED, distillation
+from kdcli.training.resume import ResumePoint
+
+ALPHA = 0.9  # the dense model knows more about the removed parts than the labels do
+TEMPERATURE = 2.0
+
+
+def default_rate(hidden: int) -> float:
+    """Peak learning rate of AdamW for an encoder of this width (methods that start from trained weights)."""
+    return 1e-4 if hidden <= 384 else 5e-5
+
+
+def recover(
+    context: Context,
+    *,
+    epochs: int,
+    lr: float | None = None,
+    batch_size: int | None = None,
+    after_step: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Train ``context.checkpoint.model`` for some epochs on the outputs of the model it was before.
+
+    Args:
+        context: Its checkpoint's model was changed in place; its files on disk are the teacher.
+        epochs: At least 1.
+        lr: Peak rate; by default from the width.
+        batch_size: 32 by default.
+        after_step: Called after every step.
+
+    Returns:
+        What was done, for the report.
+    """
+    request, student, train = context.request, context.checkpoint, context.encoded["train"]
+    dense = checkpoints.load(student.path, device=context.device)
+    targets = teachers.outputs(dense, train, device=context.device, progress=context.progress)
+    options = FitOptions(
+        epochs=epochs,
+        batch_size=batch_size or 32,
+        lr=lr or default_rate(int(student.config.hidden_size)),
+        seed=context.seed,
+    )
+    labels = train.labels if train.labels is not None else np.full(len(train), UNLABELLED, dtype=np.int64)
+    config = response.Config(temperature=TEMPERATURE)
+    identity = {
+        "stage": request.stage,
+        "model": checkpoints.weights_digest(student.path),
+        "options": str(request.options),
+        "settings": dict(request.common.settings),
+        "seed": context.seed,
+        "data": context.dataset.fingerprint,
+    }
+    result = fit(
+        student.model,
+        train,
+        context.encoded["validation"],
+        distillation(labels, targets, lambda s, t: response.loss(s, t, config), ALPHA, context.device),
+        options,
+        pad_id=student.pad_id,
+        device=context.device,
+        progress=context.progress,
+        title="recovery",
+        resume=ResumePoint(context.resume_dir / "recovery", identity),
+        resuming=request.common.resume,
+        after_step=after_step,
+    )
+    return {"alpha": ALPHA, "temperature": TEMPERATURE, "lr": options.lr, "batch_size": options.batch_size} | (
+        result.detail()
+    )

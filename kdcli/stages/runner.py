@@ -1,0 +1,448 @@
+"""The one life of a stage.
+
+resolve -> check the chain -> data -> load -> seed, device -> measure before -> apply -> save ->
+reload from disk -> export -> parity -> measure after -> gates -> report -> rename.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcli import __version__
+from kdcli.data import labels as label_names
+from kdcli.data import sources, text
+from kdcli.data.sources import Dataset
+from kdcli.data.text import Encoded
+from kdcli.errors import InputError, ResourceError, UsageError
+from kdcli.measure import environment, quality
+from kdcli.models import checkpoint as checkpoints
+from kdcli.models import references, transforms
+from kdcli.models.checkpoint import Checkpoint
+from kdcli.progress import Progress
+from kdcli.report import card, gates, io
+from kdcli.report.schema import (
+    Artifact,
+    DataInfo,
+    Delta,
+    LineageEntry,
+    Measurement,
+    ModelInfo,
+    Report,
+    Warning_,
+)
+from kdcli.report.redact import redact
+from kdcli.stages import graph as graphs
+from kdcli.stages import measuring, output
+from kdcli.stages.base import DEFAULT_DATA, SUCCESSORS, DistillOptions, Request
+from kdcli.stages.context import Applied, Context
+from kdcli.stages.timing import Timings
+
+BATCH_SIZES = (1, 32)
+
+
+@dataclass
+class Outcome:
+    """What a finished stage hands back; ``report.exit_code`` is the verdict."""
+
+    path: Path
+    report: Report
+    reports: list[Report] = field(default_factory=list)
+
+
+def run(request: Request, progress: Progress) -> Outcome:
+    """Run one stage from its input to its published output directory.
+
+    Raises:
+        KdcliError: Anything a user can act on; nothing half-written is left behind.
+    """
+    if request.stage == "evaluate":
+        from kdcli.stages import evaluate
+
+        return evaluate.run(request, progress)
+    timings = Timings()
+    with timings.phase("resolve"):
+        source = source_of(request)
+        found = references.resolve(source, offline=request.common.offline)
+        for note in found.notes:
+            progress.note(note)
+        check_chain(request, found.path)
+        out = output.choose(
+            request.common.out, _short(source), request.stage, force=request.common.force, inputs=(found.path,)
+        )
+        device = device_of(request.common.device)
+        dataset = load_data(request, found.path, progress)
+    seed_everything(request.common.seed)
+    with timings.phase("load"):
+        checkpoint = checkpoints.load(found.path, labels=dataset.label_names, device=device)
+        stage = importlib.import_module(f"kdcli.stages.{request.stage}")
+        if not checkpoint.has_head and request.stage != "distill":
+            raise InputError(
+                f"'{source}' has no classification head",
+                "fine-tune it first, or distill from it: kdcli distill --teacher MODEL --student tiny",
+            )
+        encoded = encode(dataset, checkpoint)
+    needed = 6 * _weights_bytes(found.path) + (64 << 20)
+    with output.building(out, needed) as work:
+        context = Context(
+            request=request,
+            checkpoint=checkpoint,
+            dataset=dataset,
+            encoded=encoded,
+            device=device,
+            seed=request.common.seed,
+            progress=progress,
+            work=work,
+            resume_dir=output.resume_directory(out),
+        )
+        report = _live(context, stage, source, out, timings)
+        output.publish(work, out)
+    shutil.rmtree(output.resume_directory(out), ignore_errors=True)
+    return Outcome(out, report, [report])
+
+
+def _live(context: Context, stage: Any, source: str, out: Path, timings: Timings) -> Report:
+    """Everything between loading and publishing; returns the report that is in the work directory."""
+    request, progress, work = context.request, context.progress, context.work
+    threads = environment.threads()
+    if hasattr(stage, "prepare"):
+        with timings.phase("prepare"):
+            stage.prepare(context)
+    split, rows = measured_rows(context.encoded, None, request.common.limit)
+    common = {
+        "threads": threads,
+        "device": session_device(context.device),
+        "batch_sizes": BATCH_SIZES,
+        "runtimes": ("onnx",),
+        "timings": timings,
+        "progress": progress,
+    }
+
+    progress.phase("measure before")
+    input_graph, warnings = graphs.of_input(
+        context.checkpoint, context.encoded[split], threads=threads, timings=timings, progress=progress
+    )
+    before = measuring.measure(context.checkpoint, input_graph, rows, split, title="before", **common)
+    input_labels = list(context.checkpoint.labels)
+    lineage = lineage_of(context.checkpoint, source, before.measurement)
+
+    progress.phase(request.stage)
+    seed_everything(context.seed)
+    with timings.phase("apply"):
+        applied: Applied = stage.apply(context)
+    with timings.phase("save"):
+        entry = LineageEntry(
+            stage=request.stage,
+            method=applied.method.name,
+            report_sha256=None,
+            model=source,
+            accuracy=None,
+            params=applied.method.params,
+        )
+        applied.checkpoint.log.lineage = [e.model_dump(mode="json") for e in (*lineage, entry)]
+        checkpoints.save(applied.checkpoint, work, integers=applied.integers)
+    with timings.phase("reload"):
+        after_model = checkpoints.load(work, device=context.device)
+
+    progress.phase("export")
+    graph = graphs.build(
+        after_model,
+        work / graphs.FILE,
+        context.encoded[split],
+        threads=threads,
+        timings=timings,
+        progress=progress,
+        rewrite=applied.rewrite_onnx,
+        properties={"stage": request.stage, "lineage": " > ".join(e.stage for e in (*lineage, entry))},
+    )
+    progress.phase("measure after")
+    after = measuring.measure(after_model, graph.path, rows, split, title="after", **common)
+
+    with timings.phase("report"):
+        delta = compare(before.measurement, after.measurement)
+        assert rows.labels is not None
+        order = [input_labels.index(name) for name in after_model.labels]
+        old = before.logits[:, order].argmax(1)
+        new = after.logits.argmax(1)
+        delta = delta.model_copy(
+            update={
+                "agreement": float((old == new).mean()),
+                "p_value": quality.mcnemar(old, new, rows.labels),
+            }
+        )
+        entry = entry.model_copy(update={"accuracy": accuracy_of(after.measurement)})
+        method = applied.method.model_copy(update={"detail": applied.method.detail | {"onnx": graph.detail}})
+        warnings = [*warnings, *applied.warnings, *graph.warnings, *honest(delta, after.measurement)]
+        judged = gates.judge(request.common.gates, before.measurement, after.measurement, delta)
+        report = Report(
+            schema_version=1,
+            kind="kdcli.report",
+            complete=True,
+            exit_code=0,
+            kdcli_version=__version__,
+            stage=request.stage,
+            command=[redact(part) for part in request.argv],
+            config=config_of(request),
+            model=ModelInfo(
+                source=redact(source), family=after_model.model_type, task="text-classification", labels=after_model.labels
+            ),
+            data=data_info(context.dataset),
+            before=before.measurement,
+            after=after.measurement,
+            delta=delta,
+            method=method,
+            parity=graph.parity,
+            gates=judged,
+            lineage=[*lineage, entry],
+            environment=environment.environment(str(context.device), context.seed),
+            timings={},
+            warnings=unique(warnings),
+            artifacts=[],
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        report = report.model_copy(update={"exit_code": int(report.verdict)})
+        return finish(report, work, timings)
+
+
+def finish(report: Report, work: Path, timings: Timings) -> Report:
+    """Write the model card, list the artifacts, then write report.json, which marks the directory complete."""
+    (work / "README.md").write_text(card.card(report), encoding="utf-8")
+    artifacts = [
+        Artifact(path=path.relative_to(work).as_posix(), bytes=path.stat().st_size, sha256=io.sha256_of(path))
+        for path in sorted(work.rglob("*"))
+        if path.is_file() and path.name != "report.json"
+    ]
+    report = report.model_copy(update={"artifacts": artifacts, "timings": timings.rounded()})
+    io.write(report, work)
+    return report
+
+
+def source_of(request: Request) -> str:
+    """The reference of the model that a stage starts from."""
+    if isinstance(request.options, DistillOptions):
+        if len(request.options.teachers) != 1:
+            raise UsageError("several teachers are not available yet; give --teacher once")
+        return request.options.teachers[0]
+    assert request.model is not None
+    return request.model
+
+
+def check_chain(request: Request, path: Path) -> None:
+    """Refuse an illegal order of stages before anything heavy is loaded.
+
+    Raises:
+        UsageError: The model is stored as integers and the stage needs dense weights.
+    """
+    log = transforms.read_log(path)
+    if log is None or log.quantised is None or request.dequantize:
+        return
+    if request.stage not in SUCCESSORS["quantize"]:
+        raise UsageError(
+            f"{request.stage} needs dense weights, but '{path}' was quantised ({log.quantised.scheme})",
+            f"run {request.stage} before quantize, or pass --dequantize to work on the rounded weights",
+        )
+
+
+def device_of(name: str) -> torch.device:
+    """Turn ``auto|cpu|cuda[:N]|mps`` into a device; a named one is a demand.
+
+    Raises:
+        ResourceError: The device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind == "cuda" and not (torch.cuda.is_available() and int(number or 0) < torch.cuda.device_count()):
+        have = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ResourceError(f"device '{name}' was asked for, but torch sees {have} CUDA devices", "pass --device cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ResourceError("device 'mps' was asked for, but it is not available here", "pass --device cpu")
+    if kind == "cuda":
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", name)
+    return torch.device(name)
+
+
+def session_device(device: torch.device) -> str:
+    """CUDA models are timed on CUDA where this onnxruntime can; anything else is timed on the CPU."""
+    import onnxruntime
+
+    if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return str(device)
+    return "cpu"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator and ask for deterministic kernels."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def load_data(request: Request, model: Path, progress: Progress) -> Dataset:
+    """Load the data that was asked for, else what the model's own report names, else the default."""
+    ref, columns = request.common.data, request.common.columns
+    if ref is None and (model / "report.json").is_file():
+        earlier = io.read(model)
+        if earlier.data is not None:
+            ref = earlier.data.ref
+            stored = earlier.config.get("columns")
+            columns = columns or (stored.value if stored is not None else None)
+            progress.note(f"data: {ref}, as in the model's own report")
+    if ref is None:
+        ref = DEFAULT_DATA
+        progress.note(f"data: {ref} (the default; --data names another)")
+    dataset = sources.load(ref, columns=columns, seed=request.common.seed, offline=request.common.offline)
+    for note in dataset.notes:
+        progress.note(note)
+    return dataset
+
+
+def encode(dataset: Dataset, checkpoint: Checkpoint) -> dict[str, Encoded]:
+    """Tokenise every split for this checkpoint, labels aligned to its own by name."""
+    index = label_names.align(dataset.label_names, checkpoint.labels)
+    return {
+        name: text.encode(rows, checkpoint.tokenizer, checkpoint.max_length, index)
+        for name, rows in dataset.splits.items()
+    }
+
+
+def measured_rows(encoded: Mapping[str, Encoded], split: str | None, limit: int | None) -> tuple[str, Encoded]:
+    """The rows that quality is measured on: ``test`` where there is one, else ``validation``.
+
+    Raises:
+        UsageError: There is no such split.
+    """
+    name = split or ("test" if "test" in encoded else "validation")
+    if name not in encoded:
+        raise UsageError(f"the data has no split '{name}'; it has {', '.join(sorted(encoded))}")
+    rows = encoded[name]
+    if limit is not None and limit < len(rows):
+        picked = np.sort(np.random.default_rng(0).choice(len(rows), limit, replace=False))
+        rows = rows.take(picked)
+    return name, rows
+
+
+def compare(before: Measurement, after: Measurement) -> Delta:
+    """The numbers of two measurements against each other; None where either lacks one."""
+
+    def p50(m: Measurement) -> float | None:
+        return next((x.p50_ms for x in m.latency if x.batch == 1), None)
+
+    def ratio(a: float | None, b: float | None) -> float | None:
+        return a / b if a and b else None
+
+    drop = None
+    if before.quality is not None and after.quality is not None:
+        drop = after.quality.accuracy.value - before.quality.accuracy.value
+    return Delta(
+        accuracy=drop,
+        size_ratio=ratio(before.size.onnx_bytes, after.size.onnx_bytes),
+        speedup=ratio(p50(before), p50(after)),
+        agreement=None,
+        p_value=None,
+    )
+
+
+def honest(delta: Delta, after: Measurement) -> list[Warning_]:
+    """Say in words what a table of ratios hides."""
+    found = []
+    if delta.speedup is not None and delta.speedup < 0.98:
+        found.append(
+            Warning_(code="slower", message=f"slower: {1 / delta.speedup:.2f} times the input's latency at batch 1")
+        )
+    if delta.size_ratio is not None and delta.size_ratio < 0.98:
+        found.append(Warning_(code="bigger", message=f"bigger: model.onnx is {1 / delta.size_ratio:.2f} times the input's"))
+    if delta.accuracy is not None and after.quality is not None and after.quality.accuracy.stderr is not None:
+        if delta.accuracy < -2 * after.quality.accuracy.stderr:
+            found.append(
+                Warning_(code="accuracy", message=f"accuracy fell by {-100 * delta.accuracy:.1f} points, more than noise")
+            )
+    return found
+
+
+def accuracy_of(measurement: Measurement) -> float | None:
+    """The primary metric, where it was measured."""
+    return None if measurement.quality is None else measurement.quality.accuracy.value
+
+
+def lineage_of(checkpoint: Checkpoint, source: str, before: Measurement) -> list[LineageEntry]:
+    """The stages that led to this checkpoint; a model that kdcli did not make starts its own lineage.
+
+    The first entry keeps its whole measurement, so that a later ``evaluate`` can compare with it.
+    """
+    entries = [LineageEntry.model_validate(e) for e in checkpoint.log.lineage]
+    if not entries:
+        first = LineageEntry(
+            stage="input",
+            method="",
+            report_sha256=None,
+            model=redact(source),
+            accuracy=accuracy_of(before),
+            params={"measurement": before.model_dump(mode="json")},
+        )
+        return [first]
+    report = checkpoint.path / "report.json"
+    if report.is_file():
+        update = {"report_sha256": io.sha256_of(report), "accuracy": accuracy_of(before)}
+        entries[-1] = entries[-1].model_copy(update=update)
+    return entries
+
+
+def config_of(request: Request) -> dict[str, Any]:
+    """Every resolved option with where its value came from."""
+    common = asdict(request.common)
+    limits = common.pop("gates")
+    values = common | asdict(request.options) | limits
+    for name in ("debug",):
+        values.pop(name, None)
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return redact(str(value))
+        if isinstance(value, str):
+            return redact(value)
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return value
+
+    return {
+        name: {"value": plain(value), "origin": request.origins.get(name, "default")}
+        for name, value in sorted(values.items())
+    }
+
+
+def data_info(dataset: Dataset) -> DataInfo:
+    """Which rows were used."""
+    rows = {name: len(split) for name, split in dataset.splits.items()}
+    return DataInfo(ref=redact(dataset.ref), fingerprint=dataset.fingerprint, rows=rows)
+
+
+def unique(warnings: list[Warning_]) -> list[Warning_]:
+    return list({(w.code, w.message): w for w in warnings}.values())
+
+
+def _weights_bytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.glob("*.safetensors"))
+
+
+def _short(source: str) -> str:
+    """A name for the default output: the last part of a path or id, without an earlier stage's suffix."""
+    return Path(source.partition("@")[0]).name or "model"
+
+
