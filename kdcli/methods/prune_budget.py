@@ -1,4 +1,4 @@
-"""What heads and neurons cost, and which of them to keep under one budget.
+"""What heads and neurons cost, which of them to keep under one budget, and the search that cuts the others.
 
 Costs are multiply-accumulates (MACs) of one row of T tokens in the encoder's linear layers and attention
 products. With plain layers of hidden size d and head size dh they are (Kwon et al. 2022, "A Fast
@@ -12,14 +12,18 @@ A layer that was factorised before is cheaper: there d is the rank of the factor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
 
+from kdcli.errors import InputError, UsageError
+from kdcli.models import transforms
 from kdcli.models.families import Layer
 from kdcli.models.layers import LowRankLinear, Projection
+from kdcli.models.transforms import Cut
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,14 @@ class Units:
         """All heads, layer by layer, then all neurons: (sum of H + sum of F,)."""
         return np.concatenate([*self.heads, *self.neurons])
 
+    def only(self, structure: str) -> Units:
+        """Only the kinds in ``structure`` (``heads``, ``neurons``, ``heads+neurons``)."""
+        kinds = structure.split("+")
+        return Units(
+            self.heads if "heads" in kinds else [x[:0] for x in self.heads],
+            self.neurons if "neurons" in kinds else [x[:0] for x in self.neurons],
+        )
+
     def like(self, flat: np.ndarray) -> Units:
         """Split a flat array the way :meth:`flat` joins this one."""
         parts = np.split(flat, np.cumsum([len(x) for x in (*self.heads, *self.neurons)])[:-1])
@@ -43,7 +55,9 @@ def head_macs(layer: Layer, tokens: float) -> float:
     """MACs of one head of ``layer`` for a row of ``tokens`` tokens; 0 when it has none."""
     if not layer.heads:
         return 0.0
-    features = sum(_inputs(p) for p in (layer.query, layer.key, layer.value)) + _outputs(layer.attention_output)
+    features = sum(_inputs(p) for p in (layer.query, layer.key, layer.value)) + _outputs(
+        layer.attention_output
+    )
     return tokens * layer.head_size * (features + 2 * tokens)
 
 
@@ -66,6 +80,54 @@ def layer_macs(layer: Layer, tokens: float) -> float:
     parts += [layer.ffn_in, layer.ffn_out] if layer.neurons else []
     weights = sum(p.weight.numel() for part in parts for p in part.modules() if isinstance(p, nn.Linear))
     return tokens * (weights + layer.heads * layer.head_size * 2 * tokens)
+
+
+def table_row(layer: Layer, tokens: float, when: str) -> dict[str, Any]:
+    """Sizes of one layer for the report's table; ``when`` is ``before`` or ``after``."""
+    return {
+        "layer": layer.index,
+        f"heads_{when}": layer.heads,
+        f"neurons_{when}": layer.neurons,
+        f"macs_{when}": round(layer_macs(layer, tokens)),
+    }
+
+
+def macs_to_remove(
+    layers: Sequence[Layer],
+    structure: str,
+    tokens: float,
+    *,
+    sparsity: float | None = None,
+    budget: float | None = None,
+) -> float:
+    """MACs of a row of ``tokens`` tokens that pruning must save.
+
+    Args:
+        layers: The encoder as it is before pruning.
+        structure: Which units may go.
+        tokens: T.
+        sparsity: Share of the MACs of those units that goes, in [0, 1).
+        budget: Share of all MACs of the encoder that stays, in (0, 1]; used when ``sparsity`` is None.
+
+    Raises:
+        InputError: The encoder has no such units.
+        UsageError: The budget cannot be met even without any of those units.
+    """
+    prunable = float(costs(layers, tokens).only(structure).flat().sum())
+    if not prunable:
+        raise InputError(f"the model's encoder has no {structure} left to prune")
+    if sparsity is not None:
+        return sparsity * prunable
+    assert budget is not None
+    dense = sum(layer_macs(layer, tokens) for layer in layers)
+    if (1 - budget) * dense > prunable * (1 + 1e-9):
+        share = prunable / dense
+        raise UsageError(
+            f"--budget {budget} cannot be met by removing {structure}: they are {share:.1%} of the encoder's "
+            f"multiply-accumulates, so at least {1 - share:.1%} stay",
+            "give a larger budget" + ("" if "+" in structure else ", or prune heads+neurons"),
+        )
+    return (1 - budget) * dense
 
 
 def choose(scores: Units, cost: Units, budget: float) -> Units:
@@ -100,10 +162,62 @@ def choose(scores: Units, cost: Units, budget: float) -> Units:
     return scores.like(kept)
 
 
+def search(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    estimate: Callable[[], tuple[Units, float]],
+    *,
+    structure: str,
+    remove: float,
+    steps: int,
+    tokens: float,
+) -> tuple[Cut, list[dict[str, Any]]]:
+    """Cut the least important units out of ``model``, in place, until ``remove`` MACs are gone.
+
+    Every step estimates the importance of what is left and removes an equal part of the MACs. One step is
+    the one-shot schedule.
+
+    Args:
+        model: The model that ``layers`` belong to.
+        layers: Its encoder layers.
+        estimate: Gives the scores of all units that the model has now, and its loss.
+        structure: Which units may go.
+        remove: MACs of a row of ``tokens`` tokens, at most what those units cost.
+        steps: At least 1.
+        tokens: T.
+
+    Returns:
+        One cut that leads from the model as it came to the model as it is now, naming only the layers that
+        changed, and for each step the loss before it and the units left after it.
+    """
+    start = costs(layers, tokens)
+    prunable = float(start.only(structure).flat().sum())
+    kept = [[np.arange(len(x)) for x in part] for part in (start.heads, start.neurons)]
+    trace: list[dict[str, Any]] = []
+    for step in range(1, steps + 1 if remove > 0 else 1):
+        scores, loss = estimate()
+        budget = prunable - remove * step / steps
+        chosen = choose(scores.only(structure), costs(layers, tokens).only(structure), budget)
+        now = [
+            {i: np.flatnonzero(x).tolist() for i, x in enumerate(part) if not x.all()}
+            for part in (chosen.heads, chosen.neurons)
+        ]
+        transforms.apply(model, Cut(heads=now[0], neurons=now[1]))
+        for part, cut in zip(kept, now, strict=True):
+            for i, units in cut.items():
+                part[i] = part[i][units]
+        heads, neurons = (sum(len(x) for x in part) for part in kept)
+        trace.append({"loss": loss, "heads": heads, "neurons": neurons})
+    whole = [
+        {i: x.tolist() for i, x in enumerate(part) if len(x) < len(had[i])}
+        for part, had in zip(kept, (start.heads, start.neurons), strict=True)
+    ]
+    return Cut(heads=whole[0], neurons=whole[1]), trace
+
+
 def _inputs(layer: Projection) -> int:
     return layer.rank if isinstance(layer, LowRankLinear) else layer.in_features
 
 
 def _outputs(layer: Projection) -> int:
     return layer.rank if isinstance(layer, LowRankLinear) else layer.out_features
-

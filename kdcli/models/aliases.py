@@ -17,9 +17,7 @@ class ModelAlias:
     repo: str  # org/name on the hub
     revision: str  # full commit id
     summary: str
-    package: tuple[str, str] | None = (
-        None  # (module, folder in it) of an installed package with the same weights
-    )
+    package: tuple[str, str] | None = None  # (module, folder in it) that ships the same weights
     #: Of model.safetensors. Set where the weights also come from a package: a commit id pins what the hub
     #: serves, but says nothing about what somebody else has repacked.
     sha256: str | None = None

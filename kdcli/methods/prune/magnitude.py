@@ -40,10 +40,18 @@ def masks(weights: Mapping[str, Tensor], sparsity: float, config: Config) -> dic
         Boolean tensors of the same names, shapes and devices; False where a weight goes.
     """
     if config.scope == "layer":
-        return {name: _keep(w.detach().abs().flatten(), sparsity).view(w.shape) for name, w in weights.items()}
-    kept = _keep(torch.cat([w.detach().abs().flatten() for w in weights.values()]), sparsity)
-    parts = kept.split([w.numel() for w in weights.values()])
-    return {name: part.view(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)}
+        flat = [_keep(_magnitudes(w), sparsity) for w in weights.values()]
+    else:
+        kept = _keep(torch.cat([_magnitudes(w) for w in weights.values()]), sparsity)
+        flat = list(kept.split([w.numel() for w in weights.values()]))
+    return {
+        name: part.view(w.shape).to(w.device) for (name, w), part in zip(weights.items(), flat, strict=True)
+    }
+
+
+def _magnitudes(weight: Tensor) -> Tensor:
+    # On the CPU, where selecting the k-th value is deterministic.
+    return weight.detach().cpu().abs().flatten()
 
 
 def _keep(magnitudes: Tensor, sparsity: float) -> Tensor:

@@ -21,7 +21,7 @@ layers compete for one budget, for which their scores must stay in one unit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -91,7 +91,9 @@ def gated(layers: Sequence[Layer], rows: int) -> Iterator[Gates]:
 
 def gradients(loss: Tensor, gates: Gates) -> Gates:
     """Derivative of a loss summed over rows with respect to every gate, in the shapes of the gates."""
-    flat = torch.autograd.grad(loss, [*gates.heads, *gates.neurons], allow_unused=True, materialize_grads=True)
+    flat = torch.autograd.grad(
+        loss, [*gates.heads, *gates.neurons], allow_unused=True, materialize_grads=True
+    )
     return Gates(list(flat[: len(gates.heads)]), list(flat[len(gates.heads) :]))
 
 
@@ -100,7 +102,9 @@ def reduce_rows(gradient: Tensor, score: Score) -> Tensor:
     return (gradient.abs() if score == "absolute" else gradient.square()).sum(0)
 
 
-def importance(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Batch], score: Score) -> tuple[Units, float]:
+def importance(
+    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Batch], score: Score
+) -> tuple[Units, float]:
     """Taylor importance of every head and neuron.
 
     The model is used as it stands: in eval mode its rows do not depend on each other, which the gradients
@@ -135,7 +139,7 @@ def importance(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Batc
     return total, loss_sum / rows
 
 
-def _multiply(gate: Tensor, width: int):  # type: ignore[no-untyped-def]
+def _multiply(gate: Tensor, width: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """A forward pre-hook: scale each run of ``width`` features of (B, T, U * width) by its gate of (B, U)."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

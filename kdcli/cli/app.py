@@ -1,0 +1,111 @@
+"""The entry point: builds the app, and is the only place that turns errors into exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.main import get_command
+
+from kdcli import __version__
+from kdcli.cli import console as consoles
+from kdcli.cli import failures, streams
+from kdcli.cli.command import CONTEXT, Group
+from kdcli.errors import MEANING, InterruptedRun
+
+VERSIONED = ("torch", "transformers", "onnx", "onnxruntime", "typer")
+
+EXAMPLE = """\b
+Example:
+  kdcli distill --teacher minilm --student tiny | kdcli prune - --sparsity 0.3 |
+    kdcli quantize - | kdcli evaluate - --max-drop 0.02
+
+Compress a trained model from the shell. Every stage writes one directory (checkpoint, ONNX export,
+report) and prints its path, so stages chain with - for the model.
+"""
+EPILOG = (
+    "Every option has a default in a KDCLI_<OPTION> variable, in ./kdcli.toml or in [tool.kdcli] of "
+    "./pyproject.toml; a flag wins over the variable, the variable over the file.\n\n\b\nExit codes:\n"
+    + "\n".join(f"  {code:>3}  {text}" for code, text in MEANING.items())
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of kdcli and what it stands on, from their metadata: nothing is imported."""
+    found = {"kdcli": __version__, "python": sys.version.split()[0]}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        streams.put(sys.stdout, "\n".join(f"{name} {version}" for name, version in versions().items()))
+        raise typer.Exit
+
+
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the versions of what matters.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """See EXAMPLE."""
+
+
+def make() -> Any:
+    """Build the top-level command."""
+    app = typer.Typer(
+        cls=Group,
+        name="kdcli",
+        help=EXAMPLE,
+        epilog=EPILOG,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings=CONTEXT,
+    )
+    app.callback()(_top)
+    return get_command(app)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """SIGTERM where no training loop has put its own handler."""
+    raise InterruptedRun("terminated", terminated=True)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run kdcli and exit.
+
+    Args:
+        argv: Words after the program's name; those of the process when None.
+    """
+    streams.open_missing()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "_KDCLI_COMPLETE" in os.environ:
+        # Typer's zsh, fish and powershell completions would import rich to take markup out of our help
+        # texts, which have none; an import system told that there is no rich takes a fifth of the time.
+        sys.modules["rich"] = None  # type: ignore[assignment]
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = make().main(args=words, prog_name="kdcli", standalone_mode=False)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException as error:
+        code = failures.explain(error, words)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            streams.silence(stream)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+__all__ = ["consoles", "main", "make", "versions"]

@@ -1,0 +1,107 @@
+"""How kdcli's commands differ from typer's own: built when needed, defaults from file and environment."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+from kdcli.cli import options, settings
+from kdcli.errors import UsageError, did_you_mean
+
+COMMANDS = {
+    "distill": "distill",
+    "prune": "prune",
+    "lowrank": "lowrank",
+    "quantize": "quantize",
+    "evaluate": "evaluate",
+    "inspect": "inspect",
+    "list": "listing",
+    "run": "run",
+    "report": "report",
+    "doctor": "doctor",
+}
+"""Name -> module of this package. It holds the function ``command`` and its EXAMPLES."""
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_ORIGINS = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "file"}
+
+
+def flag_of(param: Any) -> str | None:
+    """The long flag of an option without its dashes; None for an argument."""
+    longest = max(param.opts, key=len)
+    return longest[2:] if longest.startswith("--") else None
+
+
+def variable_of(flag: str) -> str:
+    """The environment variable that gives an option its default."""
+    return "KDCLI_" + flag.upper().replace("-", "_")
+
+
+def origin(ctx: Any, name: str) -> str:
+    """Where the value of a parameter came from: flag, environment, file or default."""
+    source = ctx.get_parameter_source(name)
+    return "default" if source is None else _ORIGINS.get(source.name, "default")
+
+
+def _as_given(ctx: Any, value: Any) -> Any:
+    return value
+
+
+class Command(TyperCommand):
+    """A command whose options also come from KDCLI_<FLAG> variables and kdcli.toml."""
+
+    def __init__(self, name: str | None, **attributes: Any) -> None:
+        super().__init__(name, **attributes)
+        for param in self.params:
+            flag = flag_of(param)
+            param.envvar = None if flag is None else variable_of(flag)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words; the settings file only when they will be used."""
+        if ctx.resilient_parsing:
+            # Completion: typer converts every value through pydantic, given or not. On each TAB that would
+            # cost more than everything else together, and what is typed so far need not be valid.
+            for param in self.get_params(ctx):
+                vars(param)["process_value"] = _as_given
+        elif not {"-h", "--help"} & set(args):
+            flags = {flag: param.name for param in self.params if (flag := flag_of(param)) is not None}
+            found = settings.read(Path()).of(str(self.name), flags, common=options.COMMON, commands=COMMANDS)
+            ctx.default_map = {flags[key]: value for key, value in found.items()}
+        return super().parse_args(ctx, args)
+
+
+class Group(TyperGroup):
+    """The top level: a command is built when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names in the order of a pipeline."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Build one command; None when there is none of that name."""
+        if cmd_name in COMMANDS and cmd_name not in self.commands:
+            self.add_command(build(cmd_name), cmd_name)
+        return self.commands.get(cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that the words begin with."""
+        if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise UsageError(f"no command '{args[0]}': {did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+
+def build(name: str) -> Any:
+    """Make a command from its module."""
+    module = importlib.import_module(f"kdcli.cli.{COMMANDS[name]}")
+    summary = (module.command.__doc__ or "").strip().partition("\n")[0]
+    examples = "".join(f"  {line}\n" for line in module.EXAMPLES.strip().splitlines())
+    # \b keeps the lines of the paragraph as they are.
+    text = f"\b\nExample:\n{examples}\n" + (module.command.__doc__ or "")
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(name, cls=Command, help=text, short_help=summary, context_settings=CONTEXT)(module.command)
+    return get_command(app)

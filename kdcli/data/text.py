@@ -1,0 +1,150 @@
+"""Rows of text into token ids, kept as flat arrays."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from kdcli.data.labels import printable, suggest
+from kdcli.data.readers import Rows
+from kdcli.errors import InputError
+
+_CHUNK = 4096  # rows per tokenizer call, so that its lists of Python integers stay small
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """N tokenised rows; row ``i`` is ``ids[offsets[i]:offsets[i + 1]]``."""
+
+    ids: np.ndarray  # int32 (tokens,)
+    type_ids: np.ndarray  # int8 (tokens,)
+    offsets: np.ndarray  # int64 (N + 1,)
+    labels: np.ndarray | None  # int64 (N,)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, special tokens included, int64 (N,)."""
+        return np.diff(self.offsets)
+
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        """Where the tokens of these rows are in ``ids``, one row after the other, int64 (tokens,)."""
+        lengths = self.lengths[rows]
+        ends = np.cumsum(lengths)
+        return np.arange(int(lengths.sum())) + np.repeat(self.offsets[rows] - (ends - lengths), lengths)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Encoded:
+        """The rows at these positions, in this order; repeats are allowed."""
+        rows = np.arange(len(self))[indices]
+        at = self.positions(rows)
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
+        return Encoded(
+            self.ids[at], self.type_ids[at], offsets, None if self.labels is None else self.labels[rows]
+        )
+
+
+def encode(rows: Rows, tokenizer: Any, max_length: int, label_index: Mapping[str, int] | None) -> Encoded:
+    """Tokenise rows with special tokens, cut to ``max_length`` tokens, never padded.
+
+    Args:
+        rows: N texts or pairs of texts; a pair is cut token by token from the longer text.
+        tokenizer: A fast tokenizer of transformers. Its own truncation and padding settings are
+            ignored, and as they were afterwards.
+        max_length: Tokens, special tokens included.
+        label_index: Label name -> index; None leaves the labels out.
+
+    Raises:
+        InputError: ``max_length`` has no room for text, or a label is not in ``label_index``.
+    """
+    special = tokenizer.num_special_tokens_to_add(pair=rows.second is not None)
+    if max_length <= special:
+        raise InputError(
+            f"the model takes {max_length} tokens, but the tokenizer's special tokens alone are {special}"
+        )
+    ids, types, counts = [], [], []
+    with _settings_kept(tokenizer):
+        for start in range(0, len(rows), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            made = tokenizer(
+                rows.first[chunk],
+                None if rows.second is None else rows.second[chunk],
+                truncation="longest_first",
+                max_length=max_length,
+                padding=False,
+                return_token_type_ids=True,
+                return_attention_mask=False,
+            )
+            lengths = np.fromiter(map(len, made["input_ids"]), np.int64)
+            total = int(lengths.sum())
+            ids.append(np.fromiter(chain.from_iterable(made["input_ids"]), np.int32, total))
+            types.append(np.fromiter(chain.from_iterable(made["token_type_ids"]), np.int8, total))
+            counts.append(lengths)
+    empty = np.zeros(0, dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate([empty, *counts]))]).astype(np.int64)
+    return Encoded(
+        np.concatenate([empty.astype(np.int32), *ids]),
+        np.concatenate([empty.astype(np.int8), *types]),
+        offsets,
+        None if rows.labels is None or label_index is None else _indices(rows.labels, label_index),
+    )
+
+
+def concatenate(first: Encoded, second: Encoded, fill: int) -> Encoded:
+    """The rows of both; a side without labels gets ``fill``, unless neither side has any."""
+    labels = None
+    if first.labels is not None or second.labels is not None:
+        labels = np.concatenate(
+            [
+                x.labels if x.labels is not None else np.full(len(x), fill, dtype=np.int64)
+                for x in (first, second)
+            ]
+        )
+    return Encoded(
+        np.concatenate([first.ids, second.ids]),
+        np.concatenate([first.type_ids, second.type_ids]),
+        np.concatenate([first.offsets, second.offsets[1:] + first.offsets[-1]]),
+        labels,
+    )
+
+
+def fingerprint(encoded: Encoded) -> str:
+    """sha256 over the tokens, the segment ids, the row borders and the labels."""
+    digest = hashlib.sha256()
+    for array in (encoded.ids, encoded.type_ids, encoded.offsets, encoded.labels):
+        digest.update(b"none" if array is None else f"{array.dtype.str}{array.shape}".encode())
+        digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _indices(labels: list[str], label_index: Mapping[str, int]) -> np.ndarray:
+    names, codes = np.unique(np.array(labels, dtype=object), return_inverse=True)
+    for name in names:
+        if name not in label_index:
+            raise InputError(f"unknown label '{printable(name)}': {suggest(name, label_index)}")
+    return np.array([label_index[name] for name in names], dtype=np.int64)[codes]
+
+
+@contextmanager
+def _settings_kept(tokenizer: Any) -> Iterator[None]:
+    """Calling a fast tokenizer changes the truncation and padding it would be saved with."""
+    backend = tokenizer.backend_tokenizer
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        yield
+    finally:
+        if truncation is None:
+            backend.no_truncation()
+        else:
+            backend.enable_truncation(**truncation)
+        if padding is None:
+            backend.no_padding()
+        else:
+            backend.enable_padding(**padding)
