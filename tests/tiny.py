@@ -15,9 +15,12 @@ from kdcli.models.transforms import TransformLog
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "mpnet")
 LABELS = ["negative", "positive"]
 
-_GOOD = "good great fine superb lovely bright warm sharp funny moving".split()
-_BAD = "bad awful dull weak boring grey cold blunt sad flat".split()
-_FILL = "the a film plot scene actor of and with in very quite it was is this that story ending music".split()
+_GOOD = ["good", "great", "fine", "superb", "lovely", "bright", "warm", "sharp", "funny", "moving"]
+_BAD = ["bad", "awful", "dull", "weak", "boring", "grey", "cold", "blunt", "sad", "flat"]
+_FILL = [
+    *["the", "a", "film", "plot", "scene", "actor", "of", "and", "with", "in"],
+    *["very", "quite", "it", "was", "is", "this", "that", "story", "ending", "music"],
+]
 WORDS = _GOOD + _BAD + _FILL
 
 
@@ -73,15 +76,23 @@ def tokenizer(family: str = "bert") -> Any:
     )
 
 
-def config(family: str = "bert", *, layers: int = 2, hidden: int = 32, heads: int = 4, neurons: int = 48) -> Any:
+def config(
+    family: str = "bert", *, layers: int = 2, hidden: int = 32, heads: int = 4, neurons: int = 48
+) -> Any:
     """A configuration of the family with random-model sizes."""
     from transformers import AutoConfig
 
     tok = tokenizer(family)
-    common: dict[str, Any] = {"vocab_size": len(tok), "max_position_embeddings": 42, "pad_token_id": tok.pad_token_id}
+    common: dict[str, Any] = {
+        "vocab_size": len(tok),
+        "max_position_embeddings": 42,
+        "pad_token_id": tok.pad_token_id,
+    }
     common |= {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
     if family == "distilbert":
-        return AutoConfig.for_model(family, dim=hidden, n_layers=layers, n_heads=heads, hidden_dim=neurons, **common)
+        return AutoConfig.for_model(
+            family, dim=hidden, n_layers=layers, n_heads=heads, hidden_dim=neurons, **common
+        )
     if family == "electra":
         common["embedding_size"] = hidden
     return AutoConfig.for_model(
@@ -108,7 +119,16 @@ def checkpoint(family: str = "bert", *, seed: int = 0, **sizes: int) -> Checkpoi
     return Checkpoint(model.eval(), tok, list(LABELS), TransformLog(), Path("/nonexistent"))
 
 
-def saved(directory: Path, family: str = "bert", *, seed: int = 0, by_kdcli: bool = False, **sizes: int) -> Path:
+def untrained(family: str = "bert", *, seed: int = 0, **sizes: int) -> Checkpoint:
+    """A model with the library's own small initial weights, which can be trained."""
+    torch.manual_seed(seed)
+    model = fresh(config(family, **sizes))
+    return Checkpoint(model.eval(), tokenizer(family), list(LABELS), TransformLog(), Path("/nonexistent"))
+
+
+def saved(
+    directory: Path, family: str = "bert", *, seed: int = 0, by_kdcli: bool = False, **sizes: int
+) -> Path:
     """Write a random model as plain transformers would, or as kdcli does."""
     directory.mkdir(parents=True, exist_ok=True)
     made = checkpoint(family, seed=seed, **sizes)

@@ -6,17 +6,16 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.completion import completion_init, install_callback, show_callback
 from typer.main import get_command
 
 from kdcli import __version__
-from kdcli.cli import console as consoles
-from kdcli.cli import failures, streams
+from kdcli.cli import streams
 from kdcli.cli.command import CONTEXT, Group
-from kdcli.errors import MEANING, InterruptedRun
+from kdcli.errors import MEANING, ExitCode, InterruptedRun
 
 VERSIONED = ("torch", "transformers", "onnx", "onnxruntime", "typer")
 
@@ -37,6 +36,8 @@ EPILOG = (
 
 def versions() -> dict[str, str]:
     """Versions of kdcli and what it stands on, from their metadata: nothing is imported."""
+    from importlib import metadata
+
     found = {"kdcli": __version__, "python": sys.version.split()[0]}
     for name in VERSIONED:
         try:
@@ -52,9 +53,27 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+# Flags of type bool with a default of their own: for those alone typer does not import pydantic at start-up.
 def _top(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the versions of what matters.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Show the versions of what matters.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+    show: Annotated[
+        bool,
+        typer.Option(
+            "--show-completion", help="Show completion for the current shell.", callback=show_callback
+        ),
+    ] = False,
+    install: Annotated[
+        bool,
+        typer.Option(
+            "--install-completion",
+            help="Install completion for the current shell.",
+            callback=install_callback,
+        ),
     ] = False,
 ) -> None:
     """See EXAMPLE."""
@@ -65,6 +84,7 @@ def make() -> Any:
     app = typer.Typer(
         cls=Group,
         name="kdcli",
+        add_completion=False,
         help=EXAMPLE,
         epilog=EPILOG,
         no_args_is_help=True,
@@ -81,6 +101,12 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise InterruptedRun("terminated", terminated=True)
 
 
+def _explain(error: BaseException, words: Sequence[str]) -> int:
+    from kdcli.cli import failures
+
+    return failures.explain(error, words)
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run kdcli and exit.
 
@@ -93,19 +119,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         # Typer's zsh, fish and powershell completions would import rich to take markup out of our help
         # texts, which have none; an import system told that there is no rich takes a fifth of the time.
         sys.modules["rich"] = None  # type: ignore[assignment]
+        completion_init()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = make().main(args=words, prog_name="kdcli", standalone_mode=False)
     except SystemExit as stop:
         code = stop.code
     except BaseException as error:
-        code = failures.explain(error, words)
+        code = _explain(error, words)
+    else:
+        if code == ExitCode.INTERRUPTED:  # typer's answer to Ctrl-C
+            code = _explain(KeyboardInterrupt(), words)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
             streams.silence(stream)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-__all__ = ["consoles", "main", "make", "versions"]

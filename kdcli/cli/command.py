@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import CompletionItem, TyperCommand, TyperGroup
 from typer.main import get_command
 
-from kdcli.cli import options, settings
 from kdcli.errors import UsageError, did_you_mean
 
 COMMANDS = {
-    "distill": "distill",
-    "prune": "prune",
-    "lowrank": "lowrank",
-    "quantize": "quantize",
-    "evaluate": "evaluate",
-    "inspect": "inspect",
-    "list": "listing",
-    "run": "run",
-    "report": "report",
-    "doctor": "doctor",
+    "distill": "Train a small student to answer as a teacher does.",
+    "prune": "Remove weights, heads or neurons.",
+    "lowrank": "Replace weight matrices by products of two thin ones.",
+    "quantize": "Store weights as small integers and compute with them.",
+    "evaluate": "Measure models on the same rows, compare, judge gates.",
+    "inspect": "Tell what is in a model directory.",
+    "list": "Show the names that options take.",
+    "run": "Run the stages of a recipe.",
+    "report": "Show the report of an output directory.",
+    "doctor": "Describe this machine as kdcli sees it.",
 }
-"""Name -> module of this package. It holds the function ``command`` and its EXAMPLES."""
+"""Name -> summary. The module of that name in this package holds the function ``command``, whose
+docstring says more, and its EXAMPLES; it is imported when the command is asked for."""
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _ORIGINS = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "file"}
@@ -58,8 +59,8 @@ class Command(TyperCommand):
     def __init__(self, name: str | None, **attributes: Any) -> None:
         super().__init__(name, **attributes)
         for param in self.params:
-            flag = flag_of(param)
-            param.envvar = None if flag is None else variable_of(flag)
+            if (flag := flag_of(param)) is not None:
+                param.envvar = variable_of(flag)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the words; the settings file only when they will be used."""
@@ -69,6 +70,8 @@ class Command(TyperCommand):
             for param in self.get_params(ctx):
                 vars(param)["process_value"] = _as_given
         elif not {"-h", "--help"} & set(args):
+            from kdcli.cli import options, settings
+
             flags = {flag: param.name for param in self.params if (flag := flag_of(param)) is not None}
             found = settings.read(Path()).of(str(self.name), flags, common=options.COMMON, commands=COMMANDS)
             ctx.default_map = {flags[key]: value for key, value in found.items()}
@@ -88,6 +91,25 @@ class Group(TyperGroup):
             self.add_command(build(cmd_name), cmd_name)
         return self.commands.get(cmd_name)
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the commands without building them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[CompletionItem]:
+        """Complete the name of a command, or the options of the top level."""
+        names = [
+            CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)
+        ]
+        return names or TyperCommand.shell_complete(self, ctx, incomplete)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words before the command."""
+        for param in self.get_params(ctx):
+            # All are flags. For one that is absent typer imports pydantic to convert None, but not False.
+            param.default = False
+        return super().parse_args(ctx, args)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command that the words begin with."""
         if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
@@ -97,11 +119,12 @@ class Group(TyperGroup):
 
 def build(name: str) -> Any:
     """Make a command from its module."""
-    module = importlib.import_module(f"kdcli.cli.{COMMANDS[name]}")
-    summary = (module.command.__doc__ or "").strip().partition("\n")[0]
+    module = importlib.import_module(f"kdcli.cli.{name}")
     examples = "".join(f"  {line}\n" for line in module.EXAMPLES.strip().splitlines())
     # \b keeps the lines of the paragraph as they are.
-    text = f"\b\nExample:\n{examples}\n" + (module.command.__doc__ or "")
+    text = f"\b\nExample:\n{examples}\n{COMMANDS[name]}\n\n{inspect.getdoc(module.command)}"
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(name, cls=Command, help=text, short_help=summary, context_settings=CONTEXT)(module.command)
+    app.command(name, cls=Command, help=text, short_help=COMMANDS[name], context_settings=CONTEXT)(
+        module.command
+    )
     return get_command(app)

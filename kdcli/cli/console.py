@@ -37,7 +37,9 @@ class Console(Progress):
         self.prefix = prefix
         self.quiet = quiet
         self.verbose = verbose
-        self.colour = _terminal() and not os.environ.get("NO_COLOR")
+        self.stream = sys.stderr  # kept: libraries are silenced by putting another one in its place
+        self.terminal = _terminal()
+        self.colour = self.terminal and not os.environ.get("NO_COLOR")
         self._phase: tuple[str, float] | None = None
 
     def line(self, text: str = "") -> None:
@@ -79,7 +81,7 @@ class Console(Progress):
     def _write(self, text: str) -> None:
         # A closed stderr must not turn a finished stage into a failed one.
         with contextlib.suppress(OSError, ValueError):
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=self.stream, flush=True)
 
 
 class _Lines(Task):
@@ -101,7 +103,12 @@ class _Lines(Task):
         self.last, self.printed = now, True
         left = (now - self.start) / self.done * (self.total - self.done) if self.done else 0.0
         share = 100 * self.done / max(self.total, 1)
-        parts = [f"  {self.title} {self.done}/{self.total}", f"{share:.0f}%", self.detail, f"ETA {duration(left)}"]
+        parts = [
+            f"  {self.title} {self.done}/{self.total}",
+            f"{share:.0f}%",
+            self.detail,
+            f"ETA {duration(left)}",
+        ]
         self.console.line(clean("  ".join(part for part in parts if part)))
 
     def end(self) -> None:
@@ -127,7 +134,7 @@ class Bars(Console):
             return
         outer = self._bars
         if outer is None:
-            self._bars = _rich_progress(self.colour)
+            self._bars = _rich_progress(self)
             self._bars.start()
         number = self._bars.add_task(clean(title), total=total, detail="")
         try:
@@ -161,7 +168,7 @@ class _Bar(Task):
         self.bars.advance(self.number, steps)
 
 
-def _rich_progress(colour: bool) -> Any:
+def _rich_progress(owner: Console) -> Any:
     from rich import progress
     from rich.console import Console as RichConsole
 
@@ -171,7 +178,7 @@ def _rich_progress(colour: bool) -> Any:
         progress.MofNCompleteColumn(),
         progress.TextColumn("{task.fields[detail]}", markup=False),
         progress.TimeRemainingColumn(compact=True),
-        console=RichConsole(file=sys.stderr, no_color=not colour, highlight=False),
+        console=RichConsole(file=owner.stream, no_color=not owner.colour, highlight=False),
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,

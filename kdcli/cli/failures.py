@@ -34,7 +34,8 @@ def explain(error: BaseException, words: Sequence[str]) -> int:
         return int(ExitCode.RESOURCE)
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     console.error(
-        f"this is a bug in kdcli ({clean(what.splitlines()[0])})", "run it again with --debug to get the traceback"
+        f"this is a bug in kdcli ({clean(what.splitlines()[0])})",
+        "run it again with --debug to get the traceback",
     )
     return int(ExitCode.BUG)
 
@@ -48,7 +49,12 @@ def _usage(error: Any, console: Console, name: str | None) -> int:
     help_hint = f"kdcli {name} --help shows the options" if name else "kdcli --help shows the commands"
     possible = getattr(error, "option_name", None)
     if type(error).__name__ == "NoSuchOption" and ctx is not None:
-        flags = [flag for one in ctx.command.params for flag in (*one.opts, *one.secondary_opts) if flag.startswith("--")]
+        flags = [
+            flag
+            for one in ctx.command.params
+            for flag in (*one.opts, *one.secondary_opts)
+            if flag.startswith("--")
+        ]
         close = did_you_mean(str(possible), flags).partition("? choose")
         console.error(f"no option {possible}" + (f": {close[0]}?" if close[1] else ""), help_hint)
         return int(ExitCode.USAGE)

@@ -16,19 +16,26 @@ from kdcli.cli import values
 from kdcli.stages import base
 
 
-def _option(*flags: str, help: str, parse: Any = None, names: Callable[..., Any] | None = None, **more: Any) -> Any:
+def _option(
+    *flags: str, help: str, parse: Any = None, names: Callable[..., Any] | None = None, **more: Any
+) -> Any:
+    if any("/" in flag for flag in flags):
+        more["show_default"] = False  # "no-force" says nothing
     return typer.Option(
         *flags,
         help=help,
         parser=None if parse is None else values.explained(parse),
         autocompletion=None if names is None else values.offer(names),
+        show_envvar=False,
         **more,
     )
 
 
 def _method(family: str, help: str) -> Any:
     names = values.methods(family)
-    return _option("--method", help=help, parse=values.one_of(f"{family} method", names), names=names, metavar="NAME")
+    return _option(
+        "--method", help=help, parse=values.one_of(f"{family} method", names), names=names, metavar="NAME"
+    )
 
 
 # --- what goes in --------------------------------------------------------------------------------
@@ -37,7 +44,9 @@ _MODEL = {"parser": values.explained(values.model), "autocompletion": values.off
 ModelArg = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A directory, an alias, org/name[@revision], or - for a line of stdin.", **_MODEL
+        metavar="MODEL",
+        help="A directory, an alias, org/name[@revision], or - for a line of stdin.",
+        **_MODEL,
     ),
 ]
 ModelsArg = Annotated[
@@ -49,7 +58,11 @@ ModelsArg = Annotated[
 TeachersOpt = Annotated[
     list[str],
     _option(
-        "--teacher", help="The model to imitate.", parse=values.model, names=values.model_aliases, metavar="MODEL"
+        "--teacher",
+        help="The model to imitate.",
+        parse=values.model,
+        names=values.model_aliases,
+        metavar="MODEL",
     ),
 ]
 StudentOpt = Annotated[
@@ -65,7 +78,11 @@ StudentOpt = Annotated[
 BaselineOpt = Annotated[
     str | None,
     _option(
-        "--baseline", help="Compare with this model.", parse=values.model, names=values.model_aliases, metavar="MODEL"
+        "--baseline",
+        help="Compare with this model.",
+        parse=values.model,
+        names=values.model_aliases,
+        metavar="MODEL",
     ),
 ]
 
@@ -90,7 +107,12 @@ AlphaOpt = Annotated[
 ]
 TemperatureOpt = Annotated[
     float | None,
-    _option("--temperature", help="T, softens both models' answers.", parse=values.real(0, above=True), metavar="F"),
+    _option(
+        "--temperature",
+        help="T, softens both models' answers.",
+        parse=values.real(0, above=True),
+        metavar="F",
+    ),
 ]
 BetaOpt = Annotated[
     float, _option("--beta", help="Weight of the feature term.", parse=values.real(0), metavar="F")
@@ -100,7 +122,9 @@ GammaOpt = Annotated[
 ]
 WeightsOpt = Annotated[
     list[str] | None,
-    _option("--weight", help="Weight of any further term; repeatable.", parse=values.weight, metavar="NAME=VALUE"),
+    _option(
+        "--weight", help="Weight of any further term; repeatable.", parse=values.weight, metavar="NAME=VALUE"
+    ),
 ]
 LayerMapOpt = Annotated[
     str | None, _option("--layer-map", help="Which teacher layer a student layer follows.", metavar="MAP")
@@ -118,11 +142,15 @@ InitOpt = Annotated[
 LabelsOpt = Annotated[
     int | None,
     _option(
-        "--labels", help="Use the labels of N training rows only; the rest teaches unlabelled.", parse=values.whole(1),
+        "--labels",
+        help="Use the labels of N training rows only; the rest teaches unlabelled.",
+        parse=values.whole(1),
         metavar="N",
     ),
 ]
-UnlabeledOpt = Annotated[Path | None, _option("--unlabeled", help="Further texts without labels.", metavar="FILE")]
+UnlabeledOpt = Annotated[
+    Path | None, _option("--unlabeled", help="Further texts without labels.", metavar="FILE")
+]
 ControlOpt = Annotated[
     bool, _option("--control/--no-control", help="Also train the same student without the teacher.")
 ]
@@ -189,9 +217,13 @@ ParametersBudgetOpt = Annotated[
 ]
 EnergyOpt = Annotated[
     float | None,
-    _option("--energy", help="Fraction of energy kept a layer.", parse=values.real(0, 1, above=True), metavar="F"),
+    _option(
+        "--energy", help="Fraction of energy kept a layer.", parse=values.real(0, 1, above=True), metavar="F"
+    ),
 ]
-RankOpt = Annotated[int | None, _option("--rank", help="The same rank everywhere.", parse=values.whole(1), metavar="N")]
+RankOpt = Annotated[
+    int | None, _option("--rank", help="The same rank everywhere.", parse=values.whole(1), metavar="N")
+]
 IncludeOpt = Annotated[
     list[str] | None, _option("--include", help="Only layers of this glob; repeatable.", metavar="PATTERN")
 ]
@@ -218,7 +250,8 @@ CalibrationSamplesOpt = Annotated[
     int, _option("--calibration-samples", help="Rows to calibrate on.", parse=values.whole(1), metavar="N")
 ]
 KeepFp32Opt = Annotated[
-    list[str] | None, _option("--keep-fp32", help="Leave layers of this glob alone; repeatable.", metavar="PATTERN")
+    list[str] | None,
+    _option("--keep-fp32", help="Leave layers of this glob alone; repeatable.", metavar="PATTERN"),
 ]
 EmbeddingsOpt = Annotated[
     str,
@@ -231,10 +264,12 @@ EmbeddingsOpt = Annotated[
     ),
 ]
 QatEpochsOpt = Annotated[
-    int, _option("--epochs", help="Passes of quantisation-aware training.", parse=values.whole(0), metavar="N")
+    int,
+    _option("--epochs", help="Passes of quantisation-aware training.", parse=values.whole(0), metavar="N"),
 ]
 DequantizeOpt = Annotated[
-    bool, _option("--dequantize/--no-dequantize", help="Accept a quantised model: work on its rounded weights.")
+    bool,
+    _option("--dequantize/--no-dequantize", help="Accept a quantised model: work on its rounded weights."),
 ]
 
 # --- evaluate ------------------------------------------------------------------------------------
@@ -263,14 +298,22 @@ JunitOpt = Annotated[Path | None, _option("--junit", help="Write the gates as JU
 
 MaxDropOpt = Annotated[
     float | None,
-    _option("--max-drop", help="Gate: accuracy may fall by this, in points of 1.", parse=values.real(0), metavar="F"),
+    _option(
+        "--max-drop",
+        help="Gate: accuracy may fall by this, in points of 1.",
+        parse=values.real(0),
+        metavar="F",
+    ),
 ]
 MinSpeedupOpt = Annotated[
     float | None,
-    _option("--min-speedup", help="Gate: at least this many times faster.", parse=values.real(0), metavar="F"),
+    _option(
+        "--min-speedup", help="Gate: at least this many times faster.", parse=values.real(0), metavar="F"
+    ),
 ]
 MaxSizeOpt = Annotated[
-    int | None, _option("--max-size", help="Gate: model.onnx, such as 20MiB.", parse=values.size, metavar="SIZE")
+    int | None,
+    _option("--max-size", help="Gate: model.onnx, such as 20MiB.", parse=values.size, metavar="SIZE"),
 ]
 GatesOpt = Annotated[
     list[str] | None,
@@ -305,7 +348,9 @@ DeviceOpt = Annotated[
         metavar="NAME",
     ),
 ]
-SeedOpt = Annotated[int, _option("--seed", help="Of everything random.", parse=values.whole(0, 2**32 - 1), metavar="N")]
+SeedOpt = Annotated[
+    int, _option("--seed", help="Of everything random.", parse=values.whole(0, 2**32 - 1), metavar="N")
+]
 SettingsOpt = Annotated[
     list[str] | None,
     _option("--set", help="A parameter of the method; repeatable.", parse=values.pair, metavar="KEY=VALUE"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import typer
 
 from kdcli.cli import options as o
-from kdcli.cli import stage
 from kdcli.stages.base import Common, PruneOptions
 
 EXAMPLES = """
@@ -14,6 +13,7 @@ kdcli distill --teacher minilm --student tiny | kdcli prune - --budget 0.6
 """
 
 
+# The parameters from max_drop on are those of every stage: stage.execute reads them from the context.
 def command(
     ctx: typer.Context,
     model: o.ModelArg,
@@ -46,10 +46,9 @@ def command(
     verbose: o.VerboseOpt = False,
     debug: o.DebugOpt = False,
 ) -> None:
-    """Remove weights, heads or neurons from a model.
+    """Heads and neurons are cut out, which makes the model smaller and faster; weights only become zero."""
+    from kdcli.cli import stage
 
-    Heads and neurons are cut out, so the model gets smaller and faster; single weights only become zero.
-    """
     sparsity, budget = stage.exclusive(ctx, sparsity=sparsity, budget=budget)
     options = PruneOptions(
         structure=structure,

@@ -1,9 +1,9 @@
 """Defaults from ``./kdcli.toml``, or from ``[tool.kdcli]`` in ``./pyproject.toml``.
 
-    data = "reviews/"          # keys of every stage at the top level
-    [distill]                  # a table for each command
-    teacher = "minilm"
-    set = { temperature = 4 }
+data = "reviews/"          # keys of every stage at the top level
+[distill]                  # a table for each command
+teacher = "minilm"
+set = { temperature = 4 }
 """
 
 from __future__ import annotations

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
-from typing import Any
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
 from kdcli.cli import console as consoles
 from kdcli.cli import streams, values
-from kdcli.cli.command import flag_of, origin
+from kdcli.cli.command import origin
 from kdcli.errors import ExitCode, UsageError
 from kdcli.report.redact import redact
 from kdcli.stages.base import Common, DistillOptions, EvaluateOptions, Gates, Options, Request, StageName
+
+if TYPE_CHECKING:
+    from kdcli.report.schema import Report
 
 _ORDER = ("default", "file", "environment", "flag")
 
 
 def exclusive(ctx: typer.Context, **given: Any) -> tuple[Any, ...]:
-    """Of options that exclude each other keep the one that was said nearest (flag before environment before file).
+    """Of options that exclude each other keep the one said nearest: flag, then environment, then file.
 
     Raises:
         UsageError: Two of them come from the same place.
@@ -34,7 +41,12 @@ def exclusive(ctx: typer.Context, **given: Any) -> tuple[Any, ...]:
 
 
 def execute(
-    ctx: typer.Context, name: StageName, options: Options, *, model: str | None = None, dequantize: bool = False
+    ctx: typer.Context,
+    name: StageName,
+    options: Options,
+    *,
+    model: str | None = None,
+    dequantize: bool = False,
 ) -> None:
     """Run one stage and end the process as its report says.
 
@@ -52,49 +64,75 @@ def execute(
         origins={key: origin(ctx, key) for key in given},
         dequantize=dequantize,
     )
-    console = consoles.make(f"kdcli {name}", quiet=given["quiet"], verbose=given["verbose"])
-    with streams.guarded() as stdout:
+    with session(f"kdcli {name}", quiet=given["quiet"], verbose=given["verbose"]) as (console, stdout):
+        # Only now, with everything checked and stdin read, is torch worth its seconds.
         if given["dry_run"]:
             from kdcli.stages import plan
 
-            planned = plan.plan(request, console)
-            for line in planned.lines():
-                console.line(consoles.clean(line))
-            if given["as_json"]:
-                streams.put(stdout, json.dumps(planned.to_json(), indent=2, ensure_ascii=False))
+            show_plan(console, stdout, plan.plan(request, console), as_json=given["as_json"])
+        else:
+            from kdcli.stages import runner
+
+            outcome = runner.run(request, console)
+            reports = outcome.reports if name == "evaluate" else [outcome.report]
+            finish(console, stdout, outcome, reports, as_json=given["as_json"])
+
+
+@contextlib.contextmanager
+def session(prefix: str, *, quiet: bool, verbose: bool) -> Iterator[tuple[consoles.Console, TextIO]]:
+    """Yield the console and the real stdout; inside, nothing but us speaks unless ``verbose``."""
+    console = consoles.make(prefix, quiet=quiet, verbose=verbose)
+    with streams.guarded() as stdout:
+        if verbose:
+            yield console, stdout
             return
-        from kdcli.stages import runner
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        if quiet or not console.terminal:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        with warnings.catch_warnings(record=True) as caught:
+            yield console, stdout
+        if caught:
+            word = "warning" if len(caught) == 1 else "warnings"
+            console.line(f"{len(caught)} {word} of libraries not shown (-v shows them)")
 
-        outcome = runner.run(request, console)
-        finish(console, stdout, outcome, as_json=given["as_json"])
+
+def show_plan(console: consoles.Console, stdout: TextIO, plan: Any, *, as_json: bool) -> None:
+    """The plan for people, and with ``as_json`` on stdout too."""
+    for line in plan.lines():
+        console.line(consoles.clean(line))
+    if as_json:
+        streams.put(stdout, json.dumps(plan.to_json(), indent=2, ensure_ascii=False, default=str))
 
 
-def finish(console: consoles.Console, stdout: Any, outcome: Any, *, as_json: bool) -> None:
-    """Show what came out; print the path, or with ``as_json`` the report.
+def finish(
+    console: consoles.Console, stdout: TextIO, outcome: Any, reports: Sequence[Report], *, as_json: bool
+) -> None:
+    """Show what came out; print the path, or with ``as_json`` the report (a list of them for several models).
 
     Raises:
         typer.Exit: The report's verdict is not 0.
     """
     from kdcli.cli import table
 
-    report, reports = outcome.report, list(getattr(outcome, "reports", None) or [outcome.report])
-    lines = table.of_report(report, console) if len(reports) == 1 else table.of_several(reports, console)
-    for line in lines:
+    single = len(reports) == 1
+    for line in table.of_report(reports[0], console) if single else table.of_several(reports, console):
         console.line(line)
-    code = report.exit_code
-    if code:
-        missed = [gate for one in reports for gate in one.gates if not gate.passed]
-        what = "the ONNX export does not agree with the checkpoint" if code == ExitCode.PARITY else (
-            f"{len(missed)} gate{'s' if len(missed) > 1 else ''} missed: {'; '.join(g.expression for g in missed)}"
-        )
-        console.error(what, f"the output is kept in {outcome.path}")
+    code = outcome.report.exit_code
+    kept = f"the output is kept in {outcome.path}"
+    if code == ExitCode.PARITY:
+        console.error("the ONNX export does not agree with the checkpoint", kept)
+    elif code:
+        missed = [gate.expression for one in reports for gate in one.gates if not gate.passed]
+        console.error(f"{'gate' if len(missed) == 1 else 'gates'} missed: {'; '.join(missed)}", kept)
+    else:
+        console.line(f"{console.prefix}: done, {consoles.clean(str(outcome.path))}")
     if as_json:
         documents = [one.model_dump(mode="json") for one in reports]
-        document = documents[0] if len(documents) == 1 else documents
+        document = documents[0] if single else documents
         streams.put(stdout, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
     elif not code:
-        # Several models: the references as they were given, because the chain goes on with them.
-        streams.put(stdout, str(outcome.path) if len(reports) == 1 else "\n".join(r.model.source for r in reports))
+        # Of several models the references as they were given: the chain goes on with all of them.
+        streams.put(stdout, str(outcome.path) if single else "\n".join(one.model.source for one in reports))
     if code:
         raise typer.Exit(code)
 
@@ -120,6 +158,3 @@ def _piped(options: Options) -> Options:
         baseline = None if options.baseline is None else streams.reference(options.baseline)
         return dataclasses.replace(options, models=models, baseline=baseline)
     return options
-
-
-__all__ = ["execute", "exclusive", "finish", "flag_of"]

@@ -42,7 +42,8 @@ def references(given: str) -> list[str]:
     lines = [line.strip() for line in sys.stdin.read().splitlines() if line.strip()]
     if not lines:
         raise UsageError(
-            "'-' was given, but stdin is empty", "the stage before failed or missed a gate: see its message above"
+            "'-' was given, but stdin is empty",
+            "the stage before failed or missed a gate: see its message above",
         )
     if lines[0].startswith(("{", "[")):
         raise UsageError("stdin holds JSON, not a directory", "call the stage before without --json")
@@ -75,7 +76,9 @@ def guarded() -> Iterator[TextIO]:
         number = real.fileno()
     except (OSError, ValueError):  # a test runner's stream
         number = -1
-    result = open(saved, "w", encoding="utf-8", errors="surrogateescape", closefd=False) if number == 1 else real  # noqa: SIM115
+    result = real
+    if number == 1:
+        result = open(saved, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield result

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from kdcli.errors import UsageError, did_you_mean
+from kdcli.errors import InputError, UsageError, did_you_mean
 from kdcli.stages import base
 
 Check = Callable[[str], str]
@@ -87,14 +87,17 @@ def device(given: str) -> str:
 
 
 def model(given: str) -> str:
-    """Check a model reference as far as that goes without touching the network."""
+    """Check a model reference as far as that goes without touching the network.
+
+    Raises:
+        InputError: A bare word that is neither here nor an alias.
+    """
     from kdcli.models.aliases import MODELS
 
-    if not given:
-        raise ValueError("an empty model reference")
     if given != "-" and "/" not in given and given not in MODELS and not Path(given).exists():
-        raise ValueError(
-            f"'{given}' is neither a directory nor an alias: {did_you_mean(given, MODELS)}, or org/name of the hub"
+        raise InputError(
+            f"'{given}' is neither a directory nor a known alias: {did_you_mean(given, MODELS)}",
+            "a model of the hub is written org/name[@revision]",
         )
     return given
 
@@ -103,7 +106,7 @@ def student(given: str) -> str:
     """Check a student: a preset, ``LxH``, or a model reference."""
     if given in base.STUDENT_PRESETS or re.fullmatch(r"\d+x\d+", given):
         return given
-    if "/" not in given and not Path(given).exists():
+    if "/" not in given and given not in model_aliases() and not Path(given).exists():
         hint = did_you_mean(given, base.STUDENT_PRESETS)
         raise ValueError(f"unknown student '{given}': {hint}, or LxH such as 3x192, or a model directory")
     return given

@@ -13,10 +13,10 @@ _GENERIC = re.compile(r"LABEL_([0-9]{1,9})")
 _SHOWN = 12
 
 
-def printable(name: str) -> str:
-    """A name from a file, safe for a terminal: no control characters, at most 60 characters."""
-    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name[:61])
-    return clean if len(clean) <= 60 else clean[:59] + "…"
+def printable(name: str, width: int = 60) -> str:
+    """A name from a file, safe for a terminal: no control characters, at most ``width`` characters."""
+    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name[: width + 1])
+    return clean if len(clean) <= width else clean[: width - 1] + "…"
 
 
 def suggest(given: str, allowed: Iterable[str]) -> str:

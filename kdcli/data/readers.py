@@ -1,28 +1,32 @@
-"""Read one file of labelled texts; every complaint names the file and the line."""
+"""One data file (csv, jsonl, parquet) into rows; every complaint names the file and the line."""
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kdcli.data.labels import printable, suggest
 from kdcli.errors import InputError, UsageError, did_you_mean
 
-SUFFIXES = (".csv", ".jsonl", ".parquet")
-_LONGEST_FIELD = 1 << 24
-_LONGEST_LINE = 1 << 26
+MAX_CHARACTERS = 1_000_000
+"""The longest text accepted; far above any encoder's input, far below what a broken file can hold."""
+
+_ROLES = ("text", "text_a", "text_b", "label")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """N rows: a text or a pair of texts each, and a label name unless they are unlabelled."""
+    """Texts, or pairs of texts, with their label names where they have any."""
 
     first: list[str]
     second: list[str] | None = None
@@ -32,194 +36,279 @@ class Rows:
         return len(self.first)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Rows:
-        """The given rows, in the given order."""
+        """The rows at these positions, in this order."""
+        picked = np.arange(len(self))[indices].tolist()
 
         def pick(values: list[str] | None) -> list[str] | None:
-            return None if values is None else [values[int(i)] for i in indices]
+            return None if values is None else [values[i] for i in picked]
 
-        first = pick(self.first)
-        assert first is not None
-        return Rows(first, pick(self.second), pick(self.labels))
+        return Rows([self.first[i] for i in picked], pick(self.second), pick(self.labels))
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Names of the columns that matter; ``second`` is None for single texts."""
+class Located:
+    """Rows that remember where they came from, for messages."""
 
-    first: str = "text"
-    second: str | None = None
-    label: str = "label"
+    rows: Rows
+    source: str
+    lines: Sequence[int]
+    unit: str = "line"
 
-    @property
-    def names(self) -> list[str]:
-        return [self.first] + ([self.second] if self.second else []) + [self.label]
+    def place(self, i: int) -> str:
+        return f"{self.source}, {self.unit} {self.lines[i]}"
+
+    def take(self, indices: np.ndarray) -> Located:
+        """The rows at these positions, in this order."""
+        lines = [self.lines[i] for i in indices.tolist()]
+        return Located(self.rows.take(indices), self.source, lines, self.unit)
 
 
-def parse_columns(given: str | None) -> Columns | None:
-    """Read ``text=sentence,label=intent`` or ``text_a=premise,text_b=hypothesis,label=gold``.
+@dataclass(frozen=True)
+class Table:
+    """A file's columns by name; ``column`` gives the values of one, one per entry of ``lines``."""
+
+    source: str
+    names: list[str]
+    lines: Sequence[int]
+    column: Callable[[str], list[Any]]
+    unit: str = "line"
+
+    def place(self, i: int) -> str:
+        return f"{self.source}, {self.unit} {self.lines[i]}"
+
+
+def parse_columns(given: str | None) -> dict[str, str]:
+    """Parse ``text=sentence,label=intent`` into role -> column name.
 
     Raises:
-        UsageError: Another form, an unknown key, or half a pair.
+        UsageError: Not of that form, an unknown role, a role given twice, or half a pair.
     """
-    if given is None:
-        return None
-    known = ("text", "text_a", "text_b", "label")
-    pairs: dict[str, str] = {}
-    for part in given.split(","):
-        key, sign, value = (piece.strip() for piece in part.partition("="))
-        if not sign or not value:
+    chosen: dict[str, str] = {}
+    for part in given.split(",") if given is not None else ():
+        role, equals, name = (piece.strip() for piece in part.partition("="))
+        if not (role and equals and name):
             raise UsageError(
-                f"'{part}' in --columns is not KEY=COLUMN", "write it like text=sentence,label=intent"
+                f"'{printable(part)}' in --columns is not ROLE=NAME",
+                "for example --columns text=sentence,label=intent",
             )
-        if key not in known:
-            raise UsageError(f"unknown key '{key}' in --columns: {did_you_mean(key, known)}")
-        pairs[key] = value
-    if ("text_b" in pairs) != ("text_a" in pairs) or ("text" in pairs and "text_a" in pairs):
-        raise UsageError("--columns takes either text= or both text_a= and text_b=")
-    first = pairs.get("text_a") or pairs.get("text", "text")
-    return Columns(first, pairs.get("text_b"), pairs.get("label", "label"))
+        if role not in _ROLES:
+            raise UsageError(
+                f"--columns names an unknown role '{printable(role)}': {did_you_mean(role, _ROLES)}"
+            )
+        if role in chosen:
+            raise UsageError(f"--columns gives '{role}' twice")
+        chosen[role] = name
+    if ("text_a" in chosen) != ("text_b" in chosen) or {"text", "text_a"} <= set(chosen):
+        raise UsageError("--columns takes either text=NAME, or both text_a=NAME and text_b=NAME")
+    return chosen
 
 
-def read(
-    path: Path, columns: Columns | None, *, labelled: bool = True
-) -> list[tuple[int, str, str | None, str | None]]:
-    """Read (line, first text, second text, label) of every row.
+def read(path: Path, chosen: Mapping[str, str], *, labelled: bool = True) -> Located:
+    """Read the texts, and the labels, of one file.
 
     Args:
-        path: A .csv, .jsonl or .parquet file, or .txt without labels.
-        columns: Column names; None finds ``text`` or ``text_a``/``text_b``, and ``label``.
-        labelled: Whether a label is required; otherwise it is None throughout.
+        path: A ``.csv``, ``.jsonl`` or ``.parquet`` file.
+        chosen: Role -> column name, for roles whose column is not named like the role.
+        labelled: Whether the label column is read.
 
     Raises:
-        InputError: The file is missing, empty, broken or lacks a column.
+        InputError: The file is not there, broken, empty, or lacks a column or a value.
     """
-    if not path.is_file():
-        raise InputError(f"data file '{path}' does not exist or is not a file")
-    suffix = path.suffix.lower()
-    if suffix == ".txt" and not labelled:
-        records: Iterator[tuple[int, dict[str, Any]]] = (
-            (line, {"text": text}) for line, text in _lines(path) if text.strip()
-        )
-    elif suffix == ".csv":
-        records = _csv(path)
-    elif suffix == ".jsonl":
-        records = _jsonl(path)
-    elif suffix == ".parquet":
-        records = _parquet(path)
-    else:
+    return extract(read_table(path), chosen, labelled=labelled)
+
+
+def read_table(path: Path) -> Table:
+    """Open one file by its suffix; the values are checked when a column is read."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"'{path}' is not a data file: {did_you_mean(path.suffix, READERS)}")
+    table = reader(path)
+    if not table.lines:
+        raise InputError(f"data file '{path}' has no rows")
+    return table
+
+
+def extract(table: Table, chosen: Mapping[str, str], *, labelled: bool = True) -> Located:
+    """Pick the text and label columns of a table and check every value."""
+    pair = "text_a" in chosen
+    if "text" not in chosen and "text" not in table.names and "text_a" in table.names:
+        pair = True
+    roles = ("text_a", "text_b") if pair else ("text",)
+    first, *second = (_texts(table, _named(table, role, chosen)) for role in roles)
+    labels = _labels(table, _named(table, "label", chosen)) if labelled else None
+    rows = Rows(first, second[0] if second else None, labels)
+    return Located(rows, table.source, table.lines, table.unit)
+
+
+def _named(table: Table, role: str, chosen: Mapping[str, str]) -> str:
+    name = chosen.get(role, role)
+    if name not in table.names:
         raise InputError(
-            f"data file '{path}' has the suffix '{path.suffix}'; known are {', '.join(SUFFIXES)}"
+            f"'{table.source}' has no column '{printable(name)}': {suggest(name, table.names)}",
+            "name the columns with --columns text=NAME,label=NAME (or text_a=NAME,text_b=NAME,label=NAME)",
         )
-    rows = []
-    chosen = columns
-    for line, record in records:
-        if chosen is None:
-            chosen = _find(path, record, labelled)
-        first = _text(path, line, record, chosen.first)
-        second = _text(path, line, record, chosen.second) if chosen.second else None
-        label = _label(path, line, record, chosen.label) if labelled else None
-        rows.append((line, first, second, label))
-    if not rows:
-        raise InputError(f"data file '{path}' holds no rows")
-    return rows
+    if (count := table.names.count(name)) > 1:
+        raise InputError(f"'{table.source}' has {count} columns named '{printable(name)}'")
+    return name
 
 
-def _find(path: Path, record: dict[str, Any], labelled: bool) -> Columns:
-    columns = Columns("text_a", "text_b") if "text_a" in record and "text_b" in record else Columns()
-    for name in columns.names:
-        if name not in record and (labelled or name != columns.label):
+def _texts(table: Table, name: str) -> list[str]:
+    values = table.column(name)
+    for i, value in enumerate(values):
+        if not isinstance(value, str):
+            found = "is missing" if value is None else f"is {type(value).__name__}, not text"
+            raise InputError(f"{table.place(i)}: the text in column '{printable(name)}' {found}")
+        _check(value, table, i, name)
+    return values
+
+
+def _labels(table: Table, name: str) -> list[str]:
+    labels: list[str] = []
+    for i, value in enumerate(table.column(name)):
+        if isinstance(value, bool):
+            value = "true" if value else "false"
+        elif isinstance(value, int):
+            value = str(value)
+        elif value is not None and not isinstance(value, str):
             raise InputError(
-                f"data file '{path}' has no column '{name}': {did_you_mean(name, map(str, record))}",
-                "name the columns: --columns text=COLUMN,label=COLUMN",
+                f"{table.place(i)}: the label in column '{printable(name)}' is {type(value).__name__}; "
+                "a label is a name or a whole number"
             )
-    return columns
+        value = (value or "").strip()
+        if not value:
+            raise InputError(f"{table.place(i)}: the label in column '{printable(name)}' is missing")
+        _check(value, table, i, name)
+        labels.append(value)
+    return labels
 
 
-def _text(path: Path, line: int, record: dict[str, Any], name: str) -> str:
-    if name not in record:
-        raise InputError(f"{path}:{line}: no column '{name}': {did_you_mean(name, map(str, record))}")
-    value = record[name]
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{path}:{line}: column '{name}' holds no text (given: {value!r:.60})")
-    return value
+def _check(value: str, table: Table, i: int, name: str) -> None:
+    if len(value) > MAX_CHARACTERS:
+        raise InputError(
+            f"{table.place(i)}: column '{printable(name)}' has {len(value)} characters; "
+            f"at most {MAX_CHARACTERS} are read"
+        )
+    if _SURROGATE.search(value):
+        raise InputError(f"{table.place(i)}: column '{printable(name)}' holds half of a surrogate pair")
 
 
-def _label(path: Path, line: int, record: dict[str, Any], name: str) -> str:
-    if name not in record:
-        raise InputError(f"{path}:{line}: no column '{name}': {did_you_mean(name, map(str, record))}")
-    value = record[name]
-    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise InputError(f"{path}:{line}: column '{name}' holds no label (given: {value!r:.60})")
-    return str(value).strip()
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines as text; a byte that is not UTF-8 is an error with its place."""
-    with path.open("rb") as stream:
-        number = 0
-        while raw := stream.readline(_LONGEST_LINE):
-            number += 1
-            if len(raw) == _LONGEST_LINE:
-                raise InputError(f"{path}:{number}: the line is longer than {_LONGEST_LINE >> 20} MiB")
-            if number == 1:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-            try:
-                yield number, raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8",
-                    "save the file as UTF-8",
-                ) from error
-
-
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    header: list[str] | None = None
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file: no directory, pipe or device, which might never end."""
+    if not path.is_file():
+        raise InputError(
+            f"data file '{path}' " + ("is not a regular file" if path.exists() else "does not exist")
+        )
     try:
-        for row in reader:
-            if header is None:
-                header = [name.strip() for name in row]
-                if len(set(header)) != len(header):
-                    raise InputError(f"{path}:1: the header names a column twice")
-                continue
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise InputError(
-                    f"{path}:{reader.line_num}: {len(row)} fields, but the header has {len(header)}",
-                    "put fields that contain a comma in double quotes",
-                )
-            yield reader.line_num, dict(zip(header, row, strict=True))
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"can't read data file '{path}': {error.strerror}") from error
+    if not data:
+        raise InputError(f"data file '{path}' is empty")
+    return data
+
+
+def decode(data: bytes, path: Path) -> str:
+    """UTF-8 with or without a byte order mark.
+
+    Raises:
+        InputError: Not UTF-8; names the line and the byte.
+    """
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start})",
+            "save the file as UTF-8",
+        ) from error
+
+
+def _csv(path: Path) -> Table:
+    text = decode(read_bytes(path), path)
+    records: list[list[str]] = []
+    lines: list[int] = []
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    start = 1
+    # The limit is of the whole process; the module's default would refuse a long text.
+    before = csv.field_size_limit(MAX_CHARACTERS)
+    try:
+        for record in reader:
+            if record:
+                records.append(record)
+                lines.append(start)
+            start = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: {error}") from error
+        raise InputError(
+            f"{path}, line {start}: broken CSV ({error})", "look for a stray or unclosed quote"
+        ) from error
+    finally:
+        csv.field_size_limit(before)
+    if not records:
+        raise InputError(f"data file '{path}' is empty")
+    header = [name.strip() for name in records[0]]
+    rows, places = records[1:], lines[1:]
+    for line, row in zip(places, rows, strict=True):
+        if len(row) != len(header):
+            raise InputError(
+                f"{path}, line {line}: {len(row)} fields, but the header has {len(header)}",
+                "put quotes around a text with a comma",
+            )
+
+    def column(name: str) -> list[Any]:
+        at = header.index(name)
+        return [row[at] for row in rows]
+
+    return Table(str(path), header, places, column)
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _lines(path):
+def _jsonl(path: Path) -> Table:
+    records: list[dict[str, Any]] = []
+    lines: list[int] = []
+    # Not splitlines(): a JSON string may hold U+2028, which is no end of a line here.
+    for number, line in enumerate(decode(read_bytes(path), path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: not JSON: {error}") from error
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+            raise InputError(f"{path}, line {number}: not JSON ({reason})") from error
         if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}: not a JSON object")
-        yield number, record
+            raise InputError(f"{path}, line {number}: {type(record).__name__} instead of a JSON object")
+        records.append(record)
+        lines.append(number)
+
+    def column(name: str) -> list[Any]:
+        return [record.get(name) for record in records]
+
+    return Table(str(path), list(dict.fromkeys(chain.from_iterable(records))), lines, column)
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
+def _parquet(path: Path) -> Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
+    data = read_bytes(path)
     try:
-        with pyarrow.parquet.ParquetFile(io.BytesIO(path.read_bytes())) as file:
-            row = 0
-            for batch in file.iter_batches(batch_size=8192):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield row, record
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(
-            f"data file '{path}' is not readable parquet: {str(error).splitlines()[0]}"
-        ) from error
+        file = pq.ParquetFile(pa.BufferReader(data))
+        names, count = list(file.schema_arrow.names), int(file.metadata.num_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"'{path}' is not a readable parquet file: {first_line(error)}") from error
+
+    def column(name: str) -> list[Any]:
+        try:
+            return file.read(columns=[name]).column(name).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"'{path}': can't read column '{printable(name)}': {first_line(error)}"
+            ) from error
+
+    return Table(str(path), names, range(1, count + 1), column, "row")
+
+
+def first_line(error: Exception) -> str:
+    """What another library says of an error, on one printable line."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0], 200)
+
+
+READERS: dict[str, Callable[[Path], Table]] = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}

@@ -66,9 +66,7 @@ def encode(rows: Rows, tokenizer: Any, max_length: int, label_index: Mapping[str
     """
     special = tokenizer.num_special_tokens_to_add(pair=rows.second is not None)
     if max_length <= special:
-        raise InputError(
-            f"the model takes {max_length} tokens, but the tokenizer's special tokens alone are {special}"
-        )
+        raise InputError(f"{max_length} tokens have no room for text: the special tokens alone are {special}")
     ids, types, counts = [], [], []
     with _settings_kept(tokenizer):
         for start in range(0, len(rows), _CHUNK):
@@ -101,12 +99,8 @@ def concatenate(first: Encoded, second: Encoded, fill: int) -> Encoded:
     """The rows of both; a side without labels gets ``fill``, unless neither side has any."""
     labels = None
     if first.labels is not None or second.labels is not None:
-        labels = np.concatenate(
-            [
-                x.labels if x.labels is not None else np.full(len(x), fill, dtype=np.int64)
-                for x in (first, second)
-            ]
-        )
+        both = (first, second)
+        labels = np.concatenate([np.full(len(x), fill) if x.labels is None else x.labels for x in both])
     return Encoded(
         np.concatenate([first.ids, second.ids]),
         np.concatenate([first.type_ids, second.type_ids]),

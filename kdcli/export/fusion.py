@@ -67,7 +67,13 @@ def make_head_counts_explicit(graph: GraphProto) -> int:
         if node.op_type != "Reshape":
             continue
         shape, add = producer.get(node.input[1]), producer.get(node.input[0])
-        if shape is None or shape.op_type != "Concat" or len(shape.input) != 4 or add is None or add.op_type != "Add":
+        if (
+            shape is None
+            or shape.op_type != "Concat"
+            or len(shape.input) != 4
+            or add is None
+            or add.op_type != "Add"
+        ):
             continue
         heads, size = value(shape.input[2]), value(shape.input[3])
         biases = [constants[name] for name in add.input if name in constants]

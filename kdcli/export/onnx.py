@@ -41,7 +41,9 @@ class _Logits(nn.Module):
         return self.model(**dict(zip(self.names, inputs, strict=True))).logits
 
 
-def export(model: nn.Module, inputs: Mapping[str, Tensor], path: Path, *, route: Route | None = None) -> Route:
+def export(
+    model: nn.Module, inputs: Mapping[str, Tensor], path: Path, *, route: Route | None = None
+) -> Route:
     """Write ``model`` as an ONNX graph whose inputs all have the dimensions ``batch`` and ``sequence``.
 
     Args:
@@ -74,7 +76,8 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], path: Path, *, route:
                 _run(wrapper, inputs, path, used)
     except ModuleNotFoundError as error:
         raise InputError(
-            f"exporting through the '{used}' route needs the package '{error.name}'", 'pip install "kdcli[dynamo]"'
+            f"exporting through the '{used}' route needs the package '{error.name}'",
+            'pip install "kdcli[dynamo]"',
         ) from error
     except Exception as error:
         reason = (str(error).strip() or printed.getvalue().strip() or type(error).__name__).splitlines()[0]
@@ -117,7 +120,9 @@ def check_dimensions(path: Path, names: Sequence[str]) -> None:
         raise ParityError(f"the exported graph has the inputs {sorted(found)}, not {sorted(names)}")
     for name, dims in found.items():
         if dims != ["batch", "sequence"]:
-            raise ParityError(f"input '{name}' of the exported graph has the dimensions {dims}, not batch, sequence")
+            raise ParityError(
+                f"input '{name}' of the exported graph has the dimensions {dims}, not batch, sequence"
+            )
 
 
 def set_metadata(model: ModelProto, labels: Sequence[str], properties: Mapping[str, str]) -> None:

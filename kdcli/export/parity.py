@@ -42,7 +42,12 @@ def compare(
     finite = True
     for batch in batches:
         want, got = reference(batch), candidate(batch)
-        finite = finite and want.shape == got.shape and bool(np.isfinite(got).all()) and bool(np.isfinite(want).all())
+        finite = (
+            finite
+            and want.shape == got.shape
+            and bool(np.isfinite(got).all())
+            and bool(np.isfinite(want).all())
+        )
         if not finite:
             break
         shapes.append((int(batch["input_ids"].shape[0]), int(batch["input_ids"].shape[1])))
@@ -52,7 +57,9 @@ def compare(
         equal, rows = equal + int(same.sum()), rows + len(same)
         if not same.all():
             best = np.sort(want[~same], axis=1)
-            ties_only = ties_only and bool((best[:, -1] - best[:, -2] <= 2 * RELATIVE_TOLERANCE * scale).all())
+            ties_only = ties_only and bool(
+                (best[:, -1] - best[:, -2] <= 2 * RELATIVE_TOLERANCE * scale).all()
+            )
     tolerance = RELATIVE_TOLERANCE * scale
     agreement = equal / rows if rows else 0.0
     passed = finite and rows > 0

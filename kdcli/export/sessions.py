@@ -13,7 +13,9 @@ from kdcli.errors import InputError, ResourceError
 Batch = Mapping[str, np.ndarray]
 
 
-def open_session(path: Path, *, threads: int, device: str = "cpu", spinning: bool = True) -> ort.InferenceSession:
+def open_session(
+    path: Path, *, threads: int, device: str = "cpu", spinning: bool = True
+) -> ort.InferenceSession:
     """Open an ONNX file.
 
     Args:

@@ -20,11 +20,20 @@ def macs(model: Any, tokens: int) -> int:
 
     Returns:
         MACs, half of the floating-point operations that the counter reports.
+
+    Raises:
+        ValueError: The model's attention is not eager.
     """
+    attention = model.config._attn_implementation
+    if attention != "eager":
+        raise ValueError(
+            f"attention is '{attention}', which the counter does not see; load the model as 'eager'"
+        )
     device = next(model.parameters()).device
     ids = torch.full((1, tokens), int(model.config.pad_token_id or 0) + 3, dtype=torch.long, device=device)
     ids %= int(getattr(model.config, "vocab_size", 2))
     counter = FlopCounterMode(display=False)
-    with torch.inference_mode(False), torch.no_grad(), counter:
+    # With gradients on, because the module tracker of the counter fails on an expanded parameter without.
+    with torch.inference_mode(False), torch.enable_grad(), counter:
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return counter.get_total_flops() // 2

@@ -11,12 +11,22 @@ from pathlib import Path
 from kdcli import __version__
 from kdcli.report.schema import Environment
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "onnx", "onnxruntime", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "accelerate",
+    "onnx",
+    "onnxruntime",
+    "numpy",
+)
+_CPUINFO = Path("/proc/cpuinfo")
 # Instruction sets that decide which integer and half-precision kernels a CPU has.
-_FLAGS = (
-    "sse4_2 avx avx2 fma f16c avx512f avx512bw avx512_vnni avx_vnni avx512_bf16 amx_int8 amx_bf16 neon asimd "
-    "asimddp i8mm sve"
-).split()
+_X86 = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw")
+_X86_MACHINE_LEARNING = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+_ARM = ("neon", "asimd", "asimddp", "i8mm", "sve")
+_FLAGS = _X86 + _X86_MACHINE_LEARNING + _ARM
 
 
 def versions() -> dict[str, str]:
@@ -33,7 +43,7 @@ def versions() -> dict[str, str]:
 @lru_cache(maxsize=1)
 def _cpuinfo() -> dict[str, str]:
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return {}
     pairs = (line.partition(":") for line in text.splitlines() if ":" in line)
@@ -52,6 +62,9 @@ def isa() -> list[str]:
     """The instruction sets that matter here and that this CPU has."""
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
+    if not flags and (platform.system(), platform.machine()) == ("Darwin", "arm64"):
+        # macOS has no such file; every ARM processor of a Mac has these.
+        flags = {"asimd", "asimddp"}
     return [flag for flag in _FLAGS if flag in flags]
 
 
@@ -62,9 +75,9 @@ def has_vnni() -> bool:
 
 def threads() -> int:
     """Cores this process may use, which is how many threads every measurement uses."""
-    if limit := os.environ.get("OMP_NUM_THREADS", ""):
-        if limit.isdigit() and int(limit) > 0:
-            return int(limit)
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    if limit.isdecimal() and int(limit) > 0:
+        return int(limit)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from kdcli.errors import InputError
 from kdcli.report.schema import MetricValue, Quality
 
 BINS = 15
@@ -19,11 +20,22 @@ def measure(logits: np.ndarray, labels: np.ndarray, split: str) -> Quality:
         logits: (N, C).
         labels: (N,) class indices.
         split: Name of the rows, for the report.
+
+    Returns:
+        Accuracy, macro F1 over the classes that occur among labels or answers, and calibration error.
+
+    Raises:
+        InputError: An answer is not a finite number.
     """
     from sklearn.metrics import f1_score
 
-    predicted = logits.argmax(1)
     n = len(labels)
+    if broken := n - int(np.isfinite(logits).all(1).sum()):
+        raise InputError(
+            f"the model's answer to {broken} of {n} rows of '{split}' is not a finite number",
+            "something overflows when it runs; use a wider number format or the model as it was before",
+        )
+    predicted = logits.argmax(1)
     right = int((predicted == labels).sum())
     value = right / n
     accuracy = MetricValue(

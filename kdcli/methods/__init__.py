@@ -71,5 +71,8 @@ def parse_config(config: type[BaseModel], settings: Mapping[str, str]) -> Any:
         return config.model_validate_strings(dict(settings))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"--set {key}={settings.get(key)}: {first['msg'].lower()}") from error
+        # A rule over several settings names none of them.
+        given = [str(first["loc"][0])] if first["loc"] else list(settings)
+        shown = " ".join(f"--set {key}={settings.get(key)}" for key in given)
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{shown}: {message[:1].lower()}{message[1:]}") from error

@@ -103,7 +103,9 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load(path: Path, *, labels: Sequence[str] | None = None, device: str | torch.device = "cpu") -> Checkpoint:
+def load(
+    path: Path, *, labels: Sequence[str] | None = None, device: str | torch.device = "cpu"
+) -> Checkpoint:
     """Load a sequence-classification checkpoint, whether kdcli or plain transformers wrote it.
 
     Args:
@@ -127,11 +129,14 @@ def load(path: Path, *, labels: Sequence[str] | None = None, device: str | torch
         tokenizer = _load_tokenizer(path)
     vocabulary = getattr(model.config, "vocab_size", None)
     if vocabulary is not None and len(tokenizer) > vocabulary:
-        raise InputError(f"the tokenizer in {path} has {len(tokenizer)} tokens, but the model embeds only {vocabulary}")
+        raise InputError(
+            f"the tokenizer in {path} has {len(tokenizer)} tokens, but the model embeds only {vocabulary}"
+        )
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"weight '{name}' in {path} holds NaN or infinity")
-    names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    config: Any = model.config
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
     if not has_head and labels is not None:
         names = list(labels)
     model.eval().to(device)
@@ -148,7 +153,9 @@ def fresh(config: Any) -> nn.Module:
                 config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
             )
         except ValueError as error:
-            raise InputError(f"models of type '{config.model_type}' have no sequence-classification form") from error
+            raise InputError(
+                f"models of type '{config.model_type}' have no sequence-classification form"
+            ) from error
 
 
 def _load_own(path: Path, log: TransformLog) -> nn.Module:
@@ -174,7 +181,9 @@ def _load_own(path: Path, log: TransformLog) -> nn.Module:
     return model
 
 
-def _load_plain(path: Path, config_json: Mapping[str, Any], labels: Sequence[str] | None) -> tuple[nn.Module, bool]:
+def _load_plain(
+    path: Path, config_json: Mapping[str, Any], labels: Sequence[str] | None
+) -> tuple[nn.Module, bool]:
     """Load what transformers wrote; say whether its classification head was really in the file."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -200,7 +209,9 @@ def _load_plain(path: Path, config_json: Mapping[str, Any], labels: Sequence[str
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kind = config_json.get("model_type")
-        raise InputError(f"{path} cannot be loaded as a text classifier (model_type {kind!r}): {reason}") from error
+        raise InputError(
+            f"{path} cannot be loaded as a text classifier (model_type {kind!r}): {reason}"
+        ) from error
     missing = set(info["missing_keys"])
     base = str(getattr(model, "base_model_prefix", "")) + "."
     if lost := sorted(k for k in missing if k.startswith(base) and ".pooler." not in k):
@@ -213,16 +224,22 @@ def _stores_head(path: Path, config_json: Mapping[str, Any]) -> bool:
     names = [name for file in sorted(path.glob("*.safetensors")) for name in safety.read_header(file)]
     architectures = config_json.get("architectures") or [""]
     heads = ("classifier.", "score.", "pre_classifier.")
-    return str(architectures[0]).endswith("ForSequenceClassification") and any(n.startswith(heads) for n in names)
+    return str(architectures[0]).endswith("ForSequenceClassification") and any(
+        n.startswith(heads) for n in names
+    )
 
 
 def _load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True, use_fast=True
+        )
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise InputError(f"{path} has no tokenizer that can be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(
+            f"{path} has no tokenizer that can be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise InputError(f"the tokenizer in {path} has no tokenizer.json form, which kdcli needs")
     # A stored truncation or padding would silently change what every later user of the file sees.
@@ -231,7 +248,9 @@ def _load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def save(checkpoint: Checkpoint, directory: Path, *, integers: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
+def save(
+    checkpoint: Checkpoint, directory: Path, *, integers: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> None:
     """Write config.json, model.safetensors, the tokenizer and kdcli.json into an existing directory.
 
     Args:
@@ -271,7 +290,14 @@ def save_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
     content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     content.setdefault("model_max_length", checkpoint.max_length)
     content.setdefault("tokenizer_class", type(checkpoint.tokenizer).__name__)
-    for key in ("auto_map", "chat_template", "max_length", "truncation_strategy", "pad_to_multiple_of", "stride"):
+    for key in (
+        "auto_map",
+        "chat_template",
+        "max_length",
+        "truncation_strategy",
+        "pad_to_multiple_of",
+        "stride",
+    ):
         content.pop(key, None)
     _write_json(config, content)
 
@@ -311,7 +337,9 @@ def dequantise(state: Mapping[str, Tensor], log: Quantise) -> dict[str, Tensor]:
     for name in log.tensors:
         values, scale = dense.get(name), dense.pop(name + SCALE_SUFFIX, None)
         if values is None or scale is None or values.is_floating_point():
-            raise InputError(f"{WEIGHTS} holds no integers with scales for '{name}', which kdcli.json promises")
+            raise InputError(
+                f"{WEIGHTS} holds no integers with scales for '{name}', which kdcli.json promises"
+            )
         dense[name] = values.float() * scale.float()
     return dense
 
@@ -334,4 +362,6 @@ def supported_families() -> list[str]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
+    )

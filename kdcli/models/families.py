@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +175,7 @@ class Layer:
         for projection in (self.query, self.key, self.value):
             keep_outputs(projection, columns)
         keep_inputs(self.attention_output, columns)
-        attention = self._get(self.family.attention)
+        attention: Any = self._get(self.family.attention)
         for name in ("num_attention_heads", "n_heads"):
             if hasattr(attention, name):
                 setattr(attention, name, len(kept))
@@ -218,7 +219,7 @@ def encoder_layers(model: nn.Module, family: Family, head_size: int | None = Non
 
 def head_size_of(model: nn.Module) -> int:
     """Features of one attention head; surgery removes whole heads, so the configuration stays right."""
-    config = model.config
+    config: Any = model.config
     return int(config.hidden_size) // int(config.num_attention_heads)
 
 
@@ -244,7 +245,7 @@ def _bias_of(layer: Projection) -> BiasOnly:
     return BiasOnly(bias)
 
 
-def _select_head_bias(attention: nn.Module, kept: Sequence[int]) -> None:
+def _select_head_bias(attention: Any, kept: Sequence[int]) -> None:
     """Make a module of shared head biases see only the part of its own heads."""
     before: list[int] | None = getattr(attention, "kdcli_heads", None)
     attention.kdcli_heads = [before[h] for h in kept] if before is not None else list(kept)
@@ -257,7 +258,7 @@ def _bias_hook() -> Callable[..., tuple[tuple[object, ...], dict[str, object]]]:
         module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]]:
         # (hidden_states, attention_mask, position_bias): the third, by place or by name.
-        heads = module.kdcli_heads
+        heads: Any = module.kdcli_heads
         if len(args) > 2 and isinstance(args[2], Tensor):
             args = (*args[:2], args[2][:, heads], *args[3:])
         elif isinstance(kwargs.get("position_bias"), Tensor):

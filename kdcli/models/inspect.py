@@ -63,7 +63,8 @@ def describe(ref: str, *, offline: bool = False) -> dict[str, Any]:
         assert read is not None
         described["transforms"] = [_short(t.model_dump(mode="json")) for t in read.transforms]
         described["lineage"] = [
-            {key: entry.get(key) for key in ("stage", "method", "model", "accuracy")} for entry in read.lineage
+            {key: entry.get(key) for key in ("stage", "method", "model", "accuracy")}
+            for entry in read.lineage
         ]
     return described
 

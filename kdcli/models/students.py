@@ -43,7 +43,7 @@ def size_of(name: str, presets: dict[str, tuple[int, int]]) -> tuple[int, int] |
     layers, hidden = int(found[1]), int(found[2])
     if not 1 <= layers <= 48 or not 8 <= hidden <= 4096 or hidden % 8:
         raise UsageError(
-            f"student '{name}' is out of range: 1 to 48 layers, and a hidden size from 8 to 4096 in steps of 8"
+            f"student '{name}' is out of range: 1 to 48 layers, hidden size 8 to 4096 in steps of 8"
         )
     return layers, hidden
 
@@ -72,7 +72,7 @@ def build(
         resolve: Maps any other reference to a directory; may raise KdcliError.
 
     Raises:
-        UsageError: A student that is neither preset nor size nor checkpoint, or an ``init`` that cannot be had.
+        UsageError: The student is neither preset nor size nor checkpoint, or ``init`` cannot be had.
         InputError: A student checkpoint with another vocabulary than the teacher's.
     """
     size = size_of(name, presets)
@@ -107,7 +107,9 @@ def _own(
         path = resolve(name)
     except InputError as error:
         hint = did_you_mean(name, presets)
-        raise UsageError(f"unknown student '{name}': {hint}, LxH (such as 3x192), or a model directory") from error
+        raise UsageError(
+            f"unknown student '{name}': {hint}, LxH (such as 3x192), or a model directory"
+        ) from error
     student = load(path, labels=labels)
     _same_vocabulary(student, teacher, str(path))
     if not student.has_head or student.labels != list(labels):
@@ -130,7 +132,7 @@ def _same_vocabulary(student: Checkpoint, teacher: Checkpoint, what: str) -> Non
 def _new_head(student: Checkpoint, labels: Sequence[str]) -> None:
     config = copy.deepcopy(student.config)
     config.num_labels = len(labels)
-    model = fresh(config)
+    model: Any = fresh(config)
     transforms.replay(model, student.log)
     base = model.base_model_prefix
     getattr(model, base).load_state_dict(getattr(student.model, base).state_dict())
@@ -196,7 +198,9 @@ def from_teacher(student: Checkpoint, teacher: Checkpoint) -> list[str]:
         table = theirs["word_embeddings"].double()
         _, vectors = torch.linalg.eigh(table.T @ table)  # ascending eigenvalues
         projection = vectors[:, -hidden:].flip(1)
-        notes.append(f"embeddings projected from {wide} to {hidden} features by truncated SVD of the teacher's")
+        notes.append(
+            f"embeddings projected from {wide} to {hidden} features by truncated SVD of the teacher's"
+        )
     elif hidden == wide:
         projection = torch.eye(hidden, dtype=torch.float64, device=theirs["word_embeddings"].device)
         notes.append("embeddings copied from the teacher")

@@ -122,14 +122,19 @@ def replay(model: nn.Module, log: TransformLog) -> None:
 
 
 def _cut(model: nn.Module, cut: Cut) -> None:
-    layers = encoder_layers(model, family_of(model.config.model_type))
+    config: Any = model.config
+    layers = encoder_layers(model, family_of(config.model_type))
     for kind, keep in (("heads", cut.heads), ("neurons", cut.neurons)):
         for index, kept in keep.items():
             if not 0 <= index < len(layers):
-                raise InputError(f"{FILE} cuts {kind} of layer {index}, but the model has {len(layers)} layers")
+                raise InputError(
+                    f"{FILE} cuts {kind} of layer {index}, but the model has {len(layers)} layers"
+                )
             have = layers[index].heads if kind == "heads" else layers[index].neurons
             if any(not 0 <= unit < have for unit in kept) or len(set(kept)) != len(kept):
-                raise InputError(f"{FILE} keeps {kind} of layer {index} that it does not have (it has {have})")
+                raise InputError(
+                    f"{FILE} keeps {kind} of layer {index} that it does not have (it has {have})"
+                )
             if kind == "heads":
                 layers[index].keep_heads(kept)
             else:
@@ -163,11 +168,12 @@ def settle_in_config(model: nn.Module, log: TransformLog) -> None:
     cuts = [t for t in log.transforms if isinstance(t, Cut)]
     if not cuts or any(isinstance(t, Factorise) for t in log.transforms):
         return
-    family = family_of(model.config.model_type)
+    config: Any = model.config
+    family = family_of(config.model_type)
     layers = encoder_layers(model, family)
     sizes = {layer.neurons for layer in layers}
-    if len(sizes) != 1 or 0 in sizes or any(layer.heads != model.config.num_attention_heads for layer in layers):
+    if len(sizes) != 1 or 0 in sizes or any(layer.heads != config.num_attention_heads for layer in layers):
         return
-    setattr(model.config, family.ffn_size_key, sizes.pop())
+    setattr(config, family.ffn_size_key, sizes.pop())
     for cut in cuts:
         cut.in_config = True

@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 from kdcli.errors import UsageError, did_you_mean
@@ -66,7 +67,9 @@ class Expression:
 
     def holds(self, value: float | None) -> bool:
         """Whether the value meets the condition; None and NaN never do."""
-        return value is not None and not math.isnan(value) and _OPERATORS[self.operator](value, self.threshold)
+        return (
+            value is not None and not math.isnan(value) and _OPERATORS[self.operator](value, self.threshold)
+        )
 
 
 def parse_size(given: str) -> int:
@@ -78,7 +81,8 @@ def parse_size(given: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", given)
     if not found or found[2].lower() not in _UNITS:
         raise UsageError(f"'{given}' is not a size", "write it like 20MiB, 1.5GB or 4096")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    # Fraction keeps every digit: a float of twenty digits is another number, one of 400 is infinity.
+    return int(Fraction(found[1]) * _UNITS[found[2].lower()])
 
 
 def parse_expression(given: str) -> Expression:
@@ -89,7 +93,9 @@ def parse_expression(given: str) -> Expression:
     """
     found = re.fullmatch(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*(>=|<=|==|>|<)\s*(\S+)\s*", given)
     if not found:
-        raise UsageError(f"'{given}' is not a gate", 'write it like "accuracy>=0.9", with one of >= <= == > <')
+        raise UsageError(
+            f"'{given}' is not a gate", 'write it like "accuracy>=0.9", with one of >= <= == > <'
+        )
     name, sign, number = found.groups()
     if name not in NAMES:
         raise UsageError(f"unknown gate '{name}': {did_you_mean(name, NAMES)}")
@@ -137,10 +143,18 @@ def judge(limits: Limits, before: Measurement | None, after: Measurement, delta:
     if limits.max_drop is not None:
         asked.append(("max-drop", f"drop<={limits.max_drop:g}", Expression("drop", "<=", limits.max_drop)))
     if limits.min_speedup is not None:
-        asked.append(("min-speedup", f"speedup>={limits.min_speedup:g}", Expression("speedup", ">=", limits.min_speedup)))
+        asked.append(
+            (
+                "min-speedup",
+                f"speedup>={limits.min_speedup:g}",
+                Expression("speedup", ">=", limits.min_speedup),
+            )
+        )
     if limits.max_size_bytes is not None:
         size = float(limits.max_size_bytes)
-        asked.append(("max-size", f"onnx_bytes<={limits.max_size_bytes}", Expression("onnx_bytes", "<=", size)))
+        asked.append(
+            ("max-size", f"onnx_bytes<={limits.max_size_bytes}", Expression("onnx_bytes", "<=", size))
+        )
     asked.extend((e.strip(), e.strip(), parse_expression(e)) for e in limits.expressions)
     gates = []
     for name, text, expression in asked:
@@ -149,5 +163,7 @@ def judge(limits: Limits, before: Measurement | None, after: Measurement, delta:
         # A drop of exactly the limit is allowed: 0.9 - 0.89 must not fail 0.01 for its last binary digit.
         slack = 1e-12 if expression.name == "drop" and expression.operator == "<=" else 0.0
         passed = Expression(expression.name, expression.operator, expression.threshold + slack).holds(usable)
-        gates.append(Gate(name=name, expression=text, value=usable, threshold=expression.threshold, passed=passed))
+        gates.append(
+            Gate(name=name, expression=text, value=usable, threshold=expression.threshold, passed=passed)
+        )
     return gates

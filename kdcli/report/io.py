@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -17,8 +19,22 @@ FILE = "report.json"
 
 
 def dumps(report: Report) -> str:
-    """The report as canonical JSON: fields in the order of their declaration, newline at the end."""
-    return json.dumps(report.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """The report as canonical JSON: fields in the order of their declaration, newline at the end.
+
+    NaN and infinity in a method's free-form detail become null.
+    """
+    content = _finite(report.model_dump(mode="json"))
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # A file name that is not UTF-8 arrives as lone surrogates, which only JSON's own escape can write.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(report: Report, directory: Path) -> Path:
@@ -46,16 +62,22 @@ def read(path: Path) -> Report:
         InputError: There is none, it is broken, or its schema version is unknown.
     """
     file = path / FILE if path.is_dir() else path
+    if file.exists() and not file.is_file():
+        raise InputError(f"'{file}' is not a regular file")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"'{path}' holds no {FILE}", "give the output directory of a kdcli stage") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"'{file}' is not readable JSON: {error}") from error
     if not isinstance(content, dict) or content.get("kind") != "kdcli.report":
         raise InputError(f"'{file}' is not a kdcli report")
     if content.get("schema_version") != 1:
-        raise InputError(f"'{file}' has schema version {content.get('schema_version')!r}; this kdcli reads version 1")
+        version = repr(content.get("schema_version"))[:40]
+        raise InputError(
+            f"'{file}' has schema version {version}; this kdcli reads version 1",
+            "a newer kdcli wrote it: upgrade",
+        )
     try:
         return Report.model_validate(content)
     except ValidationError as error:

@@ -118,7 +118,9 @@ class Parity(_Part):
     top1_agreement: Number | None
     shapes: list[tuple[int, int]] = Field(description="(batch, sequence) of every comparison")
     passed: bool
-    tolerance: Number | None = Field(description="largest allowed difference of a logit; null for integer graphs")
+    tolerance: Number | None = Field(
+        description="largest allowed difference of a logit; null for integer graphs"
+    )
 
 
 class Gate(_Part):

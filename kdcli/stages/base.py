@@ -18,6 +18,10 @@ STAGES: tuple[StageName, ...] = ("distill", "prune", "lowrank", "quantize", "eva
 DEFAULT_DATA = "rotten-tomatoes"
 """The data alias used when neither ``--data`` nor the model's own report names one."""
 
+SPLIT_SEED = 0
+"""A single file is split by a seed of its own, not by ``--seed``: otherwise a later stage with another seed
+would test on rows that an earlier one trained on."""
+
 STUDENT_PRESETS: dict[str, tuple[int, int]] = {
     "tiny": (2, 128),
     "mini": (4, 256),

@@ -57,14 +57,16 @@ def _plan(context: Context) -> _Plan:
     """Check everything that can be checked before any training starts."""
     options = _options(context)
     if options.strategy not in STRATEGIES:
-        raise UsageError(f"unknown strategy '{options.strategy}': {did_you_mean(options.strategy, STRATEGIES)}")
+        raise UsageError(
+            f"unknown strategy '{options.strategy}': {did_you_mean(options.strategy, STRATEGIES)}"
+        )
     if options.init not in INITS:
         raise UsageError(f"unknown --init '{options.init}': {did_you_mean(options.init, INITS)}")
     if len(options.methods) != 1:
         raise UsageError("this version distils with one method; give --method once")
     if options.beta or options.gamma or options.weights or options.layer_map:
         raise UsageError(
-            "--beta, --gamma, --weight and --layer-map weigh feature and relation terms, and no such method was chosen"
+            "--beta, --gamma, --weight and --layer-map belong to feature and relation methods; none was chosen"
         )
     students.size_of(options.student, STUDENT_PRESETS)
     alpha = ALPHA if options.alpha is None else options.alpha
@@ -167,7 +169,9 @@ def apply(context: Context) -> Applied:
     warnings: list[Warning_] = []
     if first_weights is not None:
         detail["control"], warnings = _control(context, student, first_weights, train, fit_options)
-    return Applied(student, Method(name=options.methods[0], params=params, detail=detail, layers=[]), warnings=warnings)
+    return Applied(
+        student, Method(name=options.methods[0], params=params, detail=detail, layers=[]), warnings=warnings
+    )
 
 
 def default_rate(hidden: int, init: str) -> float:
@@ -191,7 +195,9 @@ def _student(context: Context) -> students.Student:
         if alias is None:
             raise UnavailableError(f"there is no published miniature for the student '{name}'")
         if teacher.model_type != "bert":
-            raise UnavailableError(f"the published miniatures are BERT models, the teacher is {teacher.model_type}")
+            raise UnavailableError(
+                f"the published miniatures are BERT models, the teacher is {teacher.model_type}"
+            )
         return references.resolve(f"{alias.repo}@{alias.revision}", offline=offline).path
 
     made = students.build(
@@ -245,7 +251,9 @@ def _control(
     control.model.load_state_dict(weights)
     labelled = train.take(np.flatnonzero(train.labels >= 0))
     assert labelled.labels is not None
-    result = _fit(context, control, labelled, cross_entropy(labelled.labels, context.device), options, "control")
+    result = _fit(
+        context, control, labelled, cross_entropy(labelled.labels, context.device), options, "control"
+    )
     found: dict[str, Any] = {"training": result.detail()}
     split = "test" if "test" in context.encoded else "validation"
     for name, model in (("accuracy", control), ("student_accuracy", student)):
@@ -254,11 +262,13 @@ def _control(
     found["split"] = split
     gain = found["student_accuracy"] - found["accuracy"]
     context.progress.note(
-        f"control (no teacher): {found['accuracy']:.1%} on {split}; distilled: {found['student_accuracy']:.1%}"
+        f"{split} accuracy: {found['student_accuracy']:.1%} distilled, {found['accuracy']:.1%} without the teacher"
     )
     if gain > 0:
         return found, []
-    text_ = f"the teacher did not help: without it the same student reaches {found['accuracy']:.1%} ({-gain:.1%} more)"
+    text_ = (
+        f"the teacher did not help: without it the student reaches {found['accuracy']:.1%} ({-gain:.1%} more)"
+    )
     return found, [Warning_(code="no-gain", message=text_)]
 
 
@@ -268,7 +278,7 @@ def _budget(train: Encoded, labels: int, seed: int) -> Encoded:
     classes = np.unique(train.labels)
     if not len(classes) <= labels <= len(train):
         raise UsageError(
-            f"--labels {labels} is out of range: at least one for each of the {len(classes)} labels, at most {len(train)}"
+            f"--labels {labels} is out of range: from {len(classes)}, one a label, to {len(train)}, all rows"
         )
     shuffled = np.random.default_rng(seed).permutation(len(train))
     # Rank of every row within its class, in shuffled order: taking the lowest ranks takes the classes evenly.

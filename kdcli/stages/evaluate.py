@@ -14,7 +14,7 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models import references
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
-from kdcli.report import ci, gates, html, io
+from kdcli.report import ci, gates, html
 from kdcli.report.redact import redact
 from kdcli.report.schema import Delta, LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
 from kdcli.stages import graph as graphs
@@ -47,12 +47,16 @@ def run(request: Request, progress: Progress) -> Outcome:
     if not names:
         raise UsageError("evaluate needs at least one model")
     if request.common.out is not None and len(names) > 1:
-        raise UsageError("-o takes one model; with several models the reports go to stdout (--json) or --html")
+        raise UsageError(
+            "-o takes one model; with several models the reports go to stdout (--json) or --html"
+        )
     timings = Timings()
     paths = [references.resolve(name, offline=request.common.offline).path for name in names]
     out = None
     if request.common.out is not None:
-        out = output.choose(request.common.out, "", "evaluate", force=request.common.force, inputs=tuple(paths))
+        out = output.choose(
+            request.common.out, "", "evaluate", force=request.common.force, inputs=tuple(paths)
+        )
     runner.device_of(request.common.device)
     dataset = runner.load_data(request, paths[0], progress)
     baseline = None
@@ -97,18 +101,22 @@ def _measure(
         encoded = runner.encode(dataset, checkpoint)
     split, rows = runner.measured_rows(encoded, options.split, request.common.limit)
     threads = environment.threads()
-    graph, warnings = graphs.of_input(checkpoint, encoded[split], threads=threads, timings=timings, progress=progress)
+    graph, warnings = graphs.of_input(
+        checkpoint, encoded[split], threads=threads, timings=timings, progress=progress
+    )
     measured = measuring.measure(
         checkpoint,
         graph,
         rows,
         split,
-        threads=threads,
-        device=runner.session_device(device),
-        batch_sizes=options.batch_sizes,
-        runtimes=RUNTIMES[options.runtime],
-        timings=timings,
-        progress=progress,
+        measuring.Conditions(
+            threads=threads,
+            device=runner.session_device(device),
+            batch_sizes=options.batch_sizes,
+            runtimes=RUNTIMES[options.runtime],
+            timings=timings,
+            progress=progress,
+        ),
         title=source,
     )
     return _Judged(source, checkpoint, graph, measured, warnings)
@@ -148,12 +156,15 @@ def _report(
         delta = runner.compare(before, after)
         if not _same_rows(before, after):
             warnings.append(
-                Warning_(code="other-rows", message="the lineage's first model was measured on other rows than these")
+                Warning_(
+                    code="other-rows",
+                    message="the lineage's first model was measured on other rows than these",
+                )
             )
         warnings.append(
             Warning_(
                 code="recorded-baseline",
-                message=f"compared with '{lineage[0].model}' as its report recorded it; --baseline measures it again",
+                message=f"compared with the recorded numbers of '{lineage[0].model}'; --baseline measures again",
             )
         )
     warnings.extend(runner.honest(delta, after))
@@ -177,7 +188,9 @@ def _report(
         before=before,
         after=after,
         delta=delta,
-        method=Method(name="evaluate", params={"runtime": options.runtime, "split": options.split}, detail={}, layers=[]),
+        method=Method(
+            name="evaluate", params={"runtime": options.runtime, "split": options.split}, detail={}, layers=[]
+        ),
         parity=None,
         gates=judged,
         lineage=lineage,

@@ -42,7 +42,12 @@ def parity_batches(encoded: Encoded, pad_id: int) -> list[dict[str, np.ndarray]]
     shortest, longest, middle = order[:1], order[-1:], order[len(order) // 2 : len(order) // 2 + 1]
     spread = order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]
     wide = int(encoded.lengths[spread].max()) + 5
-    groups: list[tuple[np.ndarray, int | None]] = [(shortest, None), (middle, None), (longest, None), (spread, None)]
+    groups: list[tuple[np.ndarray, int | None]] = [
+        (shortest, None),
+        (middle, None),
+        (longest, None),
+        (spread, None),
+    ]
     return [batching.collate(encoded, rows, pad_id, width=width) for rows, width in groups] + [
         batching.collate(encoded, spread[:3], pad_id, width=wide)
     ]
@@ -94,7 +99,7 @@ def build(
             result = _check(reference, plain, batches, threads)
         if not result.passed:
             raise ParityError(
-                f"the ONNX export differs from the checkpoint by {result.max_abs_diff} (allowed {result.tolerance})"
+                f"the ONNX export is off by {result.max_abs_diff} from the checkpoint, allowed are {result.tolerance}"
             )
         chosen = plain
         with timings.phase("fusion"):
@@ -104,7 +109,11 @@ def build(
         if fused_result is not None and fused_result.passed:
             chosen, result, detail["fused"] = fused, fused_result, counts
         else:
-            reason = "nothing fused" if not counts else f"fused logits differ by {fused_result and fused_result.max_abs_diff}"
+            reason = (
+                "nothing fused"
+                if not counts
+                else f"fused logits differ by {fused_result and fused_result.max_abs_diff}"
+            )
             warnings.append(Warning_(code="not-fused", message=f"the ONNX graph is not fused: {reason}"))
         if rewrite is not None:
             with timings.phase("rewrite"):
@@ -113,12 +122,16 @@ def build(
                 result = _check(reference, target, _many(encoded, checkpoint.pad_id), threads, exact=False)
             if not result.passed:
                 raise ParityError(
-                    f"the integer graph gives the checkpoint's answer for only {result.top1_agreement:.1%} of the rows"
+                    f"the integer graph gives the checkpoint's answer for {result.top1_agreement:.1%} of the rows only"
                 )
         else:
             chosen.replace(target)
         with timings.phase("export"):
-            meta = {"kdcli_version": __version__, "max_length": str(checkpoint.max_length), **(properties or {})}
+            meta = {
+                "kdcli_version": __version__,
+                "max_length": str(checkpoint.max_length),
+                **(properties or {}),
+            }
             onnx.annotate(target, checkpoint.labels, meta)
     finally:
         for path in (plain, fused):

@@ -26,6 +26,18 @@ LATENCY_ROWS = 128
 _SEED = 0  # of the rows that are timed: the same for every model of a data set
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What two measurements must share to be compared."""
+
+    threads: int  # for every session
+    device: str  # cpu or cuda[:N]
+    batch_sizes: Sequence[int]  # to time
+    runtimes: Sequence[str]  # onnx, torch or both; quality comes from the first
+    timings: Timings  # gets the phases quality, size, compute and latency
+    progress: Progress
+
+
 @dataclass
 class Measured:
     """A measurement and the logits (N, C) behind it, for comparing two models row by row."""
@@ -37,7 +49,9 @@ class Measured:
 def dynamic_integers(graph: Path) -> bool:
     """Whether the graph rounds activations at run time, so that a row's answer depends on its batch."""
     operators = {node.op_type for node in onnx.load(str(graph), load_external_data=False).graph.node}
-    return bool(operators & {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QAttention", "MatMulIntegerToFloat"})
+    return bool(
+        operators & {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QAttention", "MatMulIntegerToFloat"}
+    )
 
 
 def logits_of(
@@ -83,13 +97,8 @@ def measure(
     graph: Path,
     encoded: Encoded,
     split: str,
+    conditions: Conditions,
     *,
-    threads: int,
-    device: str,
-    batch_sizes: Sequence[int],
-    runtimes: Sequence[str],
-    timings: Timings,
-    progress: Progress,
     title: str,
 ) -> Measured:
     """Measure a checkpoint and its ONNX file on one split.
@@ -99,24 +108,27 @@ def measure(
         graph: Its ONNX form, which gives quality and latency, because it is what ships.
         encoded: Labelled rows.
         split: Their name.
-        threads: For every session.
-        device: ``cpu`` or ``cuda[:N]``.
-        batch_sizes: To time.
-        runtimes: ``onnx``, ``torch`` or both; quality comes from the first.
-        timings: Gets the phases ``quality`` and ``latency``.
-        progress: Observer.
+        conditions: The same for every model that is compared.
         title: ``before`` or ``after``, for people.
     """
+    threads, device = conditions.threads, conditions.device
+    timings, progress, runtimes = conditions.timings, conditions.progress, conditions.runtimes
     with timings.phase("quality"):
         if runtimes[0] == "onnx":
             logits = logits_of(
-                graph, encoded, checkpoint.pad_id, threads=threads, device=device, progress=progress, title=title
+                graph,
+                encoded,
+                checkpoint.pad_id,
+                threads=threads,
+                device=device,
+                progress=progress,
+                title=title,
             )
         else:
             logits = _torch_logits(checkpoint, encoded, progress, title)
         assert encoded.labels is not None
         found = quality.measure(logits, encoded.labels, split)
-    tensors = [t for t in checkpoint.model.parameters()]
+    tensors = list(checkpoint.model.parameters())
     parameters = sum(t.numel() for t in tensors)
     nonzero = sum(int((t != 0).sum()) for t in tensors)
     with timings.phase("size"):
@@ -132,7 +144,7 @@ def measure(
                 run = sessions.runner(session)
             else:
                 session, run = None, torch_runner(checkpoint)
-            for batch_size in batch_sizes:
+            for batch_size in conditions.batch_sizes:
                 batches = latency_batches(encoded, checkpoint.pad_id, batch_size)
                 measured.append(latency.measure(run, batches, runtime=runtime, threads=threads))
             del session  # its spinning threads would slow the next one

@@ -37,7 +37,8 @@ def choose(out: Path | None, model_name: str, stage: str, *, force: bool, inputs
     for source in (p.resolve() for p in inputs):
         if place == source or place in source.parents or source in place.parents:
             raise UsageError(
-                f"output '{out}' and input '{source.name}' contain each other", "write to a directory of its own"
+                f"output '{out}' and input '{source.name}' contain each other",
+                "write to a directory of its own",
             )
     if not out.exists():
         return out
@@ -72,7 +73,7 @@ def building(out: Path, needed_bytes: int) -> Iterator[Path]:
         free = shutil.disk_usage(out.parent).free
         if free < needed_bytes:
             raise ResourceError(
-                f"the disk under '{out.parent}' has {free >> 20} MiB left, about {needed_bytes >> 20} MiB are needed"
+                f"'{out.parent}' has {free >> 20} MiB of disk left, about {needed_bytes >> 20} MiB are needed"
             )
         work.mkdir()
     except OSError as error:

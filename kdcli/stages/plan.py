@@ -19,6 +19,7 @@ from kdcli.report import gates, io
 from kdcli.stages import output
 from kdcli.stages.base import (
     DEFAULT_DATA,
+    SPLIT_SEED,
     STRATEGIES,
     STRUCTURES,
     STUDENT_PRESETS,
@@ -90,7 +91,7 @@ def plan(request: Request, progress: Progress) -> Plan:
     for expression in common.gates.expressions:
         gates.parse_expression(expression)
     ref = common.data or _earlier_data(first) or DEFAULT_DATA
-    dataset = sources.load(ref, columns=common.columns, seed=common.seed, offline=common.offline)
+    dataset = sources.load(ref, columns=common.columns, seed=SPLIT_SEED, offline=common.offline)
     rows = {name: len(split) for name, split in dataset.splits.items()}
     tokens = _tokens(dataset)
     config = files.config
@@ -101,7 +102,9 @@ def plan(request: Request, progress: Progress) -> Plan:
         "model": " ".join(names),
         "from": [f"{f.source}: {f.path}" for f in found],
         "family": config.get("model_type"),
-        "data": f"{ref} ({', '.join(f'{k} {v}' for k, v in rows.items())}; {len(dataset.label_names)} labels)",
+        "data": ref,
+        "rows": [f"{split} {count}" for split, count in rows.items()],
+        "labels": len(dataset.label_names),
         "device": common.device,
         "seed": common.seed,
     }
@@ -114,11 +117,15 @@ def plan(request: Request, progress: Progress) -> Plan:
         seconds, memory, written = seconds + extra[0], memory + extra[1], extra[2] + weights
     elif isinstance(options, PruneOptions):
         if options.structure not in STRUCTURES:
-            raise UsageError(f"unknown structure '{options.structure}': {did_you_mean(options.structure, STRUCTURES)}")
+            raise UsageError(
+                f"unknown structure '{options.structure}': {did_you_mean(options.structure, STRUCTURES)}"
+            )
         method = options.method or STRUCTURES[options.structure]
         methods.load_name("prune", method)
         facts |= {"structure": options.structure, "method": method}
-        seconds += 1024 * 8 * 3 * cost / _FLOPS_TRAIN + options.epochs * rows["train"] * 3 * cost / _FLOPS_TRAIN
+        seconds += (
+            1024 * 8 * 3 * cost / _FLOPS_TRAIN + options.epochs * rows["train"] * 3 * cost / _FLOPS_TRAIN
+        )
     elif isinstance(options, LowRankOptions):
         methods.load_name("lowrank", options.method)
         facts |= {"method": options.method}
@@ -180,7 +187,9 @@ def _distill(
 ) -> tuple[float, int, int]:
     """(seconds, memory bytes, disk bytes) of teacher, outputs and student."""
     if options.strategy not in STRATEGIES:
-        raise UsageError(f"unknown strategy '{options.strategy}': {did_you_mean(options.strategy, STRATEGIES)}")
+        raise UsageError(
+            f"unknown strategy '{options.strategy}': {did_you_mean(options.strategy, STRATEGIES)}"
+        )
     for name in options.methods:
         methods.load_name("distill", name)
     size = STUDENT_PRESETS.get(options.student)
@@ -192,7 +201,9 @@ def _distill(
     facts |= {"student": options.student, "method": list(options.methods), "strategy": options.strategy}
     architectures = config.get("architectures") or [""]
     has_head = str(architectures[0]).endswith("ForSequenceClassification")
-    facts["teacher"] = "has a head" if has_head else "has no head for the task: it is fine-tuned first, and cached"
+    facts["teacher"] = (
+        "has a head" if has_head else "has no head for the task: it is fine-tuned first, and cached"
+    )
     train = rows["train"]
     seconds = train * cost / _FLOPS_RUN
     if not has_head:
@@ -232,5 +243,3 @@ def _mib(size: float) -> str:
 
 def _show(value: Any) -> str:
     return ", ".join(str(v) for v in value) if isinstance(value, list) else str(value)
-
-

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kdcli import methods
 from kdcli.data import batching
 from kdcli.errors import InputError, UsageError, did_you_mean
+from kdcli.methods.prune.taylor import Batch
 from kdcli.methods.prune_budget import layer_macs, macs_to_remove, search, table_row
 from kdcli.models.families import encoder_layers
 from kdcli.models.layers import projections
@@ -152,7 +152,7 @@ def _units(context: Context, plan: _Plan) -> Applied:
     batches = _batches(context, plan)
     with context.progress.task("importance", steps * len(batches)) as task:
 
-        def counted() -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+        def counted() -> Iterator[Batch]:
             for batch in batches:
                 yield batch
                 task.advance()
@@ -191,14 +191,14 @@ def _units(context: Context, plan: _Plan) -> Applied:
     return Applied(checkpoint, method, warnings=warnings)
 
 
-def _batches(context: Context, plan: _Plan) -> list[tuple[Mapping[str, Tensor], Tensor]]:
+def _batches(context: Context, plan: _Plan) -> list[Batch]:
     """Inputs and labels of the sampled training rows; a row without a label gets the model's own answer."""
     model, train = context.checkpoint.model, context.encoded["train"]
     count = min(plan.config.samples, len(train))
     rows = np.sort(np.random.default_rng(context.seed).choice(len(train), count, replace=False))
     sample = train.take(rows)
     labels = np.full(count, UNLABELLED, dtype=np.int64) if sample.labels is None else sample.labels
-    made: list[tuple[Mapping[str, Tensor], Tensor]] = []
+    made: list[Batch] = []
     for at in batching.inference_batches(sample.lengths, plan.config.batch_size):
         inputs = model_inputs(model, batching.collate(sample, at, context.checkpoint.pad_id), context.device)
         targets = torch.from_numpy(labels[at]).to(context.device)

@@ -77,6 +77,9 @@ def recover(
         resuming=request.common.resume,
         after_step=after_step,
     )
-    return {"alpha": ALPHA, "temperature": TEMPERATURE, "lr": options.lr, "batch_size": options.batch_size} | (
-        result.detail()
-    )
+    return {
+        "alpha": ALPHA,
+        "temperature": TEMPERATURE,
+        "lr": options.lr,
+        "batch_size": options.batch_size,
+    } | (result.detail())

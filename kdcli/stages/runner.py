@@ -31,6 +31,7 @@ from kdcli.models import references, transforms
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report import card, gates, io
+from kdcli.report.redact import redact
 from kdcli.report.schema import (
     Artifact,
     DataInfo,
@@ -41,10 +42,9 @@ from kdcli.report.schema import (
     Report,
     Warning_,
 )
-from kdcli.report.redact import redact
 from kdcli.stages import graph as graphs
 from kdcli.stages import measuring, output
-from kdcli.stages.base import DEFAULT_DATA, SUCCESSORS, DistillOptions, Request
+from kdcli.stages.base import DEFAULT_DATA, SPLIT_SEED, SUCCESSORS, DistillOptions, Request
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.timing import Timings
 
@@ -78,7 +78,11 @@ def run(request: Request, progress: Progress) -> Outcome:
             progress.note(note)
         check_chain(request, found.path)
         out = output.choose(
-            request.common.out, _short(source), request.stage, force=request.common.force, inputs=(found.path,)
+            request.common.out,
+            _short(source),
+            request.stage,
+            force=request.common.force,
+            inputs=(found.path,),
         )
         device = device_of(request.common.device)
         dataset = load_data(request, found.path, progress)
@@ -119,20 +123,20 @@ def _live(context: Context, stage: Any, source: str, out: Path, timings: Timings
         with timings.phase("prepare"):
             stage.prepare(context)
     split, rows = measured_rows(context.encoded, None, request.common.limit)
-    common = {
-        "threads": threads,
-        "device": session_device(context.device),
-        "batch_sizes": BATCH_SIZES,
-        "runtimes": ("onnx",),
-        "timings": timings,
-        "progress": progress,
-    }
+    conditions = measuring.Conditions(
+        threads=threads,
+        device=session_device(context.device),
+        batch_sizes=BATCH_SIZES,
+        runtimes=("onnx",),
+        timings=timings,
+        progress=progress,
+    )
 
     progress.phase("measure before")
     input_graph, warnings = graphs.of_input(
         context.checkpoint, context.encoded[split], threads=threads, timings=timings, progress=progress
     )
-    before = measuring.measure(context.checkpoint, input_graph, rows, split, title="before", **common)
+    before = measuring.measure(context.checkpoint, input_graph, rows, split, conditions, title="before")
     input_labels = list(context.checkpoint.labels)
     lineage = lineage_of(context.checkpoint, source, before.measurement)
 
@@ -166,7 +170,7 @@ def _live(context: Context, stage: Any, source: str, out: Path, timings: Timings
         properties={"stage": request.stage, "lineage": " > ".join(e.stage for e in (*lineage, entry))},
     )
     progress.phase("measure after")
-    after = measuring.measure(after_model, graph.path, rows, split, title="after", **common)
+    after = measuring.measure(after_model, graph.path, rows, split, conditions, title="after")
 
     with timings.phase("report"):
         delta = compare(before.measurement, after.measurement)
@@ -194,7 +198,10 @@ def _live(context: Context, stage: Any, source: str, out: Path, timings: Timings
             command=[redact(part) for part in request.argv],
             config=config_of(request),
             model=ModelInfo(
-                source=redact(source), family=after_model.model_type, task="text-classification", labels=after_model.labels
+                source=redact(source),
+                family=after_model.model_type,
+                task="text-classification",
+                labels=after_model.labels,
             ),
             data=data_info(context.dataset),
             before=before.measurement,
@@ -215,7 +222,7 @@ def _live(context: Context, stage: Any, source: str, out: Path, timings: Timings
 
 
 def finish(report: Report, work: Path, timings: Timings) -> Report:
-    """Write the model card, list the artifacts, then write report.json, which marks the directory complete."""
+    """Write the model card, list the artifacts, then report.json, which marks the directory complete."""
     (work / "README.md").write_text(card.card(report), encoding="utf-8")
     artifacts = [
         Artifact(path=path.relative_to(work).as_posix(), bytes=path.stat().st_size, sha256=io.sha256_of(path))
@@ -264,7 +271,9 @@ def device_of(name: str) -> torch.device:
     kind, _, number = name.partition(":")
     if kind == "cuda" and not (torch.cuda.is_available() and int(number or 0) < torch.cuda.device_count()):
         have = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise ResourceError(f"device '{name}' was asked for, but torch sees {have} CUDA devices", "pass --device cpu")
+        raise ResourceError(
+            f"device '{name}' was asked for, but torch sees {have} CUDA devices", "pass --device cpu"
+        )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ResourceError("device 'mps' was asked for, but it is not available here", "pass --device cpu")
     if kind == "cuda":
@@ -305,7 +314,7 @@ def load_data(request: Request, model: Path, progress: Progress) -> Dataset:
     if ref is None:
         ref = DEFAULT_DATA
         progress.note(f"data: {ref} (the default; --data names another)")
-    dataset = sources.load(ref, columns=columns, seed=request.common.seed, offline=request.common.offline)
+    dataset = sources.load(ref, columns=columns, seed=SPLIT_SEED, offline=request.common.offline)
     for note in dataset.notes:
         progress.note(note)
     return dataset
@@ -320,7 +329,9 @@ def encode(dataset: Dataset, checkpoint: Checkpoint) -> dict[str, Encoded]:
     }
 
 
-def measured_rows(encoded: Mapping[str, Encoded], split: str | None, limit: int | None) -> tuple[str, Encoded]:
+def measured_rows(
+    encoded: Mapping[str, Encoded], split: str | None, limit: int | None
+) -> tuple[str, Encoded]:
     """The rows that quality is measured on: ``test`` where there is one, else ``validation``.
 
     Raises:
@@ -362,15 +373,20 @@ def honest(delta: Delta, after: Measurement) -> list[Warning_]:
     found = []
     if delta.speedup is not None and delta.speedup < 0.98:
         found.append(
-            Warning_(code="slower", message=f"slower: {1 / delta.speedup:.2f} times the input's latency at batch 1")
+            Warning_(
+                code="slower", message=f"slower: {1 / delta.speedup:.2f} times the input's latency at batch 1"
+            )
         )
     if delta.size_ratio is not None and delta.size_ratio < 0.98:
-        found.append(Warning_(code="bigger", message=f"bigger: model.onnx is {1 / delta.size_ratio:.2f} times the input's"))
-    if delta.accuracy is not None and after.quality is not None and after.quality.accuracy.stderr is not None:
-        if delta.accuracy < -2 * after.quality.accuracy.stderr:
-            found.append(
-                Warning_(code="accuracy", message=f"accuracy fell by {-100 * delta.accuracy:.1f} points, more than noise")
+        found.append(
+            Warning_(
+                code="bigger", message=f"bigger: model.onnx is {1 / delta.size_ratio:.2f} times the input's"
             )
+        )
+    noise = None if after.quality is None else after.quality.accuracy.stderr
+    if delta.accuracy is not None and noise is not None and delta.accuracy < -2 * noise:
+        points = f"accuracy fell by {-100 * delta.accuracy:.1f} points, more than noise"
+        found.append(Warning_(code="accuracy", message=points))
     return found
 
 
@@ -444,5 +460,3 @@ def _weights_bytes(path: Path) -> int:
 def _short(source: str) -> str:
     """A name for the default output: the last part of a path or id, without an earlier stage's suffix."""
     return Path(source.partition("@")[0]).name or "model"
-
-

@@ -112,7 +112,9 @@ def fit(
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=device.type == "cpu")
-    optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=options.lr, fused=_fused(device))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, options.weight_decay), lr=options.lr, fused=_fused(device)
+    )
     prepared, optimizer = accelerator.prepare(model, optimizer)
     state = _State()
     if resume is not None:
@@ -156,14 +158,19 @@ def fit(
             mean = state.end_epoch()
             if not np.isfinite(mean):
                 raise InputError(
-                    f"{title}: the loss became {mean} in epoch {state.epoch}", "try a lower --lr, or check the data"
+                    f"{title}: the loss became {mean} in epoch {state.epoch}",
+                    "try a lower --lr, or check the data",
                 )
             accuracy, validation_loss = evaluate(model, validation, checking, device)
             better = state.judge(model, accuracy, validation_loss, mean)
             task.advance(0, f"epoch {state.epoch}/{options.epochs} loss {mean:.3f} validation {accuracy:.3f}")
             if resume is not None and state.epoch < options.epochs:
                 resume.save(*_snapshot(model, optimizer, state))
-            if options.patience is not None and not better and state.epoch - state.best_epoch >= options.patience:
+            if (
+                options.patience is not None
+                and not better
+                and state.epoch - state.best_epoch >= options.patience
+            ):
                 break
     assert state.best is not None
     model.load_state_dict(state.best)
@@ -202,7 +209,8 @@ def evaluate(
 def inference(encoded: Encoded, size: int, pad_id: int) -> list[tuple[np.ndarray, Mapping[str, np.ndarray]]]:
     """Row indices and arrays of batches for :func:`evaluate`, longest rows first."""
     return [
-        (rows, batching.collate(encoded, rows, pad_id)) for rows in batching.inference_batches(encoded.lengths, size)
+        (rows, batching.collate(encoded, rows, pad_id))
+        for rows in batching.inference_batches(encoded.lengths, size)
     ]
 
 

@@ -28,8 +28,10 @@ def cross_entropy(labels: np.ndarray, device: torch.device) -> Loss:
     return loss
 
 
-def distillation(labels: np.ndarray, teacher: np.ndarray, soft: SoftLoss, alpha: float, device: torch.device) -> Loss:
-    """(1 - alpha) * cross entropy + alpha * soft, the soft term over all rows, the hard one over labelled rows.
+def distillation(
+    labels: np.ndarray, teacher: np.ndarray, soft: SoftLoss, alpha: float, device: torch.device
+) -> Loss:
+    """(1 - alpha) * cross entropy + alpha * soft; the soft term over all rows, the other over labelled ones.
 
     Args:
         labels: (N,) indices, -100 where a row has none.

@@ -59,11 +59,15 @@ class ResumePoint:
             raise InputError(
                 f"the resume point {self.directory} is broken: {error}", "delete it, or run without --resume"
             ) from error
-        changed = sorted(k for k in stored.keys() | self.identity.keys() if stored.get(k) != self.identity.get(k))
+        changed = sorted(
+            k for k in stored.keys() | self.identity.keys() if stored.get(k) != self.identity.get(k)
+        )
         if changed:
-            shown = "; ".join(f"{k}: {stored.get(k)!r} then, {self.identity.get(k)!r} now" for k in changed[:3])
+            shown = "; ".join(
+                f"{k}: {stored.get(k)!r} then, {self.identity.get(k)!r} now" for k in changed[:3]
+            )
             raise UsageError(
-                f"cannot resume, because this run differs from the interrupted one in {', '.join(changed)} ({shown})",
+                f"cannot resume: this run differs from the interrupted one in {', '.join(changed)} ({shown})",
                 "give the same options and data, or run without --resume to start again",
             )
         return tensors, state

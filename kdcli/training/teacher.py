@@ -115,12 +115,16 @@ def outputs(teacher: Checkpoint, encoded: Encoded, *, device: torch.device, prog
     handle, temporary = tempfile.mkstemp(prefix=".outputs-", suffix=".npy", dir=path.parent)
     os.close(handle)
     try:
-        logits = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(len(encoded), classes))
+        logits = np.lib.format.open_memmap(
+            temporary, mode="w+", dtype=np.float32, shape=(len(encoded), classes)
+        )
         teacher.model.eval()
         with torch.inference_mode(), progress.task("teacher outputs", len(batches)) as task:
             for rows in batches:
                 batch = batching.collate(encoded, rows, teacher.pad_id)
-                logits[rows] = teacher.model(**model_inputs(teacher.model, batch, device)).logits.float().cpu().numpy()
+                logits[rows] = (
+                    teacher.model(**model_inputs(teacher.model, batch, device)).logits.float().cpu().numpy()
+                )
                 task.advance()
         logits.flush()
         del logits

@@ -74,7 +74,9 @@ def test_graph_and_fused_graph_agree_with_torch(family: str, case: str, tmp_path
         assert heads == ([2, 4] if case == "uneven" else [4, 4])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="the dynamo route needs onnxscript")
+@pytest.mark.skipif(
+    importlib.util.find_spec("onnxscript") is None, reason="the dynamo route needs onnxscript"
+)
 def test_the_route_that_will_replace_the_legacy_one_works(tmp_path: Path) -> None:
     made = tiny.checkpoint("bert")
     with warnings.catch_warnings():

@@ -21,8 +21,12 @@ def masked_logits(made, inputs, heads, neurons):
     """Logits with the given units' outputs set to zero by hooks, nothing removed."""
     hooks = []
     for layer in encoder_layers(made.model, made.family):
-        head_mask = torch.ones(layer.heads).index_fill(0, torch.tensor(heads[layer.index], dtype=torch.long), 0.0)
-        neuron_mask = torch.ones(layer.neurons).index_fill(0, torch.tensor(neurons[layer.index], dtype=torch.long), 0.0)
+        head_mask = torch.ones(layer.heads).index_fill(
+            0, torch.tensor(heads[layer.index], dtype=torch.long), 0.0
+        )
+        neuron_mask = torch.ones(layer.neurons).index_fill(
+            0, torch.tensor(neurons[layer.index], dtype=torch.long), 0.0
+        )
         for module, mask in (
             (layer.attention_output, head_mask.repeat_interleave(layer.head_size)),
             (layer.ffn_out, neuron_mask),
@@ -74,7 +78,10 @@ def test_masked_and_cut_model_agree_and_reload(family: str, case: str, tmp_path:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_cut_model_can_be_cut_again(family: str, tmp_path: Path) -> None:
     made, inputs = tiny.checkpoint(family), tiny.batch(family)
-    for cut in (Cut(heads={0: [0, 2, 3]}, neurons={1: list(range(0, 48, 2))}), Cut(heads={0: [1]}, neurons={1: [0, 1, 9]})):
+    for cut in (
+        Cut(heads={0: [0, 2, 3]}, neurons={1: list(range(0, 48, 2))}),
+        Cut(heads={0: [1]}, neurons={1: [0, 1, 9]}),
+    ):
         transforms.apply(made.model, cut)
         made.log.transforms.append(cut)
     # One cut with the composed indices gives the same model.
@@ -126,6 +133,10 @@ def test_unknown_family_is_an_input_error() -> None:
 
 def test_a_log_of_another_model_is_an_input_error() -> None:
     made = tiny.checkpoint()
-    for wrong in (Cut(heads={7: [0]}), Cut(neurons={0: [99]}), transforms.Factorise(ranks={"bert.nowhere": 3})):
+    for wrong in (
+        Cut(heads={7: [0]}),
+        Cut(neurons={0: [99]}),
+        transforms.Factorise(ranks={"bert.nowhere": 3}),
+    ):
         with pytest.raises(InputError):
             transforms.apply(made.model, wrong)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from kdcli.models import transforms
 from kdcli.models.layers import LowRankLinear
 
-# Weight of W W^T beside W C W^T: among directions that no calibration token uses, the largest of W come first.
+# Share of W W^T beside W C W^T: of directions that no calibration token uses, the largest of W come first.
 _TIE = 1e-7
 
 
@@ -94,6 +94,11 @@ class Spectrum:
         """Relative squared output error at this rank: the dropped energy by all of it."""
         total = float(self.energies.sum())
         return float(self.energies[rank:].sum()) / total if total else 0.0
+
+    def rank(self, energy: float) -> int:
+        """The lowest rank that keeps this share of the energy."""
+        kept = np.cumsum(self.energies)
+        return min(len(kept), int(np.searchsorted(kept, energy * kept[-1])) + 1)
 
 
 @contextmanager
@@ -184,12 +189,12 @@ def decompose(layer: nn.Linear, moments: Moments) -> Spectrum:
         energy = energy + torch.outer(inner, inner)
     plain = reduced @ reduced.T
     scale = float(energy.trace()) / max(float(plain.trace()), torch.finfo(torch.float64).tiny)
-    values, vectors = torch.linalg.eigh(energy + _TIE * (scale or 1.0) * plain)
-    vectors = vectors.flip(1)
+    vectors = torch.linalg.eigh(energy + _TIE * (scale or 1.0) * plain).eigenvectors.flip(1)
+    energies = (vectors * (energy @ vectors)).sum(0)
     directions = vectors if basis is None else basis @ vectors
     return Spectrum(
         directions=directions.to(torch.float32),  # the weights they end up in are float32 too
-        energies=values.flip(0).clamp(min=0).cpu().numpy(),
+        energies=energies.clamp(min=0).cpu().numpy(),
         centre=centre,
     )
 
@@ -204,9 +209,11 @@ def install(model: nn.Module, name: str, spectrum: Spectrum, rank: int) -> LowRa
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     kept = spectrum.directions[:, :rank].double()
-    largest = max(float(spectrum.energies[0]), np.finfo(np.float64).tiny)
+    largest = max(float(spectrum.energies[0]), 1e-12)
     # Square roots of singular values; a direction without energy gets a small factor and not zero.
-    balance = torch.from_numpy(np.maximum(spectrum.energies[:rank] / largest, 1e-8) * largest).to(kept) ** 0.25
+    balance = (
+        torch.from_numpy(np.maximum(spectrum.energies[:rank] / largest, 1e-8) * largest).to(kept) ** 0.25
+    )
     first = kept.T @ layer.weight.detach().to(kept) / balance[:, None]
     pair = transforms.factorise(model, name, rank)
     pair.first.weight.copy_(first)
@@ -215,3 +222,36 @@ def install(model: nn.Module, name: str, spectrum: Spectrum, rank: int) -> LowRa
         assert layer.bias is not None
         pair.bias.copy_(layer.bias.detach().to(kept) + spectrum.centre - kept @ (kept.T @ spectrum.centre))
     return pair
+
+
+@torch.no_grad()
+def errors(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    pairs: Mapping[str, nn.Module],
+    spectra: Mapping[str, Spectrum],
+    batches: Iterable[Mapping[str, Tensor]],
+) -> dict[str, float]:
+    """Measure E |pair(x) - layer(x)|^2 / E |layer(x) - mean|^2 on the layers' inputs in the dense model.
+
+    Args:
+        model: With ``layers`` in place, in eval mode.
+        layers: The dense layers by name.
+        pairs: What would replace some of them.
+        spectra: Of the layers; their centres give the mean output.
+        batches: Inputs of the model; padding does not count.
+    """
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in pairs}
+    real = torch.empty(0)
+
+    def see(name: str, x: Tensor, y: Tensor) -> None:
+        outputs, bias = y[real], layers[name].bias
+        mean = 0.0 if bias is None else bias + spectra[name].centre.to(y)
+        wrong, spread = pairs[name](x[real]) - outputs, outputs - mean
+        sums[name] += torch.stack([wrong.square().sum(), spread.square().sum()]).cpu()
+
+    with watching({name: layers[name] for name in pairs}, see):
+        for batch in batches:
+            real = batch["attention_mask"].bool()
+            model(**batch)
+    return {name: float(wrong / spread) if spread else 0.0 for name, (wrong, spread) in sums.items()}

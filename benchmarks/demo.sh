@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The main job, end to end, as `make demo` runs it: one pipeline, then one table.
+set -euo pipefail
+out=${DEMO_OUT:-kdcli-out/demo}
+
+kdcli distill --teacher minilm --student tiny -o "$out/student" --force \
+  | kdcli prune - --sparsity 0.3 -o "$out/pruned" --force -q \
+  | kdcli quantize - -o "$out/int8" --force -q \
+  | kdcli evaluate -

@@ -1,0 +1,281 @@
+"""What a report says, as rows of words and numbers; shared by every way of showing it."""
+
+from __future__ import annotations
+
+import math
+import ntpath
+import posixpath
+import re
+import shlex
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kdcli.errors import ExitCode
+from kdcli.report.schema import Latency, LineageEntry, Measurement, MetricValue, Report
+
+Kind = Literal["score", "count", "bytes", "ms", "rate"]
+
+# (lower, higher): what to call an `after` that is below or above `before`.
+_WORDS: dict[Kind, tuple[str, str]] = {
+    "count": ("fewer", "more"),
+    "bytes": ("smaller", "larger"),
+    "ms": ("faster", "slower"),
+    "rate": ("less", "more"),
+}
+# Two runs of one model differ by this much; calling it faster or slower would be false.
+_NOISE: dict[Kind, float] = {"count": 0.0, "bytes": 0.0, "ms": 0.02, "rate": 0.02}
+_SIZES: tuple[tuple[str, str, Kind], ...] = (
+    ("parameters", "parameters", "count"),
+    ("non-zero parameters", "nonzero_parameters", "count"),
+    ("checkpoint", "checkpoint_bytes", "bytes"),
+    ("model.onnx", "onnx_bytes", "bytes"),
+    ("model.onnx, gzipped", "onnx_gzip_bytes", "bytes"),
+)
+SIGNIFICANT = 0.05
+"""McNemar p-value from which on a difference in accuracy counts as noise."""
+
+
+def visible(text: str) -> str:
+    """Make control, direction and surrogate characters visible: no name can steer a terminal or a log.
+
+    >>> visible("a\\x1b[31m")
+    'a\\\\x1b[31m'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def number(value: float | None) -> str:
+    """Three significant digits without an exponent for everyday sizes."""
+    if value is None:
+        return "-"
+    size = abs(value)
+    return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.3g}"
+
+
+def count(value: float | None) -> str:
+    """``4.41 M`` for 4 405 270."""
+    if value is None:
+        return "-"
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:g}"
+
+
+def size(value: float | None) -> str:
+    """``16.8 MiB`` for 17 631 167 bytes."""
+    if value is None:
+        return "-"
+    for unit, step in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= step:
+            return f"{number(value / step)} {unit}"
+    return f"{value:g} B"
+
+
+def score(value: float | None, stderr: float | None = None) -> str:
+    """``0.8058 ± 0.0059``, the standard error where it is known."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
+
+
+def probability(value: float) -> str:
+    """``p = 0.03``, or a bound where the digits mean nothing."""
+    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One number of two models, side by side."""
+
+    name: str
+    kind: Kind
+    before: float | None
+    after: float | None
+    lower_is_better: bool
+    before_error: float | None = None
+    after_error: float | None = None
+    p_value: float | None = None  # of the difference, where it was tested
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """``before`` and ``after`` as they are printed; a dash for what was not measured."""
+        if self.kind == "score":
+            return score(self.before, self.before_error), score(self.after, self.after_error)
+        show = {"count": count, "bytes": size, "ms": number, "rate": number}[self.kind]
+        unit = " ms" if self.kind == "ms" else " /s" if self.kind == "rate" else ""
+        first, second = (
+            show(value) + (unit if value is not None else "") for value in (self.before, self.after)
+        )
+        return first, second
+
+    @property
+    def differs(self) -> bool:
+        """Whether both are known and their difference is more than noise."""
+        if self.before is None or self.after is None:
+            return False
+        if self.kind == "score":
+            tested = self.p_value is None or self.p_value < SIGNIFICANT
+            return tested and round(self.after - self.before, 4) != 0
+        if self.before <= 0 or self.after <= 0:
+            return False
+        return max(self.after / self.before, self.before / self.after) > 1 + _NOISE[self.kind]
+
+    @property
+    def better(self) -> bool | None:
+        """Whether ``after`` is the better one; None when it is no different or unknown."""
+        if self.before is None or self.after is None or not self.differs:
+            return None
+        return (self.after < self.before) == self.lower_is_better
+
+    @property
+    def change(self) -> str:
+        """The difference in words: ``3.90x smaller``, ``-0.0120, worse``, ``same``."""
+        if self.before is None or self.after is None:
+            return ""
+        if self.kind == "score":
+            return self._score_change(self.after - self.before)
+        if self.before == self.after:
+            return "same"
+        if self.before <= 0 or self.after <= 0:
+            return ""
+        if not self.differs:
+            return "same within 2 %"
+        ratio = self.after / self.before
+        times = max(ratio, 1 / ratio)
+        shown = f"{times:.2f}" if times < 10 else f"{times:.1f}" if times < 100 else f"{times:.0f}"
+        return f"{shown}x {_WORDS[self.kind][ratio > 1]}"
+
+    def _score_change(self, difference: float) -> str:
+        if round(difference, 4) == 0:
+            return "same"
+        if not self.differs:
+            assert self.p_value is not None
+            return f"{difference:+.4f}, within noise ({probability(self.p_value)})"
+        return f"{difference:+.4f}, {'better' if self.better else 'worse'}"
+
+
+def comparison(report: Report) -> list[Fact]:
+    """Every number that at least one of the two models has, in the order of the report."""
+    before, after = report.before, report.after
+    facts: list[Fact] = [
+        _score("accuracy", "accuracy", before, after, report.delta.p_value),
+        _score("macro F1", "macro_f1", before, after),
+        _score("calibration error (ECE)", "ece", before, after),
+    ]
+    for name, field, kind in _SIZES:
+        old = None if before is None else getattr(before.size, field)
+        facts.append(Fact(name, kind, old, getattr(after.size, field), True))
+    # MACs of rows of different lengths say nothing about the models.
+    old_macs = before.compute.macs if before and before.compute.sequence == after.compute.sequence else None
+    length = f" ({after.compute.sequence} tokens)" if after.compute.sequence is not None else ""
+    facts.append(Fact(f"multiply-accumulates{length}", "count", old_macs, after.compute.macs, True))
+    for new in after.latency:
+        earlier = same_setting(before, new)
+        where = f"{new.runtime}, batch {new.batch}"
+        old_p50 = None if earlier is None else earlier.p50_ms
+        old_rate = None if earlier is None else earlier.throughput_per_s
+        facts.append(Fact(f"latency p50, {where}", "ms", old_p50, new.p50_ms, True))
+        facts.append(Fact(f"throughput, {where}", "rate", old_rate, new.throughput_per_s, False))
+    return [fact for fact in facts if fact.before is not None or fact.after is not None]
+
+
+def same_setting(measurement: Measurement | None, like: Latency) -> Latency | None:
+    """The latency of the same runtime, batch size and thread count."""
+    if measurement is None:
+        return None
+    wanted = (like.runtime, like.batch, like.threads)
+    return next((one for one in measurement.latency if (one.runtime, one.batch, one.threads) == wanted), None)
+
+
+def _score(
+    name: str, field: str, before: Measurement | None, after: Measurement, p_value: float | None = None
+) -> Fact:
+    old: MetricValue | None = (
+        getattr(before.quality, field) if before is not None and before.quality else None
+    )
+    new: MetricValue | None = getattr(after.quality, field) if after.quality else None
+    known = new or old
+    return Fact(
+        name,
+        "score",
+        None if old is None else old.value,
+        None if new is None else new.value,
+        lower_is_better=known is not None and not known.higher_is_better,
+        before_error=None if old is None else old.stderr,
+        after_error=None if new is None else new.stderr,
+        p_value=p_value,
+    )
+
+
+def verdict_text(report: Report) -> str:
+    """The outcome in a few words."""
+    if report.verdict == ExitCode.PARITY:
+        return "FAILED: the ONNX export does not agree with the checkpoint"
+    missed = sum(not gate.passed for gate in report.gates)
+    if missed:
+        return f"FAILED: {missed} of {len(report.gates)} gates missed"
+    return f"passed: all {len(report.gates)} gates met" if report.gates else "done, no gates asked for"
+
+
+def gate_value(expression: str, value: float | None) -> str:
+    """A gate's number in the unit of its name."""
+    if value is None or not math.isfinite(value):
+        return "not measured"
+    quantity = re.split(r"[^a-z0-9_]", expression, maxsplit=1)[0]
+    if quantity.endswith("_bytes"):
+        return f"{size(value)} ({value:.0f} bytes)"
+    if quantity in ("accuracy", "macro_f1", "ece", "drop", "agreement"):
+        # All digits: 0.89996 shown as 0.9000 beside a missed ">=0.9" reads as a bug.
+        return f"{value:.6g}"
+    return f"{value:.3g}" if quantity == "p_value" else number(value)
+
+
+def parity_text(report: Report) -> str:
+    """The check of the export in one sentence; empty when there was none."""
+    parity = report.parity
+    if parity is None:
+        return ""
+    parts = [f"{len(parity.shapes)} input shapes"]
+    if parity.max_abs_diff is not None:
+        allowed = "" if parity.tolerance is None else f" (allowed {parity.tolerance:.3g})"
+        parts.append(f"largest difference of a logit {parity.max_abs_diff:.3g}{allowed}")
+    if parity.top1_agreement is not None:
+        parts.append(f"same answer on {100 * parity.top1_agreement:.2f} % of rows")
+    return f"{'agrees' if parity.passed else 'DOES NOT AGREE'} with the checkpoint: {', '.join(parts)}"
+
+
+def delta_text(report: Report) -> str:
+    """How often the answers changed; empty when that was not measured."""
+    delta = report.delta
+    parts = []
+    if delta.agreement is not None:
+        parts.append(f"same answer as before on {100 * delta.agreement:.2f} % of rows")
+    if delta.p_value is not None:
+        parts.append(f"McNemar {probability(delta.p_value)}")
+    return "; ".join(parts)
+
+
+def parameters_of(entry: LineageEntry) -> dict[str, Any]:
+    """The settings of a step, without the measurement that the first entry carries along."""
+    return {key: value for key, value in entry.params.items() if key != "measurement"}
+
+
+def public(ref: str) -> str:
+    """A reference without the directories of this machine: cards and pages get published.
+
+    >>> public("/home/ann/models/bert"), public("org/name@main"), public("out/student")
+    ('bert', 'org/name@main', 'out/student')
+    """
+    if posixpath.isabs(ref) or ntpath.isabs(ref) or ref.startswith("~"):
+        return re.split(r"[/\\]", ref.rstrip("/\\"))[-1] or ref
+    return ref
+
+
+def command_text(report: Report) -> str:
+    """The command that was run, quoted for a shell, without this machine's directories."""
+    parts = []
+    for part in report.command:
+        name, sign, value = part.partition("=")
+        parts.append(f"{name}{sign}{public(value)}" if sign and name.startswith("-") else public(part))
+    return visible(shlex.join(parts))

@@ -1,0 +1,27 @@
+"""Nothing a test does reaches the user's caches or the network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# One thread: the models here are too small to share, and waiting threads would slow the whole suite.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("KDCLI_CACHE", str(base / "kdcli"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Separable sentences: 96 train, 32 validation, 40 test."""
+    from tests import tiny
+
+    return tiny.write_data(tmp_path_factory.mktemp("data"))

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+
+from kdcli.data.labels import align, ordered, printable, suggest
+from kdcli.errors import InputError
+
+
+def test_align_goes_by_name_not_by_position() -> None:
+    assert align(["negative", "positive"], ["positive", "neutral", "negative"]) == {
+        "negative": 2,
+        "positive": 0,
+    }
+
+
+def test_align_prefers_the_exact_case() -> None:
+    assert align(["a", "A"], ["A", "a"]) == {"a": 1, "A": 0}
+
+
+def test_align_ignores_case_where_that_is_unique() -> None:
+    assert align(["Negative", "POSITIVE"], ["negative", "positive"]) == {"Negative": 0, "POSITIVE": 1}
+    with pytest.raises(InputError, match="does not know these labels of the data: AB"):
+        align(["AB"], ["ab", "Ab"])
+
+
+def test_unknown_label_names_both_sides_and_the_likeliest() -> None:
+    with pytest.raises(InputError, match=r"of the data: positiv; .* does not use: positive") as caught:
+        align(["negative", "positiv"], ["negative", "positive"])
+    assert caught.value.hint is not None
+    assert "did you mean 'positive'" in caught.value.hint
+
+
+def test_two_spellings_of_one_label_are_refused() -> None:
+    with pytest.raises(InputError, match="positive, Positive mean the same label"):
+        align(["positive", "Positive", "negative"], ["negative", "positive"])
+
+
+def test_a_label_the_model_has_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="label 'a' twice"):
+        align(["a"], ["a", "a", "b"])
+
+
+@pytest.mark.parametrize("names", [["0", "1", "2"], ["LABEL_0", "LABEL_1", "LABEL_2"]])
+def test_generic_model_labels_take_numbers(names: list[str]) -> None:
+    assert align(names, ["LABEL_0", "LABEL_1", "LABEL_2"]) == {name: i for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("names", [["negative", "positive"], ["1", "2"], ["0"], ["0", "1", "2"]])
+def test_generic_model_labels_take_nothing_else(names: list[str]) -> None:
+    with pytest.raises(InputError, match="have no names") as caught:
+        align(names, ["LABEL_0", "LABEL_1"])
+    assert "id2label" in str(caught.value.hint)
+
+
+def test_numbers_sort_as_numbers() -> None:
+    assert ordered(["10", "9", "-1", "9"]) == ["-1", "9", "10"]
+    assert ordered(["10", "9", "b"]) == ["10", "9", "b"]
+
+
+def test_messages_are_safe_and_short() -> None:
+    assert "\x1b" not in printable("\x1b[31mred")
+    assert len(printable("x" * 500)) == 60
+    text = suggest("label_077x", [f"label_{i:03}" for i in range(150)])
+    assert text.startswith("did you mean 'label_077'?")
+    assert text.endswith("and 138 more")
