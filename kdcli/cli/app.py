@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         completion_init()
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = make().main(args=words, prog_name="kdcli", standalone_mode=False)
+        code = make().main(args=words, prog_name="kdcli", standalone_mode=False, obj={"words": words})
     except SystemExit as stop:
         code = stop.code
     except BaseException as error:
@@ -135,4 +135,4 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             stream.flush()
         except (OSError, ValueError):
             streams.silence(stream)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -60,7 +59,7 @@ def execute(
         model=None if model is None else streams.reference(model),
         options=_piped(options),
         common=_common(given),
-        argv=("kdcli", *(redact(word) for word in sys.argv[1:])),
+        argv=("kdcli", *(redact(word) for word in ctx.obj["words"])),
         origins={key: origin(ctx, key) for key in given},
         dequantize=dequantize,
     )

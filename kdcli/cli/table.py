@@ -11,11 +11,17 @@ if TYPE_CHECKING:
     from kdcli.report.schema import Report
 
 
+DETAILS = ("calibration", "non-zero", "model.onnx, gzipped", "throughput")
+"""Beginnings of the rows that only -v shows."""
+
+
 def of_report(report: Report, console: Console) -> list[str]:
     """Before and after of one stage, then its answers, gates and warnings."""
     from kdcli.report import facts
 
-    found = facts.comparison(report)
+    found = [
+        fact for fact in facts.comparison(report) if console.verbose or not fact.name.startswith(DETAILS)
+    ]
     if report.before is None:
         body = aligned([("", "measured"), *((fact.name, fact.texts[1]) for fact in found)])
         lines = ["", *body, ""]

@@ -100,10 +100,10 @@ class _Rewriter:
 
     def _gemm(self, node: NodeProto) -> bool:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0 and not attributes.get(
-            "transA"
-        )
-        weight = self._weight(node.input[1], transposed=not attributes.get("transB", 0)) if plain else None
+        plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
+        if not plain or attributes.get("transA"):
+            return False
+        weight = self._weight(node.input[1], transposed=not attributes.get("transB"))
         if weight is None:
             return False
         bias = node.input[2] if len(node.input) > 2 else ""
@@ -132,7 +132,7 @@ class _Rewriter:
         stored = self._store(node.input[1], values, scale)
         rounded, scale_in, zero = self._round(node.input[0])
         mask = node.input[3] if len(node.input) > 3 else ""
-        inputs = [rounded, stored[0], node.input[2], scale_in, stored[1], mask, zero, self._zero()]
+        inputs = [rounded, stored[0], node.input[2], scale_in, stored[1], mask, zero]
         made = self._add("QAttention", inputs, node.output[0], domain="com.microsoft")
         made.attribute.extend(node.attribute)
         self.counts["attention"] += 1
@@ -155,7 +155,7 @@ class _Rewriter:
         """(..., I) times (I, O); the pattern that onnxruntime merges into one DynamicQuantizeMatMul."""
         rounded, scale, zero = self._round(activation)
         name = node.output[0]
-        self._add("MatMulInteger", [rounded, weight[0], zero, self._zero()], f"{name}_sum")
+        self._add("MatMulInteger", [rounded, weight[0], zero], f"{name}_sum")
         self._add("Cast", [f"{name}_sum"], f"{name}_cast", to=TensorProto.FLOAT)
         self._add("Mul", [scale, weight[1]], f"{name}_scale")
         self._add("Mul", [f"{name}_cast", f"{name}_scale"], output)
@@ -203,12 +203,6 @@ class _Rewriter:
             self._stored[name, table] = names
             self.largest = max(self.largest, int(np.abs(values.astype(np.int16)).max(initial=0)))
         return self._stored[name, table]
-
-    def _zero(self) -> str:
-        name = "kdcli_int8_zero"
-        if not any(tensor.name == name for tensor in self.graph.initializer):
-            self.graph.initializer.append(numpy_helper.from_array(np.int8(0), name))
-        return name
 
     def _add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
         node = helper.make_node(kind, inputs, [output], name=f"{output}_{kind}", **attributes)

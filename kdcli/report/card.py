@@ -146,22 +146,22 @@ def _limits(report: Report) -> list[str]:
         if quality.accuracy.ci95 is not None:
             low, high = quality.accuracy.ci95
             found.append(
-                f"The accuracy of {quality.accuracy.value:.4f} is an estimate: on other rows of the same kind it "
-                f"may lie between {low:.4f} and {high:.4f} (95 % interval). On texts of another kind nothing is "
-                "known."
+                f"The accuracy of {quality.accuracy.value:.4f} is an estimate: on other rows of the same kind "
+                f"it may lie between {low:.4f} and {high:.4f} (95 % interval). On texts of another kind "
+                "nothing is known."
             )
         if quality.accuracy.split == "train":
             found.append("The quality was measured on rows that the model may have been trained on.")
     if report.delta.agreement is not None and report.delta.agreement < 1:
         found.append(
-            f"On {100 * (1 - report.delta.agreement):.2f} % of the rows it answers differently from the model "
-            "before it; the accuracy alone does not show that."
+            f"On {100 * (1 - report.delta.agreement):.2f} % of the rows it answers differently from the "
+            "model before it; the accuracy alone does not show that."
         )
     total, nonzero = after.size.parameters, after.size.nonzero_parameters
     if total and nonzero is not None and nonzero < 0.99 * total:
         found.append(
-            f"{100 * (1 - nonzero / total):.0f} % of the weights are zero. Zeros are not smaller: they take the "
-            "same space in the file and the same time to compute; only a compressed copy shrinks."
+            f"{100 * (1 - nonzero / total):.0f} % of the weights are zero. Zeros are not smaller: they take "
+            "the same space in the file and the same time to compute; only a compressed copy shrinks."
         )
     if _integers(report):
         isa = report.environment.isa
@@ -177,8 +177,8 @@ def _limits(report: Report) -> list[str]:
             f"instructions (VNNI).{known} Answers can differ a little between CPUs."
         )
     found += [
-        f"It knows {len(report.model.labels)} labels and always answers with one of them, also for a text that "
-        "fits none.",
+        f"It knows {len(report.model.labels)} labels and always answers with one of them, also for a text "
+        "that fits none.",
         "Compression was judged by overall numbers: rare labels and groups of people may have lost more. "
         "kdcli did not test for bias, safety or adversarial inputs.",
         "The licences of the base model and of the data apply; kdcli does not know them.",

@@ -53,9 +53,8 @@ def _cases(report: Report) -> list[tuple[str, str | None]]:
     """(name, what failed or None)."""
     cases: list[tuple[str, str | None]] = []
     for gate in report.gates:
-        measured = facts.gate_value(gate.expression, gate.value)
-        missed = None if gate.passed else f"missed {gate.expression}: measured {measured}"
-        cases.append((f"gate {gate.name}", missed))
+        missed = f"missed {gate.expression}: {facts.gate_value(gate.expression, gate.value)}"
+        cases.append((f"gate {gate.name}", None if gate.passed else missed))
     if report.parity is not None:
         text = f"the export {facts.parity_text(report)}"
         cases.append(("parity", None if report.parity.passed else text))

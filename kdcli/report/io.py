@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -23,18 +21,9 @@ def dumps(report: Report) -> str:
 
     NaN and infinity in a method's free-form detail become null.
     """
-    content = _finite(report.model_dump(mode="json"))
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(report.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     # A file name that is not UTF-8 arrives as lone surrogates, which only JSON's own escape can write.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(report: Report, directory: Path) -> Path:

@@ -76,7 +76,7 @@ def run(request: Request, progress: Progress) -> Outcome:
     if options.html is not None:
         _write_text(options.html, html.page(reports))
     if options.junit is not None:
-        _write_text(options.junit, "".join(ci.junit(report) for report in reports[:1]))
+        _write_text(options.junit, ci.junit(reports))
     if options.summary is not None:
         for report in reports:
             ci.step_summary(options.summary, report)

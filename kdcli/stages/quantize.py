@@ -73,10 +73,8 @@ def apply(context: Context) -> Applied:
     }
     warnings = []
     if detail["saturates"]:
-        text = (
-            "weights use the full 8 bits: on x86 processors without VNNI sums can overflow and answers change"
-        )
-        warnings.append(Warning_(code="saturation", message=f"{text} (--set reduce_range=true avoids it)"))
+        text = "weights use the full 8 bits: on x86 processors without VNNI sums can saturate"
+        warnings.append(Warning_(code="saturation", message=f"{text}; --set reduce_range=true avoids it"))
     stored = {name: (values.numpy(), scale.numpy()) for name, (values, scale) in integers.items()}
 
     def rewrite(source: Path, target: Path) -> dict[str, Any]:
@@ -116,10 +114,9 @@ def _chosen(model: nn.Module, options: QuantizeOptions) -> dict[str, nn.Linear |
     """
     layers: dict[str, nn.Linear | nn.Embedding] = {}
     for name, module in model.named_modules():
-        table = (
-            isinstance(module, nn.Embedding) and name.endswith("_embeddings") and options.embeddings == "int8"
-        )
-        if isinstance(module, nn.Linear) or table:
+        if isinstance(module, nn.Linear):
+            layers[name] = module
+        elif isinstance(module, nn.Embedding) and name.endswith("_embeddings") and options.embeddings == "int8":
             layers[name] = module
     for pattern in options.keep_fp32:
         if not any(fnmatchcase(name, pattern) for name in layers):

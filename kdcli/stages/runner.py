@@ -28,6 +28,7 @@ from kdcli.errors import InputError, ResourceError, UsageError
 from kdcli.measure import environment, quality
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import references, transforms
+from kdcli.models.aliases import MODELS
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report import card, gates, io
@@ -223,7 +224,9 @@ def _live(context: Context, stage: Any, source: str, out: Path, timings: Timings
 
 def finish(report: Report, work: Path, timings: Timings) -> Report:
     """Write the model card, list the artifacts, then report.json, which marks the directory complete."""
-    (work / "README.md").write_text(card.card(report), encoding="utf-8")
+    first = MODELS.get(report.lineage[0].model) if report.lineage else None
+    base_model = None if first is None else first.repo
+    (work / "README.md").write_text(card.card(report, base_model=base_model), encoding="utf-8")
     artifacts = [
         Artifact(path=path.relative_to(work).as_posix(), bytes=path.stat().st_size, sha256=io.sha256_of(path))
         for path in sorted(work.rglob("*"))

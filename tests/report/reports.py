@@ -1,0 +1,108 @@
+"""Reports to test with: the committed ones, and one whose every name is hostile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kdcli.report import io
+from kdcli.report.schema import Compute, Delta, Gate, Latency, Measurement, MetricValue, Quality, Report, Size
+
+V1 = Path(__file__).parent / "data" / "v1"
+
+HOSTILE = (
+    "a|b\n::error::x\r\n# h <script>alert(1)</script>\x1b[31m &amp; `c` [l](javascript:x) \u202eend \"'>]]>"
+)
+
+
+def full() -> Report:
+    """A prune report with every part filled, one gate met and two missed."""
+    return io.read(V1 / "prune.json")
+
+
+def bare() -> Report:
+    """A report with every optional part missing."""
+    return io.read(V1 / "bare.json")
+
+
+def hostile() -> Report:
+    """Every free text that comes from a model, a data set or a command line is :data:`HOSTILE`."""
+    content = full().model_dump()
+    content["stage"] = content["created_at"] = content["kdcli_version"] = HOSTILE
+    content["command"] = ["kdcli", HOSTILE]
+    content["config"] = {HOSTILE: {"value": HOSTILE, "origin": HOSTILE}}
+    content["model"] = {
+        "source": HOSTILE,
+        "family": HOSTILE,
+        "task": HOSTILE,
+        "labels": [HOSTILE, "::error::y"],
+    }
+    content["data"] |= {"ref": HOSTILE, "rows": {HOSTILE: 1}}
+    content["method"] = {
+        "name": HOSTILE,
+        "params": {HOSTILE: HOSTILE},
+        "detail": {HOSTILE: [HOSTILE]},
+        "layers": [{HOSTILE: HOSTILE}],
+    }
+    for gate in content["gates"]:
+        gate |= {"name": HOSTILE, "expression": HOSTILE}
+    for side in (content["before"], content["after"]):
+        side["quality"]["accuracy"]["split"] = HOSTILE
+        for one in side["latency"]:
+            one["runtime"] = HOSTILE
+    for entry in content["lineage"]:
+        entry |= {"stage": HOSTILE, "method": HOSTILE, "model": HOSTILE, "params": {HOSTILE: HOSTILE}}
+    content["environment"] |= {"cpu": HOSTILE, "platform": HOSTILE, "isa": [HOSTILE], "gpu": HOSTILE}
+    content["environment"]["versions"] = {HOSTILE: HOSTILE}
+    content["timings"] = {HOSTILE: 1.0}
+    content["warnings"] = [{"code": HOSTILE, "message": HOSTILE}]
+    content["artifacts"][0]["path"] = HOSTILE
+    return Report.model_validate(content)
+
+
+def measurement(accuracy: float | None = 0.9, batches: tuple[int, ...] = (1, 32), **size: Any) -> Measurement:
+    """A measurement; latency at batch b is b ms at p50 and 1000 b rows a second."""
+
+    def metric(value: float, higher: bool = True) -> MetricValue:
+        return MetricValue(value=value, n=100, split="test", higher_is_better=higher)
+
+    quality = None
+    if accuracy is not None:
+        quality = Quality(accuracy=metric(accuracy), macro_f1=metric(0.8), ece=metric(0.05, higher=False))
+    sizes = dict.fromkeys(Size.model_fields, 1000) | size
+    latency = [
+        Latency(
+            runtime="onnx",
+            batch=b,
+            sequence=10,
+            threads=2,
+            p50_ms=b,
+            p90_ms=2 * b,
+            p99_ms=3 * b,
+            throughput_per_s=1000 * b,
+            n=30,
+        )
+        for b in batches
+    ]
+    return Measurement(
+        quality=quality, size=Size(**sizes), compute=Compute(macs=5, sequence=10), latency=latency
+    )
+
+
+def delta(**known: float | None) -> Delta:
+    """A delta with the rest unknown."""
+    return Delta(**(dict.fromkeys(Delta.model_fields) | known))
+
+
+def with_gates(report: Report, *passed: bool, parity: bool | None = None) -> Report:
+    """The report with these outcomes."""
+    gates = [
+        Gate(name=f"g{i}", expression="accuracy>=0.5", value=0.4, threshold=0.5, passed=one)
+        for i, one in enumerate(passed)
+    ]
+    found = None
+    if parity is not None:
+        known = full().parity
+        assert known is not None
+        found = known.model_copy(update={"passed": parity})
+    return report.model_copy(update={"gates": gates, "parity": found})

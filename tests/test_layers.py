@@ -1,0 +1,76 @@
+"""Imports go one way: cli -> stages -> training -> methods -> models|data|export|measure -> report -> errors."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import kdcli
+
+ROOT = Path(kdcli.__file__).parent
+# A higher number may import a lower one. Equal numbers are peers: they may not import each other.
+LEVEL = {
+    "cli": 6,
+    "stages": 5,
+    "training": 4,
+    "methods": 3,
+    "models": 2,
+    "data": 2,
+    "export": 2,
+    "measure": 2,
+    "report": 1,
+    "cache": 0,
+    "errors": 0,
+    "progress": 0,
+}
+
+
+def area(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "kdcli" and len(parts) > 1 else None
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+FILES = sorted(p for p in ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_go_one_way(path: Path) -> None:
+    relative = path.relative_to(ROOT)
+    if len(relative.parts) == 1 and relative.stem not in LEVEL:
+        return
+    own = relative.parts[0].removesuffix(".py")
+    for module in imports(path):
+        other = area(module)
+        if other is None or other == own or other == "__version__":
+            continue
+        assert other in LEVEL, f"{relative} imports {module}, which has no level"
+        assert LEVEL[other] < LEVEL[own], f"{relative} ({own}) must not import {module} ({other})"
+
+
+STAGES = ("distill", "prune", "lowrank", "quantize", "evaluate")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_stage_never_imports_another(stage: str) -> None:
+    for module in imports(ROOT / "stages" / f"{stage}.py"):
+        for other in STAGES:
+            assert other == stage or not module.startswith(f"kdcli.stages.{other}"), module
+
+
+def test_every_file_has_a_level() -> None:
+    for path in FILES:
+        name = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        assert name in LEVEL or name in ("__init__", "__main__"), name

@@ -1,0 +1,97 @@
+"""Write every file that is made from the code: docs/cli.md, methods.md, exit-codes.md, the JSON Schema and
+the completion scripts.
+
+    python tools/gen.py            write what has changed
+    python tools/gen.py --check    print the differences; exit 1 when there are any
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = "python tools/gen.py"
+
+
+def exit_codes() -> str:
+    """docs/exit-codes.md."""
+    from kdcli.errors import MEANING
+
+    rows = "\n".join(f"| {int(code)} | `{code.name}` | {meaning} |" for code, meaning in MEANING.items())
+    head = "# Exit codes\n\nOf every command. Scripts may rely on them.\n\n| code | name | meaning |\n|---|---|---|\n"
+    return f"{head}{rows}\n"
+
+
+def methods() -> str:
+    """docs/methods.md: every method's docstring and settings."""
+    from kdcli import methods as registry
+
+    parts = [
+        "# Methods\n\nSettings are given with `--set KEY=VALUE`; `kdcli list methods` lists the names.\n"
+    ]
+    for family in registry.FAMILIES:
+        parts.append(f"## {family}\n")
+        for name in registry.names(family):
+            module = registry.load(family, name)
+            summary, _, text = (module.__doc__ or "").strip().partition("\n")
+            parts.append(f"### {name}\n\n{summary}\n\n```text\n{text.strip()}\n```\n")
+            fields = getattr(module, "Config", None)
+            rows = [
+                f"| `{key}` | {_default(field)} | {(field.description or '').replace('|', chr(92) + '|')} |"
+                for key, field in (fields.model_fields.items() if fields else ())
+            ]
+            if rows:
+                parts.append("\n".join(["| setting | default | |", "|---|---|---|", *rows, ""]))
+    return "\n".join(parts)
+
+
+def _default(field: object) -> str:
+    default = field.get_default(call_default_factory=True)  # type: ignore[attr-defined]
+    return "required" if field.is_required() else f"`{default}`"  # type: ignore[attr-defined]
+
+
+def files() -> dict[str, str]:
+    """Path below the repository -> content."""
+    from kdcli.cli import reference
+    from kdcli.report import io
+
+    made = {
+        "docs/cli.md": reference.markdown(),
+        "docs/exit-codes.md": exit_codes(),
+        "docs/methods.md": methods(),
+        "docs/report.schema.json": io.schema_json(),
+    }
+    for shell, name in reference.SHELLS.items():
+        made[f"completions/{name}"] = reference.completion(shell)
+    return made
+
+
+def main(arguments: list[str]) -> int:
+    """Write the files, or with ``--check`` compare them."""
+    check = "--check" in arguments
+    stale = []
+    for name, content in files().items():
+        path = ROOT / name
+        have = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if have == content:
+            continue
+        stale.append(name)
+        if check:
+            difference = difflib.unified_diff(
+                have.splitlines(keepends=True), content.splitlines(keepends=True), name, f"{name} (generated)"
+            )
+            sys.stdout.writelines(difference)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+            print(f"wrote {name}")
+    if check and stale:
+        print(f"out of date: {', '.join(stale)}; run: {COMMAND}", file=sys.stderr)
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main(sys.argv[1:]))
