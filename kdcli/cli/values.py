@@ -94,7 +94,8 @@ def model(given: str) -> str:
     """
     from kdcli.models.aliases import MODELS
 
-    if given != "-" and "/" not in given and given not in MODELS and not Path(given).exists():
+    known = given == "-" or "/" in given or given in MODELS or Path(given).exists()
+    if not given or not known:
         raise InputError(
             f"'{given}' is neither a directory nor a known alias: {did_you_mean(given, MODELS)}",
             "a model of the hub is written org/name[@revision]",

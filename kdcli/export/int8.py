@@ -43,7 +43,7 @@ def quantise_graph(source: Path, target: Path, integers: Integers) -> dict[str, 
         ``int8``: operator -> how many of its weights are integers now; ``float``: names of the weights that
         are integers in the checkpoint but stay float here, because the graph uses them in another operator,
         inside one that also holds a float weight, or not at all; ``largest``: the largest magnitude of an
-        integer.
+        integer that is multiplied by activations.
     """
     model = onnx.load(str(source))
     rewriter = _Rewriter(model.graph, integers)
@@ -201,7 +201,8 @@ class _Rewriter:
             self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(matrix), names[0]))
             self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(scales), names[1]))
             self._stored[name, table] = names
-            self.largest = max(self.largest, int(np.abs(values.astype(np.int16)).max(initial=0)))
+            if not table:
+                self.largest = max(self.largest, int(np.abs(values.astype(np.int16)).max(initial=0)))
         return self._stored[name, table]
 
     def _add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:

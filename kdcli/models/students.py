@@ -27,6 +27,7 @@ class Student:
     checkpoint: Checkpoint
     init: str  # "teacher", "hub", "random" or "checkpoint"
     notes: list[str] = field(default_factory=list)
+    no_hub: str | None = None  # why the published weights were not used, when they were looked for
 
 
 def size_of(name: str, presets: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
@@ -80,6 +81,7 @@ def build(
     if size is None:
         return _own(name, teacher, labels, presets, resolve)
     notes: list[str] = []
+    reason: str | None = None
     if init in ("auto", "hub"):
         try:
             student = _from_hub(hub(name), teacher, labels)
@@ -87,13 +89,15 @@ def build(
         except KdcliError as error:
             if init == "hub":
                 raise
-            notes.append(f"no published '{name}' weights ({error}); initialised from the teacher instead")
+            reason = str(error)
+            notes.append("published weights cannot be had here; the teacher gives the first weights instead")
     student = _blank(size, teacher, labels)
-    if init == "random":
-        return Student(student, "random", notes)
-    copied = from_teacher(student, teacher)
-    notes.extend(copied)
-    return Student(student, "teacher" if copied else "random", notes)
+    made = Student(student, init, notes, reason)
+    if init != "random":
+        copied = from_teacher(student, teacher)
+        notes.extend(copied)
+        made.init = "teacher" if copied else "random"
+    return made
 
 
 def _own(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from kdcli.data.text import Encoded
 from kdcli.errors import UnavailableError, UsageError, did_you_mean
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import references, students
-from kdcli.models.aliases import STUDENT_REPOS
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.schema import Method, Warning_
 from kdcli.stages.base import INITS, STRATEGIES, STUDENT_PRESETS, DistillOptions
@@ -37,7 +37,11 @@ class Settings(BaseModel):
     """What ``--set`` may say about a distillation besides the method's own parameters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    teacher_epochs: int = Field(2, ge=1, description="epochs of fine-tuning a teacher that has no head")
+    teacher_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="epochs of fine-tuning a teacher that has no head; by default from rows and labels",
+    )
     teacher_lr: float | None = Field(None, gt=0, description="its peak learning rate")
     teacher_batch_size: int = Field(32, ge=1, description="its batch size in rows")
     patience: int = Field(4, ge=1, description="epochs without a better validation before the student stops")
@@ -103,9 +107,11 @@ def prepare(context: Context) -> None:
         context.teacher_detail = {"fine_tuned": False}
         return
     settings = plan.settings
+    assert train.labels is not None
     context.progress.phase("teacher")
     fit_options = FitOptions(
-        epochs=settings.teacher_epochs,
+        epochs=settings.teacher_epochs
+        or teacher_epochs(int((train.labels >= 0).sum()), len(teacher.labels), settings.teacher_batch_size),
         batch_size=settings.teacher_batch_size,
         lr=settings.teacher_lr or (1e-4 if int(teacher.config.hidden_size) <= 384 else 3e-5),
         seed=context.seed,
@@ -162,7 +168,7 @@ def apply(context: Context) -> Applied:
     }
     detail: dict[str, Any] = {
         "teacher": context.teacher_detail,
-        "init": {"from": made.init, "notes": made.notes},
+        "init": {"from": made.init, "notes": made.notes, "no_published_weights": made.no_hub},
         "training": result.detail(),
         "rows": {"labelled": int((train.labels >= 0).sum()), "unlabelled": int((train.labels < 0).sum())},
     }
@@ -180,6 +186,15 @@ def default_rate(hidden: int, init: str) -> float:
     return rate / 2 if init in ("hub", "checkpoint") else rate
 
 
+def teacher_epochs(rows: int, labels: int, batch_size: int) -> int:
+    """Epochs that give a fine-tuned teacher enough steps: 180, and 10 more for every label.
+
+    Two labels and 7,000 rows make one epoch, 150 labels and 15,000 rows four; never more than ten.
+    """
+    steps = 180 + 10 * labels
+    return min(10, max(1, round(steps * batch_size / rows)))
+
+
 def _options(context: Context) -> DistillOptions:
     options = context.request.options
     assert isinstance(options, DistillOptions)
@@ -190,15 +205,10 @@ def _student(context: Context) -> students.Student:
     options, teacher = _options(context), context.checkpoint
     offline = context.request.common.offline
 
-    def published(name: str) -> Any:
-        alias = STUDENT_REPOS.get(name)
-        if alias is None:
-            raise UnavailableError(f"there is no published miniature for the student '{name}'")
+    def published(name: str) -> Path:
         if teacher.model_type != "bert":
-            raise UnavailableError(
-                f"the published miniatures are BERT models, the teacher is {teacher.model_type}"
-            )
-        return references.resolve(f"{alias.repo}@{alias.revision}", offline=offline).path
+            raise UnavailableError(f"the published miniatures are BERT, the teacher is {teacher.model_type}")
+        return references.resolve_student(name, offline=offline).path
 
     made = students.build(
         options.student,

@@ -113,7 +113,7 @@ def plan(request: Request, progress: Progress) -> Plan:
     test = rows.get("test", rows.get("validation", 0))
     seconds += 2 * min(test, common.limit or test) * cost / _FLOPS_RUN
     if isinstance(options, DistillOptions):
-        extra = _distill(options, config, rows, tokens, cost, hidden, facts)
+        extra = _distill(options, config, rows, tokens, cost, len(dataset.label_names), facts)
         seconds, memory, written = seconds + extra[0], memory + extra[1], extra[2] + weights
     elif isinstance(options, PruneOptions):
         if options.structure not in STRUCTURES:
@@ -182,7 +182,7 @@ def _distill(
     rows: dict[str, int],
     tokens: float,
     cost: float,
-    hidden: int,
+    labels: int,
     facts: dict[str, Any],
 ) -> tuple[float, int, int]:
     """(seconds, memory bytes, disk bytes) of teacher, outputs and student."""
@@ -207,7 +207,9 @@ def _distill(
     train = rows["train"]
     seconds = train * cost / _FLOPS_RUN
     if not has_head:
-        seconds += 2 * train * 3 * cost / _FLOPS_TRAIN
+        # As stages.distill.teacher_epochs, which would import torch.
+        epochs = min(10, max(1, round((180 + 10 * labels) * 32 / max(train, 1))))
+        seconds += epochs * train * 3 * cost / _FLOPS_TRAIN
     if size is None:
         return seconds + 10 * train * cost / _FLOPS_TRAIN, 0, 0
     small = _flops_a_row(*size, tokens)

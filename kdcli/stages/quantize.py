@@ -20,6 +20,9 @@ from kdcli.stages.context import Applied, Context
 
 EMBEDDINGS = ("int8", "fp32")
 
+# x86 processors without VNNI add two products of uint8 activations and int8 weights in 16 bits.
+_INT16_MAX = 32767
+
 
 @dataclass
 class _Plan:
@@ -47,9 +50,11 @@ def apply(context: Context) -> Applied:
     table = []
     with torch.no_grad():
         for name, layer in plan.layers.items():
-            values, scale = plan.module.quantise(layer.weight, plan.config)
+            values, scale = plan.module.quantise(
+                layer.weight, plan.config, table=isinstance(layer, nn.Embedding)
+            )
             rounded = plan.module.dequantise(values, scale)
-            table.append(_row(name, layer.weight, rounded, values, scale))
+            table.append(_row(name, layer, rounded, values))
             layer.weight.copy_(rounded)
             integers[f"{name}.weight"] = (values.cpu(), scale.cpu())
     log = checkpoint.log
@@ -63,16 +68,17 @@ def apply(context: Context) -> Applied:
             tensors=sorted(integers),
         )
     )
-    total = sum(p.numel() for p in checkpoint.model.parameters())
+    count = sum(values.numel() for values, _ in integers.values())
+    largest = max((row["largest"] for row in table if row["kind"] == "matrix"), default=0)
     detail = {
         "tensors": len(integers),
-        "integer_weights": sum(values.numel() for values, _ in integers.values()),
-        "float_weights": total - sum(values.numel() for values, _ in integers.values()),
-        "largest": max(row["largest"] for row in table),
-        "saturates": 2 * 255 * max(row["largest"] for row in table) > 32767,
+        "integer_weights": count,
+        "float_weights": sum(p.numel() for p in checkpoint.model.parameters()) - count,
+        "largest": largest,
+        "largest_pair_sum": (pair := 2 * 255 * largest),
     }
     warnings = []
-    if detail["saturates"]:
+    if pair > _INT16_MAX:
         text = "weights use the full 8 bits: on x86 processors without VNNI sums can saturate"
         warnings.append(Warning_(code="saturation", message=f"{text}; --set reduce_range=true avoids it"))
     stored = {name: (values.numpy(), scale.numpy()) for name, (values, scale) in integers.items()}
@@ -114,9 +120,8 @@ def _chosen(model: nn.Module, options: QuantizeOptions) -> dict[str, nn.Linear |
     """
     layers: dict[str, nn.Linear | nn.Embedding] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            layers[name] = module
-        elif isinstance(module, nn.Embedding) and name.endswith("_embeddings") and options.embeddings == "int8":
+        table = isinstance(module, nn.Embedding) and name.endswith("_embeddings")
+        if isinstance(module, nn.Linear) or (table and options.embeddings == "int8"):
             layers[name] = module
     for pattern in options.keep_fp32:
         if not any(fnmatchcase(name, pattern) for name in layers):
@@ -131,12 +136,12 @@ def _chosen(model: nn.Module, options: QuantizeOptions) -> dict[str, nn.Linear |
     return {name: layer for name, layer in layers.items() if name not in kept}
 
 
-def _row(name: str, weight: Tensor, rounded: Tensor, values: Tensor, scale: Tensor) -> dict[str, Any]:
-    norm = float(weight.norm())
+def _row(name: str, layer: nn.Linear | nn.Embedding, rounded: Tensor, values: Tensor) -> dict[str, Any]:
+    norm = float(layer.weight.norm())
     return {
         "name": name,
-        "shape": list(weight.shape),
+        "kind": "matrix" if isinstance(layer, nn.Linear) else "table",
+        "shape": list(layer.weight.shape),
         "largest": int(values.int().abs().max()),
-        "relative_error": float((weight - rounded).norm()) / norm if norm else 0.0,
-        "largest_scale": float(scale.max()),
+        "relative_error": float((layer.weight - rounded).norm()) / norm if norm else 0.0,
     }

@@ -225,7 +225,8 @@ def _process() -> None:
                 Path("out/kept"), report(exit_code=4, gates=(("accuracy>=0.9", False),))
             )
         made = recorder.run(request, progress)
-        made.path = Path(f"{request.model or 'teacher'}-{request.stage}")
+        models = getattr(request.options, "models", ()) or ("teacher",)
+        made.path = Path(f"{request.model or models[0]}-{request.stage}")
         return made
 
     def setattribute(target: Any, name: str, value: Any, raising: bool = True) -> None:
