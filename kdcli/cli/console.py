@@ -40,7 +40,12 @@ class Console(Progress):
         self.stream = sys.stderr  # kept: libraries are silenced by putting another one in its place
         self.terminal = _terminal()
         self.colour = self.terminal and not os.environ.get("NO_COLOR")
+        self._start = time.monotonic()
         self._phase: tuple[str, float] | None = None
+
+    def elapsed(self) -> str:
+        """How long ago this console was made."""
+        return duration(time.monotonic() - self._start)
 
     def line(self, text: str = "") -> None:
         """One line, unless quiet."""

@@ -39,7 +39,7 @@ def lines(found: Any, indent: str = "") -> list[str]:
         elif isinstance(value, list) and isinstance(value[0], dict):
             made.append(f"{indent}{key}:")
             made += [
-                f"{indent}  - " + clean(", ".join(f"{k} {v}" for k, v in one.items() if v is not None))
+                f"{indent}  - " + clean(", ".join(f"{k} {v}" for k, v in one.items() if v not in (None, "")))
                 for one in value
             ]
         else:

@@ -260,6 +260,9 @@ def save(
             float weight of that name, the scale beside it with the suffix ``_scale``.
     """
     model, config = checkpoint.model, checkpoint.config
+    if not integers:
+        # Weights that were multiplied out on loading are dense from here on.
+        checkpoint.log.transforms = [t for t in checkpoint.log.transforms if not isinstance(t, Quantise)]
     transforms.settle_in_config(model, checkpoint.log)
     config.id2label = dict(enumerate(checkpoint.labels))
     config.label2id = {name: i for i, name in enumerate(checkpoint.labels)}

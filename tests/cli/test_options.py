@@ -141,10 +141,11 @@ def test_every_option_reaches_the_request(call: Call, recorder: Recorder, stage:
 def test_defaults_are_those_of_the_dataclasses(call: Call, recorder: Recorder, stage: str) -> None:
     needed = {"distill": ["--teacher", "model", "--student", "tiny"]}.get(stage, ["model"])
     assert call(stage, *needed).code == 0
-    required: dict[str, Any] = {
+    by_stage: dict[str, dict[str, Any]] = {
         "distill": {"teachers": ("model",), "student": "tiny"},
         "evaluate": {"models": ("model",)},
-    }.get(stage, {})
+    }
+    required = by_stage.get(stage, {})
     assert recorder.request.options == type(CASES[stage][1])(**required)
     assert recorder.request.common == Common()
     assert {o for name, o in recorder.request.origins.items() if name == "seed"} == {"default"}
@@ -186,7 +187,7 @@ def test_every_parameter_has_help_and_every_option_its_variable(name: str) -> No
 
 
 def test_short_flags_are_the_published_ones() -> None:
-    found = {}
+    found: dict[str, str | None] = {}
     for name in COMMANDS:
         for param in build(name).params:
             found |= {short: flag_of(param) for short in param.opts if len(short) == 2}

@@ -28,7 +28,7 @@ def test_a_table_on_stderr_and_the_path_on_stdout(call: Call) -> None:
     assert "2.00x faster" in result.err
     assert "4.00x smaller" in result.err
     assert "within noise (p = 0.5)" in result.err
-    assert result.err.rstrip().endswith("done, out/made")
+    assert result.err.rstrip().endswith("done in 0s, out/made")
     assert "\033" not in result.err
 
 

@@ -90,10 +90,10 @@ def test_a_scale_a_row_is_never_worse_than_one_for_all(limit: int) -> None:
 
 
 def test_extremes_stay_finite() -> None:
-    weight = torch.tensor([[3e38, -3e38, 1.0], [1e-44, -1e-44, 0.0], [1e-37, 1e-38, 0.0], [0.0, -0.0, 0.0]])
+    weight = torch.tensor([[3e38, -3e38, 1.0], [1e-36, -5e-37, 0.0], [1e-44, -1e-44, 0.0], [0.0, -0.0, 0.0]])
     values, scale = quantise(weight, Config())
     assert torch.isfinite(scale).all()
-    assert values.tolist() == [[64, -64, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]] or values[2, 0] == 64
+    assert values.tolist() == [[64, -64, 0], [64, -32, 0], [0, 0, 0], [0, 0, 0]]
     assert torch.isfinite(dequantise(values, scale)).all()
 
 
