@@ -45,7 +45,12 @@ def environment(place: Path, **more: str) -> dict[str, str]:
 
 def shell(place: Path, line: str, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", "-c", line], cwd=place, env=environment(place, **more), capture_output=True, text=True, timeout=300
+        ["bash", "-c", line],
+        cwd=place,
+        env=environment(place, **more),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -141,7 +146,9 @@ def test_bert_base_from_a_hub_cache_and_from_a_mirror(place: Path, tmp_path: Pat
 def test_bert_base_without_hub_and_cache_is_exit_7_at_once(place: Path, tmp_path: Path) -> None:
     line = "kdcli distill --teacher bert-base --student tiny --data data -o nowhere"
     started = time.monotonic()
-    done = shell(place, line, HF_HUB_OFFLINE="0", HF_HUB_CACHE=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9")
+    done = shell(
+        place, line, HF_HUB_OFFLINE="0", HF_HUB_CACHE=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9"
+    )
     seconds = time.monotonic() - started
     assert done.returncode == 7, done.stderr
     assert done.stdout == ""
@@ -181,7 +188,9 @@ def test_interrupted_and_resumed_gives_the_same_bytes(place: Path, number: int, 
     done = shell(place, " ".join(["kdcli", *words, "--resume", "-o", cut]))
     assert done.returncode == 0, done.stderr
     assert "resumed" in done.stderr
-    assert (place / cut / "model.safetensors").read_bytes() == (place / whole / "model.safetensors").read_bytes()
+    assert (place / cut / "model.safetensors").read_bytes() == (
+        place / whole / "model.safetensors"
+    ).read_bytes()
     assert not point.exists()
 
 

@@ -40,7 +40,7 @@ def quantise_graph(source: Path, target: Path, integers: Integers) -> dict[str, 
         integers: The quantised weights of the checkpoint that ``source`` was exported from.
 
     Returns:
-        ``int8``: operator -> how many of its weights are integers now; ``float``: names of the weights that
+        ``int8``: operator -> how many of them hold integers now; ``float``: names of the weights that
         are integers in the checkpoint but stay float here, because the graph uses them in another operator,
         inside one that also holds a float weight, or not at all; ``largest``: the largest magnitude of an
         integer that is multiplied by activations.
@@ -48,8 +48,6 @@ def quantise_graph(source: Path, target: Path, integers: Integers) -> dict[str, 
     model = onnx.load(str(source))
     rewriter = _Rewriter(model.graph, integers)
     rewriter.run()
-    if rewriter.counts["attention"] and not any(o.domain == "com.microsoft" for o in model.opset_import):
-        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     onnx.save(model, str(target))
     return {
         "int8": dict(sorted(rewriter.counts.items())),

@@ -30,10 +30,12 @@ def macs(model: Any, tokens: int) -> int:
             f"attention is '{attention}', which the counter does not see; load the model as 'eager'"
         )
     device = next(model.parameters()).device
-    ids = torch.full((1, tokens), int(model.config.pad_token_id or 0) + 3, dtype=torch.long, device=device)
-    ids %= int(getattr(model.config, "vocab_size", 2))
     counter = FlopCounterMode(display=False)
-    # With gradients on, because the module tracker of the counter fails on an expanded parameter without.
+    # With gradients on, because the counter's module tracker fails on an expanded parameter without.
     with torch.inference_mode(False), torch.enable_grad(), counter:
+        first = int(model.config.pad_token_id or 0) + 3
+        ids = torch.full(
+            (1, tokens), first % int(getattr(model.config, "vocab_size", first + 1)), device=device
+        )
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return counter.get_total_flops() // 2

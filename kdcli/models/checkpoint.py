@@ -273,6 +273,7 @@ def save(
         state[name] = values.detach().cpu().contiguous()
         state[name + SCALE_SUFFIX] = scale.detach().cpu().contiguous()
     save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / WEIGHTS).chmod(0o644)  # safetensors goes through a private temporary file
     config_json = json.loads(config.to_json_string(use_diff=False))
     config_json.pop("_name_or_path", None)
     if integers:
@@ -325,7 +326,10 @@ def _quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": sorted(kinds), "weights": weights}},
+        # The format has to stand in the group: the one above it is not read, and packed integers are assumed.
+        "config_groups": {
+            "group_0": {"targets": sorted(kinds), "weights": weights, "format": "int-quantized"}
+        },
         "ignore": ignored,
     }
 

@@ -181,6 +181,6 @@ def _check(
 
 
 def _many(encoded: Encoded, pad_id: int) -> list[dict[str, np.ndarray]]:
-    """256 rows one by one, because the activation scale of an integer graph depends on the whole batch."""
-    rows = np.unique(np.linspace(0, len(encoded) - 1, 256).astype(int))
+    """64 rows one by one, because the activation scale of an integer graph depends on the whole batch."""
+    rows = np.unique(np.linspace(0, len(encoded) - 1, 64).astype(int))
     return [batching.collate(encoded, rows[i : i + 1], pad_id) for i in range(len(rows))]

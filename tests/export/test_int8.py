@@ -294,3 +294,25 @@ def test_weights_that_the_graph_does_not_hold_are_named(tmp_path: Path) -> None:
     values, scale = integers["w"]
     detail = int8.quantise_graph(path, tmp_path / "int8.onnx", {"other": (values, scale * 2), **integers})
     assert detail["float"] == ["other"]
+
+
+@pytest.mark.parametrize("extra", ["bias", "sizes"])
+def test_attention_that_has_no_integer_form_stays_float(extra: str, tmp_path: Path) -> None:
+    made = tiny.checkpoint("bert")
+    integers = quantised(made)
+    export(made, tmp_path / "float.onnx")
+    fusion.fuse(tmp_path / "float.onnx", tmp_path / "fused.onnx", embeddings=False)
+    model = onnx.load(str(tmp_path / "fused.onnx"))
+    first = next(node for node in model.graph.node if node.op_type == "Attention")
+    if extra == "bias":  # an attention bias (1, 1, 1, 1) of zero, behind the absent past
+        first.input.extend(["", "attention_bias"])
+        zero = numpy_helper.from_array(np.zeros((1, 1, 1, 1), np.float32), "attention_bias")
+        model.graph.initializer.append(zero)
+    else:
+        first.attribute.append(helper.make_attribute("qkv_hidden_sizes", [32, 32, 32]))
+    onnx.save(model, str(tmp_path / "fused.onnx"))
+    detail = int8.quantise_graph(tmp_path / "fused.onnx", tmp_path / "int8.onnx", integers)
+    assert detail["int8"]["attention"] == 1
+    assert {name.split(".")[-2] for name in detail["float"]} == {"query", "key", "value"}
+    kept = next(n for n in onnx.load(str(tmp_path / "int8.onnx")).graph.node if n.op_type == "Attention")
+    assert kept == first

@@ -53,7 +53,14 @@ def test_the_output_directory_is_complete_and_plain(teacher: Path, data_dir: Pat
     outcome = runner.run(request(teacher, data_dir, out), Progress())
     assert outcome.path == out
     names = {p.name for p in out.iterdir()}
-    expected = {"config.json", "model.safetensors", "tokenizer.json", "kdcli.json", "model.onnx", "report.json"}
+    expected = {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "kdcli.json",
+        "model.onnx",
+        "report.json",
+    }
     assert expected | {"README.md"} <= names
     assert not list(tmp_path.glob(".*"))  # neither temporary directory nor resume point is left
     report = io.read(out)
@@ -71,7 +78,11 @@ def test_the_output_directory_is_complete_and_plain(teacher: Path, data_dir: Pat
         rows = list(csv.DictReader(stream))
     for row in rows:
         encoded = tok.encode(row["text"])
-        feed = {"input_ids": encoded.ids, "attention_mask": encoded.attention_mask, "token_type_ids": encoded.type_ids}
+        feed = {
+            "input_ids": encoded.ids,
+            "attention_mask": encoded.attention_mask,
+            "token_type_ids": encoded.type_ids,
+        }
         given = {i.name: np.array([feed[i.name]], dtype=np.int64) for i in session.get_inputs()}
         answer = int(session.run(None, given)[0].argmax())
         right += config["id2label"][str(answer)] == row["label"]
@@ -100,7 +111,7 @@ def test_a_teacher_without_head_is_fine_tuned_once(data_dir: Path, tmp_path: Pat
     settings = {"settings": {"teacher_epochs": "8", "teacher_lr": "5e-3", "teacher_batch_size": "16"}}
     first, second = Notes(), Notes()
     one = runner.run(request(headless, data_dir, tmp_path / "a", settings), first)
-    two = runner.run(request(headless, data_dir, tmp_path / "b", settings), second)
+    runner.run(request(headless, data_dir, tmp_path / "b", settings), second)
     assert any("fine-tuning it first" in line for line in first.lines)
     assert any("from the cache" in line for line in second.lines)
     assert not any("fine-tuning it first" in line for line in second.lines)
@@ -109,7 +120,9 @@ def test_a_teacher_without_head_is_fine_tuned_once(data_dir: Path, tmp_path: Pat
     assert one.report.before is not None
     assert one.report.before.quality is not None
     assert one.report.before.quality.accuracy.value >= 0.9  # it really learned the task
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
     other = dict(settings["settings"], teacher_epochs="1")
     third = Notes()
     runner.run(request(headless, data_dir, tmp_path / "c", {"settings": other}), third)
@@ -123,7 +136,9 @@ def test_the_student_learns_from_a_good_teacher_without_any_label(data_dir: Path
     made.tokenizer.save_pretrained(headless)
     common = {"settings": {"teacher_epochs": "12", "teacher_lr": "5e-3", "teacher_batch_size": "16"}}
     outcome = runner.run(
-        request(headless, data_dir, tmp_path / "out", common, student="1x32", alpha=1.0, epochs=12, batch_size=16),
+        request(
+            headless, data_dir, tmp_path / "out", common, student="1x32", alpha=1.0, epochs=12, batch_size=16
+        ),
         Progress(),
     )
     quality = outcome.report.after.quality
