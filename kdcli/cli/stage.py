@@ -64,12 +64,15 @@ def execute(
         dequantize=dequantize,
     )
     with session(f"kdcli {name}", quiet=given["quiet"], verbose=given["verbose"]) as (console, stdout):
-        # Only now, with everything checked and stdin read, is torch worth its seconds.
+        # Only now, with stdin read, is anything heavy worth its seconds.
         if given["dry_run"]:
             from kdcli.stages import plan
 
             show_plan(console, stdout, plan.plan(request, console), as_json=given["as_json"])
         else:
+            from kdcli.stages import early
+
+            early.check(request)  # a model that is not here, a taken output: said before torch is loaded
             from kdcli.stages import runner
 
             outcome = runner.run(request, console)

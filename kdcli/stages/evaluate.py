@@ -11,14 +11,13 @@ from kdcli import __version__
 from kdcli.errors import InputError, UsageError
 from kdcli.measure import environment, quality
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models import references
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
 from kdcli.report.redact import redact
 from kdcli.report.schema import Delta, LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
+from kdcli.stages import early, measuring, output, runner
 from kdcli.stages import graph as graphs
-from kdcli.stages import measuring, output, runner
 from kdcli.stages.base import EvaluateOptions, Request
 from kdcli.stages.runner import Outcome
 from kdcli.stages.timing import Timings
@@ -43,32 +42,22 @@ def run(request: Request, progress: Progress) -> Outcome:
     """
     options = request.options
     assert isinstance(options, EvaluateOptions)
-    names = options.models or ((request.model,) if request.model else ())
-    if not names:
-        raise UsageError("evaluate needs at least one model")
-    if request.common.out is not None and len(names) > 1:
-        raise UsageError(
-            "-o takes one model; with several models the reports go to stdout (--json) or --html"
-        )
     timings = Timings()
-    paths = [references.resolve(name, offline=request.common.offline).path for name in names]
-    out = None
-    if request.common.out is not None:
-        out = output.choose(
-            request.common.out, "", "evaluate", force=request.common.force, inputs=tuple(paths)
-        )
+    found = early.check(request)
+    out = early.place(request, found)
+    first = found[-1] if options.baseline is not None else None
+    models = found[: len(found) - (first is not None)]
     runner.device_of(request.common.device)
-    dataset = runner.load_data(request, paths[0], progress)
+    dataset = runner.load_data(request, models[0].path, progress)
     baseline = None
-    if options.baseline is not None:
-        path = references.resolve(options.baseline, offline=request.common.offline).path
-        progress.phase(f"measure baseline {options.baseline}")
-        baseline = _measure(request, options, options.baseline, path, dataset, timings, progress)
+    if first is not None:
+        progress.phase(f"measure baseline {first.ref}")
+        baseline = _measure(request, options, first.ref, first.path, dataset, timings, progress)
     reports: list[Report] = []
     judged: list[_Judged] = []
-    for name, path in zip(names, paths, strict=True):
-        progress.phase(f"measure {name}")
-        one = _measure(request, options, name, path, dataset, timings, progress)
+    for model in models:
+        progress.phase(f"measure {model.ref}")
+        one = _measure(request, options, model.ref, model.path, dataset, timings, progress)
         judged.append(one)
         reports.append(_report(request, options, one, baseline, dataset, timings))
     if out is not None:
@@ -80,7 +69,7 @@ def run(request: Request, progress: Progress) -> Outcome:
     if options.summary is not None:
         for report in reports:
             ci.step_summary(options.summary, report)
-    return Outcome(out or paths[0], _worst(reports), reports)
+    return Outcome(out or models[0].path, _worst(reports), reports)
 
 
 def _measure(

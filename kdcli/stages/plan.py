@@ -5,27 +5,24 @@ Neither weights nor torch are loaded: sizes come from config.json and the safete
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kdcli import methods
 from kdcli.data import sources
-from kdcli.errors import InputError, UsageError, did_you_mean
-from kdcli.models import references, safety
+from kdcli.errors import UsageError, did_you_mean
+from kdcli.models import safety
 from kdcli.progress import Progress
 from kdcli.report import gates, io
-from kdcli.stages import output
+from kdcli.stages import early
 from kdcli.stages.base import (
     DEFAULT_DATA,
     SPLIT_SEED,
     STRATEGIES,
     STRUCTURES,
     STUDENT_PRESETS,
-    SUCCESSORS,
     DistillOptions,
-    EvaluateOptions,
     LowRankOptions,
     PruneOptions,
     QuantizeOptions,
@@ -83,11 +80,10 @@ def plan(request: Request, progress: Progress) -> Plan:
         KdcliError: Whatever would stop the real run before its work begins.
     """
     common, options = request.common, request.options
-    names = _models(request)
-    found = [references.resolve(name, offline=common.offline) for name in names]
+    found = early.check(request)
+    names = [one.ref for one in found]
     first = found[0].path
     files = safety.check_checkpoint(first)
-    _check_chain(request, first)
     for expression in common.gates.expressions:
         gates.parse_expression(expression)
     ref = common.data or _earlier_data(first) or DEFAULT_DATA
@@ -134,39 +130,12 @@ def plan(request: Request, progress: Progress) -> Plan:
         methods.load_name("quantize", options.scheme)
         facts |= {"scheme": options.scheme, "embeddings": options.embeddings}
         written = weights // 2
-    if not isinstance(options, EvaluateOptions) or common.out is not None:
-        inputs = tuple(f.path for f in found)
-        out = output.choose(common.out, Path(names[0]).name, request.stage, force=common.force, inputs=inputs)
+    out = early.place(request, found)
+    if out is not None:
         facts["output"] = str(out)
     else:
         written = 0
     return Plan(request.stage, facts, int(memory), int(written), seconds, notes)
-
-
-def _models(request: Request) -> list[str]:
-    options = request.options
-    if isinstance(options, DistillOptions):
-        return list(options.teachers)
-    if isinstance(options, EvaluateOptions) and options.models:
-        return list(options.models) + ([options.baseline] if options.baseline else [])
-    assert request.model is not None
-    return [request.model]
-
-
-def _check_chain(request: Request, path: Path) -> None:
-    """The chain rule of the runner, from the JSON alone (the runner's own check needs torch)."""
-    log = path / "kdcli.json"
-    if not log.is_file() or request.dequantize or request.stage in SUCCESSORS["quantize"]:
-        return
-    try:
-        transforms = json.loads(log.read_text(encoding="utf-8")).get("transforms", [])
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{log} is not readable JSON: {error}") from error
-    if any(t.get("op") == "quantise" for t in transforms):
-        raise UsageError(
-            f"{request.stage} needs dense weights, but '{path}' was quantised",
-            f"run {request.stage} before quantize, or pass --dequantize to work on the rounded weights",
-        )
 
 
 def _earlier_data(path: Path) -> str | None:

@@ -27,7 +27,6 @@ from kdcli.data.text import Encoded
 from kdcli.errors import InputError, ResourceError, UsageError
 from kdcli.measure import environment, quality
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models import references, transforms
 from kdcli.models.aliases import MODELS
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
@@ -43,9 +42,9 @@ from kdcli.report.schema import (
     Report,
     Warning_,
 )
+from kdcli.stages import early, measuring, output
 from kdcli.stages import graph as graphs
-from kdcli.stages import measuring, output
-from kdcli.stages.base import DEFAULT_DATA, SPLIT_SEED, SUCCESSORS, DistillOptions, Request
+from kdcli.stages.base import DEFAULT_DATA, SPLIT_SEED, Request
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.timing import Timings
 
@@ -73,18 +72,12 @@ def run(request: Request, progress: Progress) -> Outcome:
         return evaluate.run(request, progress)
     timings = Timings()
     with timings.phase("resolve"):
-        source = source_of(request)
-        found = references.resolve(source, offline=request.common.offline)
+        found = early.check(request)[0]
+        source = found.ref
         for note in found.notes:
             progress.note(note)
-        check_chain(request, found.path)
-        out = output.choose(
-            request.common.out,
-            _short(source),
-            request.stage,
-            force=request.common.force,
-            inputs=(found.path,),
-        )
+        out = early.place(request, [found])
+        assert out is not None
         device = device_of(request.common.device)
         dataset = load_data(request, found.path, progress)
     seed_everything(request.common.seed)
@@ -235,32 +228,6 @@ def finish(report: Report, work: Path, timings: Timings) -> Report:
     report = report.model_copy(update={"artifacts": artifacts, "timings": timings.rounded()})
     io.write(report, work)
     return report
-
-
-def source_of(request: Request) -> str:
-    """The reference of the model that a stage starts from."""
-    if isinstance(request.options, DistillOptions):
-        if len(request.options.teachers) != 1:
-            raise UsageError("several teachers are not available yet; give --teacher once")
-        return request.options.teachers[0]
-    assert request.model is not None
-    return request.model
-
-
-def check_chain(request: Request, path: Path) -> None:
-    """Refuse an illegal order of stages before anything heavy is loaded.
-
-    Raises:
-        UsageError: The model is stored as integers and the stage needs dense weights.
-    """
-    log = transforms.read_log(path)
-    if log is None or log.quantised is None or request.dequantize:
-        return
-    if request.stage not in SUCCESSORS["quantize"]:
-        raise UsageError(
-            f"{request.stage} needs dense weights, but '{path}' was quantised ({log.quantised.scheme})",
-            f"run {request.stage} before quantize, or pass --dequantize to work on the rounded weights",
-        )
 
 
 def device_of(name: str) -> torch.device:
@@ -458,8 +425,3 @@ def unique(warnings: list[Warning_]) -> list[Warning_]:
 
 def _weights_bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in path.glob("*.safetensors"))
-
-
-def _short(source: str) -> str:
-    """A name for the default output: the last part of a path or id, without an earlier stage's suffix."""
-    return Path(source.partition("@")[0]).name or "model"

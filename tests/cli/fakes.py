@@ -183,6 +183,7 @@ class Recorder:
         """Module name -> module, to be put into ``sys.modules``."""
         made = {}
         for name, function, value in (
+            ("kdcli.stages.early", "check", lambda request: []),
             ("kdcli.stages.runner", "run", self.run),
             ("kdcli.stages.plan", "plan", self.plan),
             ("kdcli.stages.recipe", "run", self.recipe),

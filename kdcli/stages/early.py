@@ -1,0 +1,84 @@
+"""What can be found wrong with a request before torch is loaded, in well under a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kdcli.errors import InputError, UsageError
+from kdcli.models import references
+from kdcli.models.references import Resolved
+from kdcli.stages import output
+from kdcli.stages.base import SUCCESSORS, DistillOptions, EvaluateOptions, Request
+
+
+def models_of(request: Request) -> list[str]:
+    """The references of every model that a request reads; the first is the one it works on.
+
+    Raises:
+        UsageError: There is none, or there are several teachers.
+    """
+    options = request.options
+    if isinstance(options, DistillOptions):
+        if len(options.teachers) != 1:
+            raise UsageError("several teachers are not available yet; give --teacher once")
+        return list(options.teachers)
+    names: list[str] = [request.model] if request.model else []
+    if isinstance(options, EvaluateOptions):
+        names = list(options.models) or names
+        if options.baseline is not None and names:
+            names.append(options.baseline)
+    if not names:
+        raise UsageError(f"{request.stage} needs a model")
+    return names
+
+
+def check_chain(request: Request, path: Path) -> None:
+    """Refuse an illegal order of stages.
+
+    Raises:
+        UsageError: The model is stored as integers and the stage needs dense weights.
+        InputError: Its kdcli.json is not readable.
+    """
+    log = path / "kdcli.json"
+    if not log.is_file() or request.dequantize or request.stage in SUCCESSORS["quantize"]:
+        return
+    try:
+        transforms = json.loads(log.read_text(encoding="utf-8"))["transforms"]
+        quantised = [t["scheme"] for t in transforms if t["op"] == "quantise"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{log} is not a transform log that this kdcli can read: {error!r:.80}") from error
+    if quantised:
+        raise UsageError(
+            f"{request.stage} needs dense weights, but '{path}' was quantised ({quantised[-1]})",
+            f"run {request.stage} before quantize, or pass --dequantize to work on the rounded weights",
+        )
+
+
+def place(request: Request, found: list[Resolved]) -> Path | None:
+    """Where the output goes; None for an ``evaluate`` that writes no directory.
+
+    Raises:
+        UsageError: The place is taken, or is one of the inputs.
+    """
+    common = request.common
+    if isinstance(request.options, EvaluateOptions):
+        if common.out is None:
+            return None
+        if len(request.options.models) > 1:
+            raise UsageError("-o takes one model; several models are reported by --json or --html")
+    name = Path(found[0].ref.partition("@")[0]).name or "model"
+    inputs = tuple(one.path for one in found)
+    return output.choose(common.out, name, request.stage, force=common.force, inputs=inputs)
+
+
+def check(request: Request) -> list[Resolved]:
+    """Resolve every model, check the chain and the output's place.
+
+    Raises:
+        KdcliError: Whatever would stop the run before its work begins.
+    """
+    found = [references.resolve(name, offline=request.common.offline) for name in models_of(request)]
+    check_chain(request, found[0].path)
+    place(request, found)
+    return found
