@@ -139,7 +139,10 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             start = stream.read(8)
             _refuse_pointer(start + stream.peek(64)[:64], where)
             length = int.from_bytes(start, "little")
-            if start[:2] == b"PK" or start[:1] == b"\x80":
+            # A header of 128 bytes modulo 256 begins like a pickle, one of 0x4b50 bytes like a zip archive; the
+            # object that follows tells them apart.
+            pickled = start[:2] == b"PK" or start[:1] == b"\x80"
+            if pickled and not (length <= size - 8 and stream.peek(1)[:1] == b"{"):
                 raise InputError(f"{where} is a pickle with the name of a safetensors file: never loaded")
             if len(start) < 8 or length < 2 or length > size - 8:
                 raise InputError(f"{where} is not a safetensors file, or only a part of one ({size} bytes)")

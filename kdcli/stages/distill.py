@@ -23,7 +23,7 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models import references, students
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.schema import Method, Warning_
-from kdcli.stages.base import INITS, STRATEGIES, STUDENT_PRESETS, DistillOptions
+from kdcli.stages.base import INITS, STRATEGIES, STUDENT_PRESETS, DistillOptions, Request
 from kdcli.stages.context import Applied, Context
 from kdcli.training import teacher as teachers
 from kdcli.training.loop import FitOptions, FitResult, evaluate, fit, inference
@@ -57,9 +57,14 @@ class _Plan:
     alpha: float
 
 
-def _plan(context: Context) -> _Plan:
-    """Check everything that can be checked before any training starts."""
-    options = _options(context)
+def check(request: Request) -> _Plan:
+    """Check everything that can be checked before a model is loaded.
+
+    Raises:
+        UsageError: An unknown name, a value out of range, or a combination that means nothing.
+    """
+    options = request.options
+    assert isinstance(options, DistillOptions)
     if options.strategy not in STRATEGIES:
         raise UsageError(
             f"unknown strategy '{options.strategy}': {did_you_mean(options.strategy, STRATEGIES)}"
@@ -76,7 +81,7 @@ def _plan(context: Context) -> _Plan:
     alpha = ALPHA if options.alpha is None else options.alpha
     if not 0 <= alpha <= 1:
         raise UsageError(f"--alpha {alpha} is outside [0, 1]")
-    given = dict(context.request.common.settings)
+    given = dict(request.common.settings)
     own = {k: given.pop(k) for k in list(given) if k in Settings.model_fields}
     module = methods.load("distill", options.methods[0])
     known = [*Settings.model_fields, *module.Config.model_fields]
@@ -91,7 +96,7 @@ def _plan(context: Context) -> _Plan:
 
 def prepare(context: Context) -> None:
     """Turn the teacher that was loaded into one that has a head for the task, and apply the label budget."""
-    plan = _plan(context)
+    plan = check(context.request)
     options, request = _options(context), context.request
     train = context.encoded["train"]
     assert train.labels is not None
@@ -129,7 +134,7 @@ def prepare(context: Context) -> None:
 
 def apply(context: Context) -> Applied:
     """Train the student; with ``--control`` train it a second time without the teacher."""
-    plan, options, teacher = _plan(context), _options(context), context.checkpoint
+    plan, options, teacher = check(context.request), _options(context), context.checkpoint
     train = context.encoded["train"]
     assert train.labels is not None
     targets = teachers.outputs(teacher, train, device=context.device, progress=context.progress)

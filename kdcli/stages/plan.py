@@ -1,6 +1,6 @@
 """``--dry-run``: resolve everything, estimate memory, disk and time, touch nothing.
 
-Neither weights nor torch are loaded: sizes come from config.json and the safetensors headers.
+No weights are loaded: sizes come from config.json and the safetensors headers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from kdcli.stages import early
 from kdcli.stages.base import (
     DEFAULT_DATA,
     SPLIT_SEED,
-    STRATEGIES,
     STRUCTURES,
     STUDENT_PRESETS,
     DistillOptions,
@@ -109,6 +108,9 @@ def plan(request: Request, progress: Progress) -> Plan:
     test = rows.get("test", rows.get("validation", 0))
     seconds += 2 * min(test, common.limit or test) * cost / _FLOPS_RUN
     if isinstance(options, DistillOptions):
+        from kdcli.stages import distill
+
+        distill.check(request)
         extra = _distill(options, config, rows, tokens, cost, len(dataset.label_names), facts)
         seconds, memory, written = seconds + extra[0], memory + extra[1], extra[2] + weights
     elif isinstance(options, PruneOptions):
@@ -117,17 +119,17 @@ def plan(request: Request, progress: Progress) -> Plan:
                 f"unknown structure '{options.structure}': {did_you_mean(options.structure, STRUCTURES)}"
             )
         method = options.method or STRUCTURES[options.structure]
-        methods.load_name("prune", method)
+        methods.parse_settings(methods.load("prune", method), common.settings)
         facts |= {"structure": options.structure, "method": method}
         seconds += (
             1024 * 8 * 3 * cost / _FLOPS_TRAIN + options.epochs * rows["train"] * 3 * cost / _FLOPS_TRAIN
         )
     elif isinstance(options, LowRankOptions):
-        methods.load_name("lowrank", options.method)
+        methods.parse_settings(methods.load("lowrank", options.method), common.settings)
         facts |= {"method": options.method}
         seconds += 1024 * 3 * cost / _FLOPS_TRAIN + options.epochs * rows["train"] * 3 * cost / _FLOPS_TRAIN
     elif isinstance(options, QuantizeOptions):
-        methods.load_name("quantize", options.scheme)
+        methods.parse_settings(methods.load("quantize", options.scheme), common.settings)
         facts |= {"scheme": options.scheme, "embeddings": options.embeddings}
         written = weights // 2
     out = early.place(request, found)
@@ -155,12 +157,6 @@ def _distill(
     facts: dict[str, Any],
 ) -> tuple[float, int, int]:
     """(seconds, memory bytes, disk bytes) of teacher, outputs and student."""
-    if options.strategy not in STRATEGIES:
-        raise UsageError(
-            f"unknown strategy '{options.strategy}': {did_you_mean(options.strategy, STRATEGIES)}"
-        )
-    for name in options.methods:
-        methods.load_name("distill", name)
     size = STUDENT_PRESETS.get(options.student)
     if size is None and "x" in options.student:
         parts = options.student.split("x")

@@ -65,6 +65,15 @@ def refuse(directory: Path, match: str) -> None:
     assert len(str(caught.value)) < 400 + len(str(directory)) * 2
 
 
+@pytest.mark.parametrize("length", [128, 384, 0x8002, 0x4B50])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path, length: int) -> None:
+    header = json.dumps({"a": entry(0, 4)}).encode().ljust(length)  # the format pads with spaces
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(tensors(header, b"1234"))
+    assert path.read_bytes()[:1] == b"\x80" or path.read_bytes()[:2] in (b"PK", b"\x02\x80")
+    assert set(read_header(path)) == {"a"}
+
+
 def test_good(tmp_path: Path) -> None:
     found = check_checkpoint(write(tmp_path))
     assert found == CheckpointFiles(CONFIG, [tmp_path / "model.safetensors"], tmp_path / "vocab.txt")
