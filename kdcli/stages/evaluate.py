@@ -29,9 +29,16 @@ RUNTIMES = {"onnx": ("onnx",), "torch": ("torch",), "both": ("onnx", "torch")}
 class _Judged:
     source: str
     checkpoint: Checkpoint
-    graph: Path
-    measured: measuring.Measured
+    timed: measuring.Timed
     warnings: list[Warning_]
+
+    @property
+    def measured(self) -> measuring.Measured:
+        return self.timed.measured
+
+    @property
+    def graph(self) -> Path:
+        return self.timed.graph
 
 
 def run(request: Request, progress: Progress) -> Outcome:
@@ -53,13 +60,14 @@ def run(request: Request, progress: Progress) -> Outcome:
     if first is not None:
         progress.phase(f"measure baseline {first.ref}")
         baseline = _measure(request, options, first.ref, first.path, dataset, timings, progress)
-    reports: list[Report] = []
     judged: list[_Judged] = []
     for model in models:
         progress.phase(f"measure {model.ref}")
-        one = _measure(request, options, model.ref, model.path, dataset, timings, progress)
-        judged.append(one)
-        reports.append(_report(request, options, one, baseline, dataset, timings))
+        judged.append(_measure(request, options, model.ref, model.path, dataset, timings, progress))
+    progress.phase("measure latency")
+    everyone = [one.timed for one in ([baseline, *judged] if baseline is not None else judged)]
+    measuring.time_together(everyone, _conditions(request, options, timings, progress))
+    reports = [_report(request, options, one, baseline, dataset, timings) for one in judged]
     if out is not None:
         reports = [_write(judged[0], reports[0], out, timings)]
     if options.html is not None:
@@ -98,17 +106,23 @@ def _measure(
         graph,
         rows,
         split,
-        measuring.Conditions(
-            threads=threads,
-            device=runner.session_device(device),
-            batch_sizes=options.batch_sizes,
-            runtimes=RUNTIMES[options.runtime],
-            timings=timings,
-            progress=progress,
-        ),
+        _conditions(request, options, timings, progress),
         title=source,
     )
-    return _Judged(source, checkpoint, graph, measured, warnings)
+    return _Judged(source, checkpoint, measuring.Timed(checkpoint, graph, rows, measured), warnings)
+
+
+def _conditions(
+    request: Request, options: EvaluateOptions, timings: Timings, progress: Progress
+) -> measuring.Conditions:
+    return measuring.Conditions(
+        threads=environment.threads(),
+        device=runner.session_device(runner.device_of(request.common.device)),
+        batch_sizes=options.batch_sizes,
+        runtimes=RUNTIMES[options.runtime],
+        timings=timings,
+        progress=progress,
+    )
 
 
 def _report(

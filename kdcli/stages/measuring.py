@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,11 +19,13 @@ from kdcli.measure import compute, latency, quality, size
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report.io import sha256_of
-from kdcli.report.schema import Compute, Latency, Measurement
+from kdcli.report.schema import Compute, Measurement
 from kdcli.stages.graph import torch_runner
 from kdcli.stages.timing import Timings
 
 LATENCY_ROWS = 128
+ROUNDS = 3
+_ROUND: dict[str, Any] = {"warmup": 5, "min_runs": 12, "max_runs": 150, "max_seconds": 1.0}
 _SEED = 0  # of the rows that are timed: the same for every model of a data set
 
 
@@ -101,11 +104,11 @@ def measure(
     *,
     title: str,
 ) -> Measured:
-    """Measure a checkpoint and its ONNX file on one split.
+    """Measure a checkpoint and its ONNX file on one split; latency comes from :func:`time_together`.
 
     Args:
         checkpoint: Loaded from the directory whose size is meant.
-        graph: Its ONNX form, which gives quality and latency, because it is what ships.
+        graph: Its ONNX form, which gives the quality, because it is what ships.
         encoded: Labelled rows.
         split: Their name.
         conditions: The same for every model that is compared.
@@ -136,19 +139,52 @@ def measure(
     with timings.phase("compute"):
         tokens = max(2, round(float(encoded.lengths.mean())))
         counted = Compute(macs=compute.macs(checkpoint.model, tokens), sequence=tokens)
-    measured: list[Latency] = []
-    with timings.phase("latency"):
-        for runtime in runtimes:
-            if runtime == "onnx":
-                session = sessions.open_session(graph, threads=threads, device=device)
-                run = sessions.runner(session)
-            else:
-                session, run = None, torch_runner(checkpoint)
-            for batch_size in conditions.batch_sizes:
-                batches = latency_batches(encoded, checkpoint.pad_id, batch_size)
-                measured.append(latency.measure(run, batches, runtime=runtime, threads=threads))
-            del session  # its spinning threads would slow the next one
-    return Measured(Measurement(quality=found, size=sizes, compute=counted, latency=measured), logits)
+    return Measured(Measurement(quality=found, size=sizes, compute=counted, latency=[]), logits)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A model to be timed; its measurement gets the latencies."""
+
+    checkpoint: Checkpoint
+    graph: Path
+    encoded: Encoded
+    measured: Measured
+
+
+def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
+    """Time all models in turns, round after round, so that a slow minute of the machine is nobody's alone.
+
+    One session is open at a time: the waiting threads of another would slow it.
+    """
+    threads, sizes = conditions.threads, conditions.batch_sizes
+    found: dict[tuple[int, str, int], list[latency.Samples]] = {}
+    with conditions.timings.phase("latency"):
+        for _ in range(ROUNDS):
+            for number, one in enumerate(models):
+                for runtime in conditions.runtimes:
+                    run = _runner(one, runtime, conditions)
+                    for batch_size in sizes:
+                        batches = latency_batches(one.encoded, one.checkpoint.pad_id, batch_size)
+                        samples = latency.collect(run, batches, **_ROUND)
+                        found.setdefault((number, runtime, batch_size), []).append(samples)
+                    del run
+    for number, one in enumerate(models):
+        one.measured.measurement.latency = [
+            latency.summarise(found[number, runtime, batch_size], runtime=runtime, threads=threads)
+            for runtime in conditions.runtimes
+            for batch_size in sizes
+        ]
+
+
+def _runner(
+    one: Timed, runtime: str, conditions: Conditions
+) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+    if runtime == "torch":
+        return torch_runner(one.checkpoint)
+    return sessions.runner(
+        sessions.open_session(one.graph, threads=conditions.threads, device=conditions.device)
+    )
 
 
 def latency_batches(encoded: Encoded, pad_id: int, size: int) -> list[dict[str, np.ndarray]]:

@@ -27,6 +27,7 @@ from kdcli.data.text import Encoded
 from kdcli.errors import InputError, ResourceError, UsageError
 from kdcli.measure import environment, quality
 from kdcli.models import checkpoint as checkpoints
+from kdcli.models import transforms
 from kdcli.models.aliases import MODELS
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
@@ -131,8 +132,9 @@ def _live(context: Context, stage: Any, source: str, out: Path, timings: Timings
         context.checkpoint, context.encoded[split], threads=threads, timings=timings, progress=progress
     )
     before = measuring.measure(context.checkpoint, input_graph, rows, split, conditions, title="before")
-    input_labels = list(context.checkpoint.labels)
-    lineage = lineage_of(context.checkpoint, source, before.measurement)
+    given, input_labels = context.checkpoint, list(context.checkpoint.labels)
+    first = not given.log.lineage
+    lineage = lineage_of(given, source, before.measurement)
 
     progress.phase(request.stage)
     seed_everything(context.seed)
@@ -165,6 +167,18 @@ def _live(context: Context, stage: Any, source: str, out: Path, timings: Timings
     )
     progress.phase("measure after")
     after = measuring.measure(after_model, graph.path, rows, split, conditions, title="after")
+    progress.phase("measure latency")
+    measuring.time_together(
+        [
+            measuring.Timed(given, input_graph, rows, before),
+            measuring.Timed(after_model, graph.path, rows, after),
+        ],
+        conditions,
+    )
+    if first:  # the input's latencies are known only now
+        lineage[0].params = {"measurement": before.measurement.model_dump(mode="json")}
+        after_model.log.lineage = [e.model_dump(mode="json") for e in (*lineage, entry)]
+        transforms.write_log(after_model.log, work)
 
     with timings.phase("report"):
         delta = compare(before.measurement, after.measurement)
