@@ -95,7 +95,7 @@ def _measure(
         checkpoint = checkpoints.load(path, device=device)
         if not checkpoint.has_head:
             raise InputError(f"'{source}' has no classification head, so there is nothing to evaluate")
-        encoded = runner.encode(dataset, checkpoint)
+        encoded = runner.Splits(dataset, checkpoint)
     split, rows = runner.measured_rows(encoded, options.split, request.common.limit)
     threads = environment.threads()
     graph, warnings = graphs.of_input(
@@ -145,7 +145,7 @@ def _report(
             order = [baseline.checkpoint.labels.index(name) for name in one.checkpoint.labels]
             old, new = baseline.measured.logits[:, order].argmax(1), one.measured.logits.argmax(1)
             _, rows = runner.measured_rows(
-                runner.encode(dataset, one.checkpoint), options.split, request.common.limit
+                runner.Splits(dataset, one.checkpoint), options.split, request.common.limit
             )
             assert rows.labels is not None
             delta = delta.model_copy(

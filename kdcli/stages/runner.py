@@ -10,7 +10,7 @@ import importlib
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,7 +90,7 @@ def run(request: Request, progress: Progress) -> Outcome:
                 f"'{source}' has no classification head",
                 "fine-tune it first, or distill from it: kdcli distill --teacher MODEL --student tiny",
             )
-        encoded = encode(dataset, checkpoint)
+        encoded = Splits(dataset, checkpoint)
     needed = 6 * _weights_bytes(found.path) + (64 << 20)
     with output.building(out, needed) as work:
         context = Context(
@@ -304,13 +304,32 @@ def load_data(request: Request, model: Path, progress: Progress) -> Dataset:
     return dataset
 
 
-def encode(dataset: Dataset, checkpoint: Checkpoint) -> dict[str, Encoded]:
-    """Tokenise every split for this checkpoint, labels aligned to its own by name."""
-    index = label_names.align(dataset.label_names, checkpoint.labels)
-    return {
-        name: text.encode(rows, checkpoint.tokenizer, checkpoint.max_length, index)
-        for name, rows in dataset.splits.items()
-    }
+class Splits(Mapping[str, Encoded]):
+    """The splits of a data set, tokenised for one checkpoint, labels aligned to its own by name.
+
+    A split is tokenised when it is first asked for: a stage that never trains need not wait for the
+    training rows.
+    """
+
+    def __init__(self, dataset: Dataset, checkpoint: Checkpoint) -> None:
+        self._dataset, self._checkpoint = dataset, checkpoint
+        self._index = label_names.align(dataset.label_names, checkpoint.labels)
+        self._made: dict[str, Encoded] = {}
+
+    def __getitem__(self, split: str) -> Encoded:
+        if split not in self._made:
+            made, rows = self._checkpoint, self._dataset.splits[split]
+            self._made[split] = text.encode(rows, made.tokenizer, made.max_length, self._index)
+        return self._made[split]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dataset.splits)
+
+    def __len__(self) -> int:
+        return len(self._dataset.splits)
+
+    def __contains__(self, split: object) -> bool:
+        return split in self._dataset.splits
 
 
 def measured_rows(
