@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO_VENV ?= .demo-venv
-DEMO = $(DEMO_VENV)/bin/kdcli
 DEMO_OUT ?= kdcli-out/demo
 
 .PHONY: demo test lint docs bench clean

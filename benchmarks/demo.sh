@@ -4,6 +4,6 @@ set -euo pipefail
 out=${DEMO_OUT:-kdcli-out/demo}
 
 kdcli distill --teacher minilm --student tiny -o "$out/student" --force \
-  | kdcli prune - --sparsity 0.3 -o "$out/pruned" --force -q \
-  | kdcli quantize - -o "$out/int8" --force -q \
+  | kdcli prune - --sparsity 0.3 -o "$out/pruned" --force \
+  | kdcli quantize - -o "$out/int8" --force \
   | kdcli evaluate -
