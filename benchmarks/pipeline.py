@@ -1,7 +1,8 @@
 """Question: what does the whole pipeline keep, and what does each stage cost?
 
-Runs distill | prune | quantize | evaluate (and lowrank on the student) through the installed command, on any data and
-teacher, then judges every output with onnxruntime and the tokenizer alone, and prints one Markdown table.
+Runs distill, prune, quantize and lowrank (on the student) through the installed command, on any data and
+teacher, measures all of them together, judges every output with onnxruntime and the tokenizer alone, and prints
+one Markdown table.
 
     python benchmarks/pipeline.py --data DIR --teacher DIR --out out/bench
     python benchmarks/pipeline.py            # the demo's own model and sentences
@@ -14,16 +15,14 @@ import csv
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 
-def kdcli(*words: str) -> float:
-    """Run one command of the installed kdcli and return its seconds; anything but exit 0 stops the benchmark."""
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "kdcli", *words], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
+def kdcli(*words: str) -> str:
+    """Run one command of the installed kdcli and return its stdout; anything but exit 0 stops the benchmark."""
+    command = [sys.executable, "-m", "kdcli", *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def by_onnxruntime_alone(directory: Path, file: Path) -> float:
@@ -77,29 +76,25 @@ def main() -> None:
     parser.add_argument("--sparsity", default="0.3")
     parser.add_argument("--budget", default="0.8")
     parser.add_argument("--epochs")
+    parser.add_argument(
+        "--judge-only", action="store_true", help="measure the outputs of an earlier run again"
+    )
     given = parser.parse_args()
     data = ["--data", given.data] if given.data else []
     epochs = ["--epochs", given.epochs] if given.epochs else []
     out: Path = given.out
     student, pruned, thin, small = (str(out / n) for n in ("student", "pruned", "lowrank", "int8"))
-    seconds = {
-        "student": kdcli(
-            "distill",
-            "--teacher",
-            given.teacher,
-            "--student",
-            given.student,
-            "-o",
-            student,
-            "-f",
-            *data,
-            *epochs,
-        ),
-        "pruned": kdcli("prune", student, "--sparsity", given.sparsity, "-o", pruned, "-f"),
-        "lowrank": kdcli("lowrank", student, "--budget", given.budget, "-o", thin, "-f"),
-        "int8": kdcli("quantize", pruned, "-o", small, "-f"),
-    }
-    kdcli("evaluate", small, "-o", str(out / "judged"), "-f")
+    if not given.judge_only:
+        words = ["--teacher", given.teacher, "--student", given.student, *data, *epochs]
+        kdcli("distill", *words, "-o", student, "-f")
+        kdcli("prune", student, "--sparsity", given.sparsity, "-o", pruned, "-f")
+        kdcli("lowrank", student, "--budget", given.budget, "-o", thin, "-f")
+        kdcli("quantize", pruned, "-o", small, "-f")
+    # One command for all of them, so that every latency comes from the same alternating rounds.
+    models = [student, pruned, thin, small]
+    first = json.loads((out / "student" / "report.json").read_text(encoding="utf-8"))
+    fine_tuned = first["method"]["detail"]["teacher"].get("path", given.teacher)
+    reports = json.loads(kdcli("evaluate", fine_tuned, *models, *data, "--json"))
     test = Path(given.data) / "test.csv" if given.data else None
     titles = [
         "",
@@ -114,12 +109,11 @@ def main() -> None:
     ]
     print("| " + " | ".join(titles) + " |")
     print("|---" * len(titles) + "|")
-    first = json.loads((out / "student" / "report.json").read_text(encoding="utf-8"))
-    print(line("teacher", first["before"], None, None))
-    for name, took in seconds.items():
-        report = json.loads((out / name / "report.json").read_text(encoding="utf-8"))
-        alone = by_onnxruntime_alone(out / name, test) if test is not None and test.is_file() else None
-        print(line(name, report["after"], took, alone))
+    print(line("teacher", reports[0]["after"], None, None))
+    for path, report in zip(models, reports[1:], strict=True):
+        own = json.loads((Path(path) / "report.json").read_text(encoding="utf-8"))
+        alone = by_onnxruntime_alone(Path(path), test) if test is not None and test.is_file() else None
+        print(line(Path(path).name, report["after"], sum(own["timings"].values()), alone))
 
 
 if __name__ == "__main__":

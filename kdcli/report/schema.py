@@ -180,7 +180,7 @@ class Setting(_Part):
     """One resolved option."""
 
     value: Any
-    origin: str = Field(description="flag, environment, file or default")
+    origin: str = Field(description="flag, environment, file, model (its own report) or default")
 
 
 class Report(_Part):

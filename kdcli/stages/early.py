@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from kdcli.errors import InputError, UsageError
 from kdcli.models import references
 from kdcli.models.references import Resolved
+from kdcli.report import io
 from kdcli.stages import output
-from kdcli.stages.base import SUCCESSORS, DistillOptions, EvaluateOptions, Request
+from kdcli.stages.base import DEFAULT_DATA, SUCCESSORS, DistillOptions, EvaluateOptions, Request
 
 
 def models_of(request: Request) -> list[str]:
@@ -70,6 +72,24 @@ def place(request: Request, found: list[Resolved]) -> Path | None:
     name = Path(found[0].ref.partition("@")[0]).name or "model"
     inputs = tuple(one.path for one in found)
     return output.choose(common.out, name, request.stage, force=common.force, inputs=inputs)
+
+
+def settle_data(request: Request, model: Path) -> Request:
+    """Fill in the data: what was asked for, else what the model's own report names, else the default.
+
+    The result is what the stage records, so that the next one in the chain finds it again.
+    """
+    common, origins = request.common, dict(request.origins)
+    if common.data is not None:
+        return request
+    data, columns, origin = DEFAULT_DATA, common.columns, "default"
+    if (model / io.FILE).is_file() and (earlier := io.read(model)).data is not None:
+        data, origin = earlier.data.ref, "model"
+        stored = earlier.config.get("columns")
+        if columns is None and stored is not None and stored.value is not None:
+            columns, origins["columns"] = str(stored.value), "model"
+    origins["data"] = origin
+    return replace(request, common=replace(common, data=data, columns=columns), origins=origins)
 
 
 def check(request: Request) -> list[Resolved]:

@@ -55,7 +55,8 @@ def run(request: Request, progress: Progress) -> Outcome:
     first = found[-1] if options.baseline is not None else None
     models = found[: len(found) - (first is not None)]
     runner.device_of(request.common.device)
-    dataset = runner.load_data(request, models[0].path, progress)
+    request = early.settle_data(request, models[0].path)
+    dataset = runner.load_data(request, progress)
     baseline = None
     if first is not None:
         progress.phase(f"measure baseline {first.ref}")

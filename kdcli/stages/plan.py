@@ -6,7 +6,6 @@ No weights are loaded: sizes come from config.json and the safetensors headers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kdcli import methods
@@ -14,10 +13,9 @@ from kdcli.data import sources
 from kdcli.errors import UsageError, did_you_mean
 from kdcli.models import safety
 from kdcli.progress import Progress
-from kdcli.report import gates, io
+from kdcli.report import gates
 from kdcli.stages import early
 from kdcli.stages.base import (
-    DEFAULT_DATA,
     SPLIT_SEED,
     STRUCTURES,
     STUDENT_PRESETS,
@@ -85,7 +83,10 @@ def plan(request: Request, progress: Progress) -> Plan:
     files = safety.check_checkpoint(first)
     for expression in common.gates.expressions:
         gates.parse_expression(expression)
-    ref = common.data or _earlier_data(first) or DEFAULT_DATA
+    request = early.settle_data(request, first)
+    common = request.common
+    ref = common.data
+    assert ref is not None
     dataset = sources.load(ref, columns=common.columns, seed=SPLIT_SEED, offline=common.offline)
     rows = {name: len(split) for name, split in dataset.splits.items()}
     tokens = _tokens(dataset)
@@ -138,13 +139,6 @@ def plan(request: Request, progress: Progress) -> Plan:
     else:
         written = 0
     return Plan(request.stage, facts, int(memory), int(written), seconds, notes)
-
-
-def _earlier_data(path: Path) -> str | None:
-    if not (path / io.FILE).is_file():
-        return None
-    data = io.read(path).data
-    return None if data is None else data.ref
 
 
 def _distill(

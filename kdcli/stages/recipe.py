@@ -28,9 +28,8 @@ from kdcli.models import references
 from kdcli.progress import Progress
 from kdcli.report import gates, io
 from kdcli.report.schema import Report
-from kdcli.stages import output, plan
+from kdcli.stages import early, output, plan
 from kdcli.stages.base import (
-    DEFAULT_DATA,
     SPLIT_SEED,
     STAGES,
     Common,
@@ -266,13 +265,9 @@ def _cache_key(step: Step, model: str | None) -> str:
     assert ref is not None
     source = references.resolve(ref, offline=step.common.offline).path
     common = {k: v for k, v in asdict(step.common).items() if k not in ("out", "force", "resume", "debug")}
-    data = step.common.data
-    if data is None and (source / io.FILE).is_file():
-        earlier = io.read(source).data
-        data = earlier.ref if earlier is not None else None
-    dataset = sources.load(
-        data or DEFAULT_DATA, columns=step.common.columns, seed=SPLIT_SEED, offline=step.common.offline
-    )
+    settled = early.settle_data(_request(step, model, step.common), source).common
+    assert settled.data is not None
+    dataset = sources.load(settled.data, columns=settled.columns, seed=SPLIT_SEED, offline=settled.offline)
     return cache.key(
         stage=step.stage,
         input=weights_digest(source),

@@ -45,7 +45,7 @@ from kdcli.report.schema import (
 )
 from kdcli.stages import early, measuring, output
 from kdcli.stages import graph as graphs
-from kdcli.stages.base import DEFAULT_DATA, SPLIT_SEED, Request
+from kdcli.stages.base import SPLIT_SEED, Request
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.timing import Timings
 
@@ -80,7 +80,8 @@ def run(request: Request, progress: Progress) -> Outcome:
         out = early.place(request, [found])
         assert out is not None
         device = device_of(request.common.device)
-        dataset = load_data(request, found.path, progress)
+        request = early.settle_data(request, found.path)
+        dataset = load_data(request, progress)
     seed_everything(request.common.seed)
     with timings.phase("load"):
         checkpoint = checkpoints.load(found.path, labels=dataset.label_names, device=device)
@@ -285,20 +286,14 @@ def seed_everything(seed: int) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def load_data(request: Request, model: Path, progress: Progress) -> Dataset:
-    """Load the data that was asked for, else what the model's own report names, else the default."""
-    ref, columns = request.common.data, request.common.columns
-    if ref is None and (model / "report.json").is_file():
-        earlier = io.read(model)
-        if earlier.data is not None:
-            ref = earlier.data.ref
-            stored = earlier.config.get("columns")
-            columns = columns or (stored.value if stored is not None else None)
-            progress.note(f"data: {ref}, as in the model's own report")
-    if ref is None:
-        ref = DEFAULT_DATA
-        progress.note(f"data: {ref} (the default; --data names another)")
-    dataset = sources.load(ref, columns=columns, seed=SPLIT_SEED, offline=request.common.offline)
+def load_data(request: Request, progress: Progress) -> Dataset:
+    """Load the data of a request that :func:`kdcli.stages.early.settle_data` has filled in."""
+    common = request.common
+    assert common.data is not None
+    said = {"default": "the default; --data names another", "model": "as in the model's own report"}
+    if (origin := request.origins.get("data", "flag")) in said:
+        progress.note(f"data: {common.data} ({said[origin]})")
+    dataset = sources.load(common.data, columns=common.columns, seed=SPLIT_SEED, offline=common.offline)
     for note in dataset.notes:
         progress.note(note)
     return dataset

@@ -234,3 +234,22 @@ def test_a_broken_recipe_is_found_before_anything_runs(tmp_path: Path, text: str
     file.write_text(text)
     with pytest.raises(InputError, match=words):
         recipe.read(file)
+
+
+def test_the_chain_remembers_data_and_columns(models: Path, data_dir: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in data_dir.glob("*.csv"):
+        (data / file.name).write_text(file.read_text().replace("text,label", "sentence,intent", 1))
+    columns = "text=sentence,label=intent"
+    prune(models / "a", tmp_path / "p1", data, columns=columns)
+    options = PruneOptions(sparsity=0.2, schedule="one-shot")
+    for number in (1, 2):  # the second step has only the first one's report to go by
+        source, out = tmp_path / f"p{number}", tmp_path / f"p{number + 1}"
+        common = Common(out=out)
+        runner.run(Request(stage="prune", model=str(source), options=options, common=common), Progress())
+        report = io.read(out)
+        assert report.config["columns"].value == columns
+        assert report.config["columns"].origin == "model"
+        assert report.data is not None
+        assert report.data.ref == str(data)
