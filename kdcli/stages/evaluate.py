@@ -145,9 +145,7 @@ def _report(
         if set(baseline.checkpoint.labels) == set(one.checkpoint.labels):
             order = [baseline.checkpoint.labels.index(name) for name in one.checkpoint.labels]
             old, new = baseline.measured.logits[:, order].argmax(1), one.measured.logits.argmax(1)
-            _, rows = runner.measured_rows(
-                runner.Splits(dataset, one.checkpoint), options.split, request.common.limit
-            )
+            rows = one.timed.encoded
             assert rows.labels is not None
             delta = delta.model_copy(
                 update={

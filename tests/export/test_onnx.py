@@ -88,6 +88,26 @@ def test_the_route_that_will_replace_the_legacy_one_works(tmp_path: Path) -> Non
     assert result.passed, result
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("onnxscript") is None, reason="the dynamo route needs onnxscript"
+)
+def test_the_other_route_is_taken_when_torch_drops_the_legacy_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.onnx.export
+
+    def without(*args, dynamo: bool, **kwargs):
+        if not dynamo:
+            raise TypeError("export() got an unexpected keyword argument")
+        return real(*args, dynamo=True, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", without)
+    made = tiny.checkpoint("bert")
+    names = list(model_inputs(made.model, arrays("bert", 2, 0), "cpu"))
+    inputs = exporter.example(made.config.vocab_size, names, "cpu")
+    assert exporter.export(made.model, inputs, tmp_path / "plain.onnx") == "dynamo"
+
+
 def test_a_wrong_graph_never_passes(tmp_path: Path) -> None:
     made, other = tiny.checkpoint("bert"), tiny.checkpoint("bert", seed=1)
     reference, candidate = both(made, tmp_path / "a.onnx")
