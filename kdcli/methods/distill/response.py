@@ -18,6 +18,11 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from kdcli.methods.signals import Setting, Signals, Step
+
+KIND = "response"
+WEIGHT = 1.0
+
 
 class Config(BaseModel):
     """Parameters of response distillation."""
@@ -48,3 +53,8 @@ def loss(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
     log_student = F.log_softmax(student.to(dtype) / temperature, dim=-1)
     log_teacher = F.log_softmax(teacher.detach().to(dtype) / temperature, dim=-1)
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+    """The loss on the logits of both."""
+    return loss(student.logits, teacher.logits, setting.config)
