@@ -24,6 +24,7 @@ LEVEL = {
     "cache": 0,
     "errors": 0,
     "progress": 0,
+    "processes": 0,
 }
 
 

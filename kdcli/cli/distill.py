@@ -10,7 +10,8 @@ from kdcli.stages.base import Common, DistillOptions
 
 EXAMPLES = """
 kdcli distill --teacher minilm --student tiny --data reviews/ -o out/student
-kdcli distill --teacher minilm --student 3x192 --alpha 0.9 --temperature 4 --epochs 12
+kdcli distill --teacher minilm --student 3x192 --method response --method hidden --layer-map uniform
+kdcli distill --teacher minilm --student static --labels 1000 --control
 """
 
 
@@ -23,8 +24,8 @@ def command(
     strategy: o.StrategyOpt = DistillOptions.strategy,
     alpha: o.AlphaOpt = None,
     temperature: o.TemperatureOpt = None,
-    beta: o.BetaOpt = DistillOptions.beta,
-    gamma: o.GammaOpt = DistillOptions.gamma,
+    beta: o.BetaOpt = None,
+    gamma: o.GammaOpt = None,
     weights: o.WeightsOpt = None,
     layer_map: o.LayerMapOpt = None,
     init: o.InitOpt = DistillOptions.init,
@@ -33,6 +34,7 @@ def command(
     batch_size: o.BatchSizeOpt = None,
     labels: o.LabelsOpt = None,
     unlabeled: o.UnlabeledOpt = None,
+    augment: o.AugmentOpt = None,
     control: o.ControlOpt = False,
     max_drop: o.MaxDropOpt = None,
     min_speedup: o.MinSpeedupOpt = None,
@@ -74,6 +76,7 @@ def command(
         batch_size=batch_size,
         labels=labels,
         unlabeled=unlabeled,
+        augment=augment,
         control=control,
     )
     stage.execute(ctx, "distill", options)

@@ -59,7 +59,7 @@ TeachersOpt = Annotated[
     list[str],
     _option(
         "--teacher",
-        help="The model to imitate.",
+        help="The model to imitate; repeatable, the answers of several are averaged.",
         parse=values.model,
         names=values.model_aliases,
         metavar="MODEL",
@@ -69,7 +69,8 @@ StudentOpt = Annotated[
     str,
     _option(
         "--student",
-        help="tiny, mini, small, medium, LxH (layers x hidden size), or a model directory.",
+        help="tiny, mini, small, medium, LxH (layers x hidden size); static, cnn or bilstm, which are no "
+        "transformers; or a model directory.",
         parse=values.student,
         names=values.students,
         metavar="STUDENT",
@@ -115,10 +116,22 @@ TemperatureOpt = Annotated[
     ),
 ]
 BetaOpt = Annotated[
-    float, _option("--beta", help="Weight of the feature term.", parse=values.real(0), metavar="F")
+    float | None,
+    _option(
+        "--beta",
+        help="Weight of the feature terms. [default: the method's own]",
+        parse=values.real(0),
+        metavar="F",
+    ),
 ]
 GammaOpt = Annotated[
-    float, _option("--gamma", help="Weight of the relation term.", parse=values.real(0), metavar="F")
+    float | None,
+    _option(
+        "--gamma",
+        help="Weight of the relation terms. [default: the method's own]",
+        parse=values.real(0),
+        metavar="F",
+    ),
 ]
 WeightsOpt = Annotated[
     list[str] | None,
@@ -127,7 +140,14 @@ WeightsOpt = Annotated[
     ),
 ]
 LayerMapOpt = Annotated[
-    str | None, _option("--layer-map", help="Which teacher layer a student layer follows.", metavar="MAP")
+    str | None,
+    _option(
+        "--layer-map",
+        help="Which teacher layer a student layer follows: uniform, last, bottom, top, or 1:2,2:4.",
+        parse=values.layer_map,
+        names=values.layer_maps,
+        metavar="MAP",
+    ),
 ]
 InitOpt = Annotated[
     str,
@@ -150,6 +170,15 @@ LabelsOpt = Annotated[
 ]
 UnlabeledOpt = Annotated[
     Path | None, _option("--unlabeled", help="Further texts without labels.", metavar="FILE")
+]
+AugmentOpt = Annotated[
+    int | None,
+    _option(
+        "--augment",
+        help="Further texts a row, made from it and labelled by the teacher. [default: by the rows]",
+        parse=values.whole(0),
+        metavar="N",
+    ),
 ]
 ControlOpt = Annotated[
     bool, _option("--control/--no-control", help="Also train the same student without the teacher.")

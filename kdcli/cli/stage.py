@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from kdcli import processes
 from kdcli.cli import console as consoles
 from kdcli.cli import streams, values
 from kdcli.cli.command import origin
@@ -63,7 +64,8 @@ def execute(
         origins={key: origin(ctx, key) for key in given},
         dequantize=dequantize,
     )
-    with session(f"kdcli {name}", quiet=given["quiet"], verbose=given["verbose"]) as (console, stdout):
+    quiet = given["quiet"] or not processes.first()
+    with session(f"kdcli {name}", quiet=quiet, verbose=given["verbose"]) as (console, stdout):
         # Only now, with stdin read, is anything heavy worth its seconds.
         if given["dry_run"]:
             from kdcli.stages import plan
@@ -76,6 +78,8 @@ def execute(
             from kdcli.stages import runner
 
             outcome = runner.run(request, console)
+            if outcome is None:  # another process of this run speaks
+                return
             reports = outcome.reports if name == "evaluate" else [outcome.report]
             finish(console, stdout, outcome, reports, as_json=given["as_json"])
 

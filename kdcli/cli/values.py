@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kdcli.errors import InputError, UsageError, did_you_mean
+from kdcli.models.aliases import SMALL_STUDENTS, small_student
 from kdcli.stages import base
 
 Check = Callable[[str], str]
@@ -104,13 +105,28 @@ def model(given: str) -> str:
 
 
 def student(given: str) -> str:
-    """Check a student: a preset, ``LxH``, or a model reference."""
-    if given in base.STUDENT_PRESETS or re.fullmatch(r"\d+x\d+", given):
+    """Check a student: a preset, ``LxH``, one that is no transformer, or a model reference."""
+    if given in base.STUDENT_PRESETS or re.fullmatch(r"\d+x\d+", given) or small_student(given):
         return given
     if "/" not in given and given not in model_aliases() and not Path(given).exists():
-        hint = did_you_mean(given, base.STUDENT_PRESETS)
+        hint = did_you_mean(given, students())
         raise ValueError(f"unknown student '{given}': {hint}, or LxH such as 3x192, or a model directory")
     return given
+
+
+def layer_map(given: str) -> str:
+    """Check a layer map: a name, or pairs such as ``1:2,2:4``."""
+    from kdcli.methods import layer_map as maps
+
+    maps.parse(given)
+    return given
+
+
+def layer_maps() -> tuple[str, ...]:
+    """Names of layer maps."""
+    from kdcli.methods import layer_map as maps
+
+    return maps.NAMES
 
 
 def size(given: str | int) -> int:
@@ -185,7 +201,7 @@ def model_aliases() -> tuple[str, ...]:
 
 def students() -> tuple[str, ...]:
     """Names of students."""
-    return tuple(base.STUDENT_PRESETS)
+    return (*base.STUDENT_PRESETS, *SMALL_STUDENTS)
 
 
 def data_aliases() -> tuple[str, ...]:

@@ -66,5 +66,19 @@ _ALL = (
 
 MODELS: dict[str, ModelAlias] = {alias.name: alias for alias in _ALL}
 
+SMALL_STUDENTS: dict[str, int] = {"static": 256, "cnn": 128, "bilstm": 128}
+"""Student that is no transformer -> features of a token embedding; ``static-128`` sets another number."""
+
 STUDENT_REPOS: dict[str, ModelAlias] = {"tiny": MODELS["tiny"]}
 """Student preset -> its published weights; a preset that is not here has none that can be pinned."""
+
+
+def small_student(name: str) -> tuple[str, int] | None:
+    """Take the name of a student that is no transformer apart: what it is, and its features of a token.
+
+    None when the name means something else.
+    """
+    kind, sign, width = name.partition("-")
+    if kind not in SMALL_STUDENTS or (sign and not (width.isascii() and width.isdigit())):
+        return None
+    return kind, int(width) if sign else SMALL_STUDENTS[kind]

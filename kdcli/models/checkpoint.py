@@ -121,6 +121,7 @@ def load(
     """
     files = safety.check_checkpoint(path)
     log = transforms.read_log(path)
+    _register_small()
     with quiet():
         if log is not None:
             model, has_head = _load_own(path, log), True
@@ -147,6 +148,7 @@ def fresh(config: Any) -> nn.Module:
     """Build an untrained classifier from a configuration, with attention that can be exported and counted."""
     from transformers import AutoModelForSequenceClassification
 
+    _register_small()
     with quiet():
         try:
             return AutoModelForSequenceClassification.from_config(
@@ -156,6 +158,11 @@ def fresh(config: Any) -> nn.Module:
             raise InputError(
                 f"models of type '{config.model_type}' have no sequence-classification form"
             ) from error
+
+
+def _register_small() -> None:
+    """Teach transformers kdcli's own architectures; here and not above, because it imports transformers."""
+    import kdcli.models.small  # noqa: F401
 
 
 def _load_own(path: Path, log: TransformLog) -> nn.Module:

@@ -99,6 +99,11 @@ def family_of(model_type: str) -> Family:
     Raises:
         InputError: kdcli cannot operate on this architecture.
     """
+    if model_type.startswith("kdcli-"):
+        raise InputError(
+            f"a model of type '{model_type}' has no heads, neurons or encoder matrices that kdcli could take out",
+            "make it smaller by another width, such as --student static-128, or by kdcli quantize",
+        )
     if model_type not in FAMILIES:
         raise InputError(
             f"kdcli cannot operate on models of type '{model_type}'; it knows {', '.join(sorted(FAMILIES))}",

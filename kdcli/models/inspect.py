@@ -17,6 +17,7 @@ _SIZES = (
     "n_heads",
     "intermediate_size",
     "hidden_dim",
+    "widths",
     "vocab_size",
     "max_position_embeddings",
 )

@@ -30,7 +30,7 @@ STUDENT_PRESETS: dict[str, tuple[int, int]] = {
 }
 """Student name -> (layers, hidden size); ``LxH`` by hand is allowed too."""
 
-STRATEGIES: tuple[str, ...] = ("teacher-assisted",)
+STRATEGIES: tuple[str, ...] = ("teacher-assisted", "layerwise", "online", "assistant-chain", "self")
 STRUCTURES: dict[str, str] = {
     "weights": "magnitude",
     "heads": "taylor",
@@ -80,8 +80,8 @@ class DistillOptions:
     strategy: str = "teacher-assisted"
     alpha: float | None = None
     temperature: float | None = None
-    beta: float = 0.0
-    gamma: float = 0.0
+    beta: float | None = None  # None: the feature method's own weight
+    gamma: float | None = None  # None: the relation method's own weight
     weights: Mapping[str, float] = field(default_factory=dict)
     layer_map: str | None = None
     init: str = "auto"
@@ -90,6 +90,7 @@ class DistillOptions:
     batch_size: int | None = None
     labels: int | None = None
     unlabeled: Path | None = None
+    augment: int | None = None  # further texts a row; None: by the number of rows
     control: bool = False
 
 

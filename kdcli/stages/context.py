@@ -31,10 +31,15 @@ class Context:
     device: torch.device
     seed: int
     progress: Progress
-    work: Path  # the temporary directory that becomes the output
     resume_dir: Path  # where a resume point of a training goes
     #: distill: how its teacher was prepared.
     teacher_detail: dict[str, Any] = field(default_factory=dict)
+    #: distill: teachers after the first.
+    more_teachers: list[Checkpoint] = field(default_factory=list)
+    #: distill: a student that was trained together with its teacher, before that one is measured.
+    prepared: Any = None
+    #: The ONNX form of the input, once it has been measured.
+    input_graph: Path | None = None
 
 
 @dataclass

@@ -18,12 +18,10 @@ def models_of(request: Request) -> list[str]:
     """The references of every model that a request reads; the first is the one it works on.
 
     Raises:
-        UsageError: There is none, or there are several teachers.
+        UsageError: There is none.
     """
     options = request.options
     if isinstance(options, DistillOptions):
-        if len(options.teachers) != 1:
-            raise UsageError("several teachers are not available yet; give --teacher once")
         return list(options.teachers)
     names: list[str] = [request.model] if request.model else []
     if isinstance(options, EvaluateOptions):

@@ -21,7 +21,7 @@ from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report.schema import Parity, Warning_
 from kdcli.stages.timing import Timings
-from kdcli.training.batches import model_inputs
+from kdcli.training.batches import model_inputs, torch_runner
 
 FILE = "model.onnx"
 
@@ -51,17 +51,6 @@ def parity_batches(encoded: Encoded, pad_id: int) -> list[dict[str, np.ndarray]]
     return [batching.collate(encoded, rows, pad_id, width=width) for rows, width in groups] + [
         batching.collate(encoded, spread[:3], pad_id, width=wide)
     ]
-
-
-def torch_runner(checkpoint: Checkpoint) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-    """A function from a batch to the checkpoint's own logits (B, C)."""
-
-    @torch.inference_mode()
-    def run(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        output = checkpoint.model(**model_inputs(checkpoint.model, batch, checkpoint.device))
-        return output.logits.float().cpu().numpy()
-
-    return run
 
 
 def build(

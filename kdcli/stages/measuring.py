@@ -20,8 +20,8 @@ from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report.io import sha256_of
 from kdcli.report.schema import Compute, Measurement
-from kdcli.stages.graph import torch_runner
 from kdcli.stages.timing import Timings
+from kdcli.training.batches import torch_runner
 
 LATENCY_ROWS = 128
 ROUNDS = 3

@@ -169,6 +169,7 @@ def run(
         else:
             common = replace(step.common, out=target if writes else None, force=force)
             outcome = runner.run(_request(step, model, common), progress)
+            assert outcome is not None  # there is one process
             report = outcome.report
             if writes and report.exit_code == ExitCode.OK:
                 with cache.writing(kept) as temporary:

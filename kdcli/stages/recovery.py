@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 
 from kdcli.methods.distill import response
+from kdcli.methods.signals import Needs
 from kdcli.models import checkpoint as checkpoints
 from kdcli.stages.context import Context
+from kdcli.training import objective
 from kdcli.training import teacher as teachers
+from kdcli.training.capture import Capture, shape_of
+from kdcli.training.features import TeacherSignals
 from kdcli.training.loop import FitOptions, fit
-from kdcli.training.losses import UNLABELLED, distillation
+from kdcli.training.losses import UNLABELLED
+from kdcli.training.objective import Chosen, Objective
 from kdcli.training.resume import ResumePoint
 
 ALPHA = 0.9  # the dense model knows more about the removed parts than the labels do
@@ -54,7 +59,12 @@ def recover(
         seed=context.seed,
     )
     labels = train.labels if train.labels is not None else np.full(len(train), UNLABELLED, dtype=np.int64)
-    config = response.Config(temperature=TEMPERATURE)
+    chosen = Chosen("response", response, response.Config(temperature=TEMPERATURE), ALPHA)
+    terms, _ = objective.bind([chosen], shape_of(student), shape_of(dense), [], context.seed, context.device)
+    signals = TeacherSignals(
+        dense, train, targets, Needs(), budget=0, device=context.device, progress=context.progress
+    )
+    loss = Objective(terms, 1 - ALPHA, labels, Capture(student, Needs()), signals, context.device)
     identity = {
         "stage": request.stage,
         "model": checkpoints.weights_digest(student.path),
@@ -67,7 +77,7 @@ def recover(
         student.model,
         train,
         context.encoded["validation"],
-        distillation(labels, targets, lambda s, t: response.loss(s, t, config), ALPHA, context.device),
+        loss,
         options,
         pad_id=student.pad_id,
         device=context.device,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcli import __version__
+from kdcli import __version__, processes
 from kdcli.data import labels as label_names
 from kdcli.data import sources, text
 from kdcli.data.sources import Dataset
@@ -48,6 +48,7 @@ from kdcli.stages import graph as graphs
 from kdcli.stages.base import SPLIT_SEED, Request
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.timing import Timings
+from kdcli.training import distributed
 
 BATCH_SIZES = (1, 32)
 
@@ -61,8 +62,11 @@ class Outcome:
     reports: list[Report] = field(default_factory=list)
 
 
-def run(request: Request, progress: Progress) -> Outcome:
+def run(request: Request, progress: Progress) -> Outcome | None:
     """Run one stage from its input to its published output directory.
+
+    Returns:
+        What came out; None in every process but the first, when several share the training.
 
     Raises:
         KdcliError: Anything a user can act on; nothing half-written is left behind.
@@ -70,7 +74,7 @@ def run(request: Request, progress: Progress) -> Outcome:
     if request.stage == "evaluate":
         from kdcli.stages import evaluate
 
-        return evaluate.run(request, progress)
+        return evaluate.run(request, progress) if processes.first() else None
     timings = Timings()
     with timings.phase("resolve"):
         found = early.check(request)[0]
@@ -80,6 +84,7 @@ def run(request: Request, progress: Progress) -> Outcome:
         out = early.place(request, [found])
         assert out is not None
         device = device_of(request.common.device)
+        distributed.start(device)
         request = early.settle_data(request, found.path)
         dataset = load_data(request, progress)
     seed_everything(request.common.seed)
@@ -92,28 +97,38 @@ def run(request: Request, progress: Progress) -> Outcome:
                 "fine-tune it first, or distill from it: kdcli distill --teacher MODEL --student tiny",
             )
         encoded = Splits(dataset, checkpoint)
+    context = Context(
+        request=request,
+        checkpoint=checkpoint,
+        dataset=dataset,
+        encoded=encoded,
+        device=device,
+        seed=request.common.seed,
+        progress=progress,
+        resume_dir=output.resume_directory(out),
+    )
+    if not processes.first():
+        _follow(context, stage)
+        return None
     needed = 6 * _weights_bytes(found.path) + (64 << 20)
     with output.building(out, needed) as work:
-        context = Context(
-            request=request,
-            checkpoint=checkpoint,
-            dataset=dataset,
-            encoded=encoded,
-            device=device,
-            seed=request.common.seed,
-            progress=progress,
-            work=work,
-            resume_dir=output.resume_directory(out),
-        )
-        report = _live(context, stage, source, out, timings)
+        report = _live(context, stage, source, work, timings)
         output.publish(work, out)
     shutil.rmtree(output.resume_directory(out), ignore_errors=True)
     return Outcome(out, report, [report])
 
 
-def _live(context: Context, stage: Any, source: str, out: Path, timings: Timings) -> Report:
-    """Everything between loading and publishing; returns the report that is in the work directory."""
-    request, progress, work = context.request, context.progress, context.work
+def _follow(context: Context, stage: Any) -> None:
+    """What the other processes of a run do: their share of the training, in the same order."""
+    if hasattr(stage, "prepare"):
+        stage.prepare(context)
+    seed_everything(context.seed)
+    stage.apply(context)
+
+
+def _live(context: Context, stage: Any, source: str, work: Path, timings: Timings) -> Report:
+    """Everything between loading and publishing; returns the report that is in ``work``."""
+    request, progress = context.request, context.progress
     threads = environment.threads()
     if hasattr(stage, "prepare"):
         with timings.phase("prepare"):
@@ -132,6 +147,7 @@ def _live(context: Context, stage: Any, source: str, out: Path, timings: Timings
     input_graph, warnings = graphs.of_input(
         context.checkpoint, context.encoded[split], threads=threads, timings=timings, progress=progress
     )
+    context.input_graph = input_graph
     before = measuring.measure(context.checkpoint, input_graph, rows, split, conditions, title="before")
     given, input_labels = context.checkpoint, list(context.checkpoint.labels)
     first = not given.log.lineage
@@ -251,6 +267,8 @@ def device_of(name: str) -> torch.device:
     Raises:
         ResourceError: The device is not there.
     """
+    if name in ("auto", "cuda") and processes.count() > 1 and torch.cuda.is_available():
+        return torch.device("cuda", processes.local_rank())
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")

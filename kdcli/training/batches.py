@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -11,10 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdcli.models.checkpoint import Checkpoint
+
 
 @lru_cache(maxsize=64)
 def _accepts(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def accepted(model: nn.Module) -> frozenset[str]:
+    """The names of the arguments that a model takes."""
+    kind: Any = type(model)
+    names = _accepts(kind)
+    # A model with one segment or none would look segment ids up in a table that is too small.
+    config: Any = model.config
+    return names if int(getattr(config, "type_vocab_size", 0) or 0) >= 2 else names - {"token_type_ids"}
 
 
 def model_inputs(
@@ -23,17 +34,24 @@ def model_inputs(
     """Turn a collated batch into the keyword arguments that ``model`` takes.
 
     Args:
-        model: A transformers model, possibly wrapped for distributed training.
+        model: A transformers model.
         batch: ``input_ids``, ``attention_mask`` and ``token_type_ids``, each (B, T) int64.
         device: Where the tensors go.
 
     Returns:
-        The entries the model accepts. Segment ids are left out when there is one segment or none,
-        because such a model would look them up in a table that is too small.
+        The entries the model accepts.
     """
-    inner: Any = getattr(model, "module", model)
-    kind: Any = type(inner)
-    names = _accepts(kind)
-    if int(getattr(inner.config, "type_vocab_size", 0) or 0) < 2:
-        names = names - {"token_type_ids"}
+    names = accepted(model)
     return {k: torch.from_numpy(v).to(device) for k, v in batch.items() if k in names}
+
+
+def torch_runner(checkpoint: Checkpoint) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+    """A function from a batch to the checkpoint's own logits (B, C)."""
+
+    @torch.inference_mode()
+    def run(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        output = checkpoint.model(**model_inputs(checkpoint.model, batch, checkpoint.device))
+        logits: np.ndarray = output.logits.float().cpu().numpy()
+        return logits
+
+    return run

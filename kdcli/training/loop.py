@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdcli import processes
 from kdcli.data import batching
 from kdcli.data.text import Encoded
 from kdcli.errors import InputError, InterruptedRun
 from kdcli.progress import Progress
+from kdcli.training import distributed
 from kdcli.training.batches import model_inputs
+from kdcli.training.compact import compacted
 from kdcli.training.interrupt import Interrupt, interruptible
 from kdcli.training.resume import ResumePoint, pack_optimizer, unpack_optimizer
 
-Loss = Callable[[Any, np.ndarray], Tensor]
-"""(model output, row indices (B,)) -> scalar."""
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss knows of a batch besides the model's output on it."""
+
+    rows: np.ndarray  # (B,) positions among the training rows
+    mask: Tensor  # (B, T) bool, True on real tokens
+    progress: float  # share of the training that is done, in [0, 1)
+
+
+Loss = Callable[[Any, Batch], Tensor]
+"""(model output, batch) -> scalar, a mean over the batch's rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +48,7 @@ class FitOptions:
     warmup: float = 0.1  # share of all steps
     clip: float = 1.0  # largest gradient norm
     patience: int | None = None  # epochs without a better validation before stopping early
+    keep: Literal["best", "last"] = "best"  # which epoch's weights are the result
     seed: int = 0
 
 
@@ -56,11 +70,23 @@ class FitResult:
         return asdict(self)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices and tables only: shrinking biases and norms towards zero has no meaning."""
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def parameter_groups(models: Sequence[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """Decay matrices and tables only: shrinking biases and norms towards zero has no meaning.
+
+    A model that trains several others has ``rated``, which gives each of them its share of the learning rate.
+    """
+    groups: list[dict[str, Any]] = []
+    for model in models:
+        named: Any = getattr(model, "rated", None)
+        for part, scale in [(model, 1.0)] if named is None else named():
+            trained = [p for p in part.parameters() if p.requires_grad]
+            for params, decay in (
+                ([p for p in trained if p.ndim > 1], weight_decay),
+                ([p for p in trained if p.ndim <= 1], 0.0),
+            ):
+                if params:
+                    groups.append({"params": params, "weight_decay": decay, "scale": scale})
+    return groups
 
 
 def learning_rate(step: int, steps: int, options: FitOptions) -> float:
@@ -85,17 +111,20 @@ def fit(
     resume: ResumePoint | None = None,
     resuming: bool = False,
     after_step: Callable[[], None] | None = None,
+    extra: nn.Module | None = None,
 ) -> FitResult:
     """Train ``model`` in place and leave the weights of its best epoch in it, in eval mode.
 
-    Batches are cut by length and padded to their own longest row. The same seed, data and machine give
-    the same weights byte for byte, also across an interruption and a resume.
+    Batches are cut by length and padded to their own longest row; of the token table only the rows that occur
+    are trained. The same seed, data and machine give the same weights byte for byte, also across an
+    interruption and a resume; a training that had ended is not run again. Several processes share every
+    batch; the weights are the same in all of them after every step.
 
     Args:
         model: Any transformers classifier.
         train: Tokenised training rows; ``loss`` knows their targets by row index.
         validation: Tokenised validation rows with labels; they choose the best epoch.
-        loss: Scalar loss of one batch.
+        loss: Scalar loss of one batch, a mean over its rows.
         options: Rates, epochs, seed.
         pad_id: Token id of padding.
         device: Where the model is.
@@ -104,87 +133,135 @@ def fit(
         resume: Where resume points go; None keeps none.
         resuming: Continue from the stored point when there is one.
         after_step: Called after every optimizer step (to keep pruned weights at zero, for example).
+        extra: Further parameters that the loss trains and nobody keeps; its children with ``tensors`` and
+            ``restore`` have state of their own, which goes into resume points.
 
     Raises:
         InterruptedRun: SIGINT or SIGTERM arrived; the resume point holds the state after the last step.
         InputError: The loss became NaN or infinite.
     """
-    from accelerate import Accelerator
+    with compacted(model, [train, validation], pad_id) as (compact_train, compact_validation):
+        run = _Run(model, extra or nn.Module(), loss, options, pad_id, device, title, resume, after_step)
+        return run.run(compact_train, compact_validation, progress, resuming)
 
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, options.weight_decay), lr=options.lr, fused=_fused(device)
-    )
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    state = _State()
-    if resume is not None:
-        stored = resume.load() if resuming else None
-        if stored is not None:
-            state = _restore(model, optimizer, *stored)
-            progress.note(f"{title}: resumed at epoch {state.epoch + 1}, step {state.step}")
-        elif not resuming:
-            resume.clear()
-    if state.fresh:
-        torch.manual_seed(options.seed)
-    per_epoch = -(-len(train) // options.batch_size)
-    steps = per_epoch * options.epochs
-    lengths = train.lengths
-    checking = inference(validation, options.batch_size * 4, pad_id)
-    with interruptible() as interrupt, progress.task(title, steps) as task:
-        task.advance(state.epoch * per_epoch + state.step)
-        while state.epoch < options.epochs:
-            batches = batching.train_batches(lengths, options.batch_size, options.seed, state.epoch)
-            model.train()
-            started = time.perf_counter()
-            while state.step < len(batches):
-                rows = batches[state.step]
-                rate = learning_rate(state.epoch * per_epoch + state.step, steps, options)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                batch = batching.collate(train, rows, pad_id)
-                value = loss(prepared(**model_inputs(model, batch, device)), rows)
-                accelerator.backward(value)
-                accelerator.clip_grad_norm_(prepared.parameters(), options.clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                if after_step is not None:
-                    after_step()
-                state.count(value.detach(), int(lengths[rows].sum()), batch["input_ids"].size)
-                task.advance(1, f"epoch {state.epoch + 1}/{options.epochs}")
-                if interrupt.signal is not None:
-                    state.seconds += time.perf_counter() - started
-                    _stop(resume, model, optimizer, state, interrupt, title)
-            state.seconds += time.perf_counter() - started
-            mean = state.end_epoch()
-            if not np.isfinite(mean):
-                raise InputError(
-                    f"{title}: the loss became {mean} in epoch {state.epoch}",
-                    "try a lower --lr, or check the data",
+
+@dataclass
+class _Run:
+    """One training: what stays the same from step to step."""
+
+    model: nn.Module
+    extra: nn.Module
+    loss: Loss
+    options: FitOptions
+    pad_id: int
+    device: torch.device
+    title: str
+    resume: ResumePoint | None
+    after_step: Callable[[], None] | None
+
+    def run(self, train: Encoded, validation: Encoded, progress: Progress, resuming: bool) -> FitResult:
+        options, resume = self.options, self.resume
+        groups = parameter_groups([self.model, self.extra], options.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=_fused(self.device))
+        self.parameters = [p for group in groups for p in group["params"]]
+        state = _State()
+        if resume is not None:
+            stored = resume.load() if resuming else None
+            if stored is not None:
+                state = _restore(self, *stored)
+                where = (
+                    "had ended" if state.done else f"resumed at epoch {state.epoch + 1}, step {state.step}"
                 )
-            accuracy, validation_loss = evaluate(model, validation, checking, device)
-            better = state.judge(model, accuracy, validation_loss, mean)
-            task.advance(0, f"epoch {state.epoch}/{options.epochs} loss {mean:.3f} validation {accuracy:.3f}")
-            if resume is not None and state.epoch < options.epochs:
-                resume.save(*_snapshot(model, optimizer, state))
-            if (
-                options.patience is not None
-                and not better
-                and state.epoch - state.best_epoch >= options.patience
-            ):
-                break
-    assert state.best is not None
-    model.load_state_dict(state.best)
-    model.eval()
-    return FitResult(
-        epochs=state.epoch,
-        best_epoch=state.best_epoch,
-        best_accuracy=state.best_accuracy,
-        steps=state.steps,
-        seconds=round(state.seconds, 3),
-        tokens_per_s=round(state.tokens / max(state.seconds, 1e-9), 1),
-        padding_share=round(1 - state.tokens / max(state.cells, 1), 4),
-        history=state.history,
-    )
+                progress.note(f"{self.title}: {where}")
+            elif not resuming and processes.first():
+                resume.clear()
+        if state.fresh:
+            torch.manual_seed(options.seed + processes.rank())
+        per_epoch = -(-len(train) // options.batch_size)
+        lengths = train.lengths
+        checking = inference(validation, options.batch_size * 4, self.pad_id)
+        with interruptible() as interrupt, progress.task(self.title, per_epoch * options.epochs) as task:
+            task.advance(state.epoch * per_epoch + state.step)
+            while not state.done:
+                batches = batching.train_batches(lengths, options.batch_size, options.seed, state.epoch)
+                self.model.train()
+                started = time.perf_counter()
+                while state.step < len(batches):
+                    rows = batches[state.step]
+                    at = state.epoch * per_epoch + state.step
+                    value, stop = self.step(train, rows, at, per_epoch * options.epochs, interrupt)
+                    state.count(value, int(lengths[rows].sum()), len(rows) * int(lengths[rows].max()))
+                    task.advance(1, f"epoch {state.epoch + 1}/{options.epochs}")
+                    if stop:
+                        state.seconds += time.perf_counter() - started
+                        self.stop(state, interrupt)
+                state.seconds += time.perf_counter() - started
+                mean = state.end_epoch()
+                if not np.isfinite(mean):
+                    raise InputError(
+                        f"{self.title}: the loss became {mean} in epoch {state.epoch}",
+                        "try a lower --lr, or check the data",
+                    )
+                accuracy, validation_loss = evaluate(self.model, validation, checking, self.device)
+                state.judge(self.model, accuracy, validation_loss, mean, options)
+                reading = f"epoch {state.epoch}/{options.epochs} loss {mean:.3f} validation {accuracy:.3f}"
+                task.advance(0, reading)
+                if resume is not None:
+                    self.keep(resume, state)
+        assert state.best is not None
+        self.model.load_state_dict(state.best)
+        self.model.eval()
+        return FitResult(
+            epochs=state.epoch,
+            best_epoch=state.best_epoch,
+            best_accuracy=state.best_accuracy,
+            steps=state.steps,
+            seconds=round(state.seconds, 3),
+            tokens_per_s=round(state.tokens / max(state.seconds, 1e-9), 1),
+            padding_share=round(1 - state.tokens / max(state.cells, 1), 4),
+            history=state.history,
+        )
+
+    def step(
+        self, train: Encoded, rows: np.ndarray, at: int, steps: int, interrupt: Interrupt
+    ) -> tuple[Tensor, bool]:
+        """One optimizer step on a global batch; returns its loss and whether a signal has arrived."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["scale"] * learning_rate(at, steps, self.options)
+        own, factor = distributed.share(rows)
+        collated = batching.collate(train, own, self.pad_id)
+        inputs = model_inputs(self.model, collated, self.device)
+        mask = torch.from_numpy(collated["attention_mask"]).to(self.device).bool()
+        value = factor * self.loss(self.model(**inputs), Batch(own, mask, at / steps))
+        value.backward()
+        stop = distributed.average(self.parameters, interrupt.signal is not None)
+        nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.after_step is not None:
+            self.after_step()
+        # A signal that arrived during the step stops a single process now, several after their next one.
+        return value.detach(), stop or (processes.count() == 1 and interrupt.signal is not None)
+
+    def keep(self, resume: ResumePoint, state: _State) -> None:
+        """Write a resume point; every process takes part, the first one writes."""
+        tensors, plain = _snapshot(self, state)
+        if processes.first():
+            resume.save(tensors, plain)
+
+    def stop(self, state: _State, interrupt: Interrupt) -> None:
+        """Keep the resume point and end."""
+        import signal
+
+        hint = None
+        if self.resume is not None:
+            self.keep(self.resume, state)
+            hint = "the same command with --resume continues after the last step"
+        raise InterruptedRun(
+            f"{self.title} stopped in epoch {state.epoch + 1} after step {state.step}",
+            hint,
+            terminated=interrupt.signal == signal.SIGTERM,
+        )
 
 
 @torch.inference_mode()
@@ -198,11 +275,13 @@ def evaluate(
     model.eval()
     assert encoded.labels is not None
     right, total = 0, 0.0
-    for rows, batch in batches:
+    for rows, batch in batches[processes.rank() :: processes.count()]:
         logits = model(**model_inputs(model, batch, device)).logits.float()
         labels = torch.from_numpy(encoded.labels[rows]).to(device)
         right += int((logits.argmax(1) == labels).sum())
         total += float(F.cross_entropy(logits, labels, reduction="sum"))
+    if processes.count() > 1:
+        right, total = distributed.total(torch.tensor([right, total], device=device)).tolist()
     return right / len(encoded), total / len(encoded)
 
 
@@ -228,6 +307,7 @@ class _State:
     tokens: int = 0
     cells: int = 0
     seconds: float = 0.0
+    done: bool = False
     best_epoch: int = 0
     best_accuracy: float = -1.0
     best_loss: float = float("inf")
@@ -244,12 +324,19 @@ class _State:
         self.tokens, self.cells = self.tokens + tokens, self.cells + cells
 
     def end_epoch(self) -> float:
-        mean = float(self.running) / max(self.step, 1) if self.running is not None else float("nan")
+        mean = float("nan")
+        if self.running is not None:
+            mean = float(distributed.total(self.running)) / processes.count() / max(self.step, 1)
         self.running, self.step, self.epoch = None, 0, self.epoch + 1
         return mean
 
-    def judge(self, model: nn.Module, accuracy: float, validation_loss: float, mean: float) -> bool:
-        """Keep the weights when they are the best so far; of equal accuracies the lower loss is better."""
+    def judge(
+        self, model: nn.Module, accuracy: float, validation_loss: float, mean: float, options: FitOptions
+    ) -> None:
+        """Keep the weights when they are the best so far, and decide whether this was the last epoch.
+
+        Of equal accuracies the lower loss is better.
+        """
         self.history.append(
             {
                 "epoch": self.epoch,
@@ -259,66 +346,68 @@ class _State:
             }
         )
         better = (accuracy, -validation_loss) > (self.best_accuracy, -self.best_loss)
-        if better:
+        if better or options.keep == "last":
             self.best_epoch, self.best_accuracy, self.best_loss = self.epoch, accuracy, validation_loss
             self.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        return better
+        stale = options.patience is not None and self.epoch - self.best_epoch >= options.patience
+        self.done = self.epoch >= options.epochs or stale
 
 
-_PLAIN = ("epoch", "step", "steps", "tokens", "cells", "seconds", "best_epoch", "best_accuracy", "history")
+_PLAIN = (
+    "epoch",
+    "step",
+    "steps",
+    "tokens",
+    "cells",
+    "seconds",
+    "done",
+    "best_epoch",
+    "best_accuracy",
+    "history",
+)
 
 
-def _snapshot(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: _State
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | pack_optimizer(optimizer)
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors |= {f"rng.cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    if state.running is not None:
-        tensors["running"] = state.running.reshape(1)
-    tensors |= {f"best.{k}": v for k, v in (state.best or {}).items()}
+def _snapshot(run: _Run, state: _State) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {f"best.{k}": v for k, v in (state.best or {}).items()}
+    if not state.done:  # of a training that has ended only the result is needed
+        tensors |= {f"model.{k}": v for k, v in run.model.state_dict().items()}
+        tensors |= {f"extra.{k}": v for k, v in run.extra.state_dict().items()}
+        for name, child in _with_own_state(run.extra):
+            tensors |= {f"own.{name}/{k}": v for k, v in child.tensors().items()}
+        tensors |= pack_optimizer(run.optimizer)
+        states = distributed.each(torch.get_rng_state())
+        tensors |= {f"rng.cpu.{rank}": s for rank, s in enumerate(states)}
+        if torch.cuda.is_available():
+            tensors |= {f"rng.cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+        if state.running is not None:
+            tensors["running"] = state.running.reshape(1)
     plain = {name: getattr(state, name) for name in _PLAIN}
     plain["best_loss"] = state.best_loss if np.isfinite(state.best_loss) else None
     return tensors, plain
 
 
-def _restore(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]
-) -> _State:
+def _restore(run: _Run, tensors: dict[str, Tensor], plain: dict[str, Any]) -> _State:
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    device = next(model.parameters()).device
-    model.load_state_dict(part("model."))
-    unpack_optimizer(optimizer, tensors)
-    torch.set_rng_state(tensors["rng.cpu"])
-    if cuda := part("rng.cuda."):
-        torch.cuda.set_rng_state_all([cuda[str(i)] for i in range(len(cuda))])
     loss = plain.pop("best_loss")
     state = _State(**plain, fresh=False, best_loss=float("inf") if loss is None else loss)
-    state.best = {k: v.to(device) for k, v in part("best.").items()} or None
+    state.best = {k: v.to(run.device) for k, v in part("best.").items()} or None
+    if state.done:
+        return state
+    run.model.load_state_dict(part("model."))
+    run.extra.load_state_dict(part("extra."))
+    for name, child in _with_own_state(run.extra):
+        child.restore(part(f"own.{name}/"))
+    unpack_optimizer(run.optimizer, tensors)
+    torch.set_rng_state(tensors[f"rng.cpu.{processes.rank()}"])
+    if cuda := part("rng.cuda."):
+        torch.cuda.set_rng_state_all([cuda[str(i)] for i in range(len(cuda))])
     if "running" in tensors:
-        state.running = tensors["running"].to(device)[0]
+        state.running = tensors["running"].to(run.device)[0]
     return state
 
 
-def _stop(
-    resume: ResumePoint | None,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: _State,
-    interrupt: Interrupt,
-    title: str,
-) -> None:
-    import signal
-
-    hint = None
-    if resume is not None:
-        resume.save(*_snapshot(model, optimizer, state))
-        hint = "the same command with --resume continues after the last step"
-    raise InterruptedRun(
-        f"{title} stopped in epoch {state.epoch + 1} after step {state.step}",
-        hint,
-        terminated=interrupt.signal == signal.SIGTERM,
-    )
+def _with_own_state(extra: nn.Module) -> list[tuple[str, Any]]:
+    """Children that keep more than parameters, such as a discriminator with its optimizer."""
+    return [(name, child) for name, child in extra.named_children() if hasattr(child, "tensors")]

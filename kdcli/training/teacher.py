@@ -16,15 +16,19 @@ import torch
 from kdcli import cache
 from kdcli.data import batching, text
 from kdcli.data.text import Encoded
+from kdcli.export import sessions
+from kdcli.methods.signals import Needs
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
-from kdcli.training.batches import model_inputs
+from kdcli.training import distributed
+from kdcli.training.batches import torch_runner
 from kdcli.training.loop import FitOptions, fit
 from kdcli.training.losses import cross_entropy
 from kdcli.training.resume import ResumePoint
+from kdcli.training.shortcut import first_token_only
 
-_FORMAT = 1  # raise it when the same inputs would give other cached content
+_FORMAT = 2  # raise it when the same inputs would give other cached content
 _BATCH_TOKENS = 4096
 
 
@@ -71,43 +75,79 @@ def fine_tuned(
     assert train.labels is not None
     train = train.take(np.flatnonzero(train.labels >= 0))
     assert train.labels is not None
-    result = fit(
-        teacher.model,
-        train,
-        encoded["validation"],
-        cross_entropy(train.labels, device),
-        options,
-        pad_id=teacher.pad_id,
-        device=device,
-        progress=progress,
-        title="fine-tuning the teacher",
-        resume=ResumePoint(resume_dir / "teacher", {"teacher": name}),
-        resuming=resuming,
-    )
+    with first_token_only(teacher, Needs()):
+        result = fit(
+            teacher.model,
+            train,
+            encoded["validation"],
+            cross_entropy(train.labels, device),
+            options,
+            pad_id=teacher.pad_id,
+            device=device,
+            progress=progress,
+            title="fine-tuning the teacher",
+            resume=ResumePoint(resume_dir / "teacher", {"teacher": name}),
+            resuming=resuming,
+        )
     teacher.has_head = True
     detail = {"fine_tuned": True, "key": name, **result.detail()}
-    with cache.writing(place) as temporary:
-        checkpoints.save(teacher, temporary)
-        (temporary / "fit.json").write_text(json.dumps(detail, indent=1, sort_keys=True), encoding="utf-8")
+    with distributed.first_then_others():
+        if not facts.exists():
+            with cache.writing(place) as temporary:
+                checkpoints.save(teacher, temporary)
+                content = json.dumps(detail, indent=1, sort_keys=True)
+                (temporary / "fit.json").write_text(content, encoding="utf-8")
     progress.note(f"fine-tuned teacher kept in the cache: {place}")
     return checkpoints.load(place, device=device), {**detail, "cached": False, "path": str(place)}
 
 
-def outputs(teacher: Checkpoint, encoded: Encoded, *, device: torch.device, progress: Progress) -> np.ndarray:
+def outputs(
+    teacher: Checkpoint,
+    encoded: Encoded,
+    *,
+    device: torch.device,
+    progress: Progress,
+    graph: Path | None = None,
+) -> np.ndarray:
     """Logits (N, C) of the teacher for every row, computed once and then read from disk.
 
     The result is memory-mapped, so its size does not count against memory. The key covers the teacher's
     files and the tokenised rows (not their labels, which the logits do not depend on).
+
+    Args:
+        teacher: In eval mode.
+        encoded: Its rows.
+        device: Where it is.
+        progress: Observer.
+        graph: Its float ONNX form, checked against it; used on a CPU, where it is faster than torch.
     """
+    if device.type != "cpu":
+        graph = None
     name = cache.key(
         format=_FORMAT,
         model=checkpoints.weights_digest(teacher.path),
         rows=text.fingerprint(Encoded(encoded.ids, encoded.type_ids, encoded.offsets, None)),
         device=device.type,
+        runtime="torch" if graph is None else "onnxruntime",
     )
     path = cache.entry("outputs", f"{name}.npy")
-    if path.exists():
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+    with distributed.first_then_others():
+        if not path.exists():
+            _store(teacher, encoded, path, progress, graph)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _store(
+    teacher: Checkpoint,
+    encoded: Encoded,
+    path: Path,
+    progress: Progress,
+    graph: Path | None,
+) -> None:
+    teacher.model.eval()
+    run = torch_runner(teacher)
+    if graph is not None:
+        run = sessions.runner(sessions.open_session(graph, threads=torch.get_num_threads()))
     path.parent.mkdir(parents=True, exist_ok=True)
     size = max(1, _BATCH_TOKENS // max(1, int(encoded.lengths.mean())))
     batches = batching.inference_batches(encoded.lengths, size)
@@ -118,17 +158,12 @@ def outputs(teacher: Checkpoint, encoded: Encoded, *, device: torch.device, prog
         logits = np.lib.format.open_memmap(
             temporary, mode="w+", dtype=np.float32, shape=(len(encoded), classes)
         )
-        teacher.model.eval()
-        with torch.inference_mode(), progress.task("teacher outputs", len(batches)) as task:
+        with progress.task("teacher outputs", len(encoded)) as task:
             for rows in batches:
-                batch = batching.collate(encoded, rows, teacher.pad_id)
-                logits[rows] = (
-                    teacher.model(**model_inputs(teacher.model, batch, device)).logits.float().cpu().numpy()
-                )
-                task.advance()
+                logits[rows] = run(batching.collate(encoded, rows, teacher.pad_id))
+                task.advance(len(rows))
         logits.flush()
         del logits
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,7 +13,7 @@ from kdcli.data import sources, text
 from kdcli.errors import ExitCode, InputError, InterruptedRun, UsageError
 from kdcli.progress import Progress
 from kdcli.training.loop import FitOptions, fit, learning_rate
-from kdcli.training.losses import UNLABELLED, cross_entropy, distillation
+from kdcli.training.losses import cross_entropy
 from kdcli.training.resume import ResumePoint
 from tests import tiny
 
@@ -92,7 +90,11 @@ def test_interrupted_and_resumed_is_uninterrupted(rows, tmp_path: Path, stop_at:
         ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
     )
     assert {p.suffix for p in (tmp_path / "point").iterdir()} == {".json", ".safetensors"}  # never pickle
-    again = tiny.checkpoint(seed=99)  # whatever it was, the resume point decides
+    again = tiny.checkpoint(seed=99)  # whatever it was, the resume point decides ...
+    # ... but for tokens that never occur: nothing trains them, and they are in no resume point.
+    again.model.get_input_embeddings().load_state_dict(
+        tiny.checkpoint().model.get_input_embeddings().state_dict()
+    )
     result = train(again, rows, resume=ResumePoint(tmp_path / "point", {"data": "x"}), resuming=True)
     assert state(again) == state(whole)
     assert result.history == expected.history
@@ -137,40 +139,3 @@ def test_learning_rate_rises_then_falls() -> None:
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0 < rates[-1] < OPTIONS.lr / 50
-
-
-class Output:
-    def __init__(self, logits: torch.Tensor) -> None:
-        self.logits = logits
-
-
-def test_distillation_loss_is_the_weighted_sum() -> None:
-    rng = np.random.default_rng(0)
-    logits, teacher = torch.tensor(rng.normal(size=(3, 4))), rng.normal(size=(5, 4)).astype(np.float32)
-    labels = np.array([0, 1, 2, 3, 1])
-    picked = np.array([4, 0, 2])
-
-    def soft(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return (s - t).square().mean()
-
-    got = distillation(labels, teacher, soft, 0.3, CPU)(Output(logits), picked)
-    # Naive NumPy, row by row.
-    s = logits.numpy()
-    hard = np.mean([math.log(np.exp(s[i]).sum()) - s[i][labels[r]] for i, r in enumerate(picked)])
-    want = 0.7 * hard + 0.3 * np.mean((s - teacher[picked]) ** 2)
-    assert float(got) == pytest.approx(want, rel=1e-6)  # the hard part is float32
-
-
-def test_rows_without_labels_count_in_the_soft_term_only() -> None:
-    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    teacher = np.zeros((3, 4), dtype=np.float32)
-    some, none = np.array([1, UNLABELLED, UNLABELLED]), np.full(3, UNLABELLED)
-
-    def soft(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return s.sum() * 0
-
-    rows = np.arange(3)
-    value = distillation(some, teacher, soft, 0.5, CPU)(Output(logits), rows)
-    want = 0.5 * float(torch.nn.functional.cross_entropy(logits[:1], torch.tensor([1]))) / 3
-    assert float(value) == pytest.approx(want, rel=1e-5)
-    assert float(distillation(none, teacher, soft, 0.5, CPU)(Output(logits), rows)) == 0.0  # not NaN

@@ -1,0 +1,247 @@
+"""Students that are no transformers: pooled token embeddings, a convolution over windows, a pair of LSTMs.
+
+Importing this module teaches transformers their names, so that ``AutoConfig`` and
+``AutoModelForSequenceClassification`` know them; kdcli does so whenever it loads or builds a model.
+
+Shape letters: B batch, T tokens, D features of a token embedding, F features that are pooled over the tokens,
+P features that the classifier reads, C classes. No answer depends on padding; padding stands on the right.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from kdcli.errors import InputError
+
+PREFIX = "kdcli-"
+"""What the ``model_type`` of every model here begins with."""
+
+_WIDEST = 32  # tokens of a convolution's window
+
+
+class SmallConfig(PreTrainedConfig):
+    """What the three have in common. ``max_position_embeddings`` only says where texts are cut."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 128  # D
+    max_position_embeddings: int = 512
+    pad_token_id: int | None = 0
+    dropout: float = 0.1
+
+
+class StaticConfig(SmallConfig):
+    """Sizes of :class:`StaticForSequenceClassification`."""
+
+    model_type = "kdcli-static"
+    hidden_size: int = 256
+    intermediate_size: int = 256  # of the hidden layer, P
+
+
+class CnnConfig(SmallConfig):
+    """Sizes of :class:`CnnForSequenceClassification`."""
+
+    model_type = "kdcli-cnn"
+    intermediate_size: int = 100  # filters of a window
+    widths: list[int] | None = None  # of the windows in tokens; 3, 4 and 5 when None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.widths = [3, 4, 5] if self.widths is None else self.widths
+        fit = isinstance(self.widths, list) and 1 <= len(self.widths) <= _WIDEST
+        if not fit or not all(type(w) is int and 1 <= w <= _WIDEST for w in self.widths):
+            raise InputError(
+                f"widths of a '{self.model_type}' model must be a list of whole numbers from 1 to {_WIDEST}"
+            )
+
+
+class BilstmConfig(SmallConfig):
+    """Sizes of :class:`BilstmForSequenceClassification`."""
+
+    model_type = "kdcli-bilstm"
+    intermediate_size: int = 128  # of each direction's state
+
+
+class _Small(PreTrainedModel):
+    """Token embeddings, :meth:`pool`, dropout and a linear classifier."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, config: Any, pooled: int) -> None:
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(pooled, config.num_labels)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings (V, D)."""
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings."""
+        self.word_embeddings = value
+
+    def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """From embeddings (B, T, D) and a mask (B, T) bool, True on real tokens, to (B, P)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
+        """Classify a batch.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 1 on real tokens, which stand on the left; all are real when None.
+            token_type_ids: Ignored.
+            inputs_embeds: (B, T, D), in place of ``input_ids``.
+        """
+        tokens = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if attention_mask is None:
+            attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+        pooled = self.pool(tokens, attention_mask.bool())
+        return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, nn.Linear | nn.Conv1d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+
+class StaticForSequenceClassification(_Small):
+    """A weighted mean and a maximum of token embeddings, and one hidden layer: no order, no context.
+
+    With embeddings e_t of the real tokens and a learned vector v, which gives every token of the vocabulary
+    a weight that is the same in every text:
+
+        a_t = softmax_t(v . e_t),   m = [sum_t a_t e_t ; max_t e_t],   logits = W gelu(U norm(m) + b) + c
+
+    Plain transformers loads it after ``import kdcli.models.small``; onnxruntime needs nothing but model.onnx.
+
+    Source: the averaging network of Iyyer et al. 2015, "Deep Unordered Composition Rivals Syntactic Methods for
+    Text Classification", ACL, equations 1 to 3. Differs: the mean is weighted, the maximum stands beside it, and
+    the mean is normalised.
+    """
+
+    config_class = StaticConfig
+
+    def __init__(self, config: StaticConfig) -> None:
+        super().__init__(config, config.intermediate_size)
+        self.weight_vector = nn.Parameter(torch.zeros(config.hidden_size))
+        self.norm = nn.LayerNorm(2 * config.hidden_size)
+        self.dense = nn.Linear(2 * config.hidden_size, config.intermediate_size)
+        self.post_init()
+
+    def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Weighted mean and maximum (B, 2 D), through the hidden layer to (B, P)."""
+        scores = (tokens @ self.weight_vector).masked_fill(~mask, torch.finfo(tokens.dtype).min)
+        mean = (scores.softmax(1)[:, None] @ tokens)[:, 0]
+        pooled = self.norm(torch.cat([mean, masked_max(tokens, mask)], 1))
+        return F.gelu(self.dense(self.dropout(pooled)))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.zeros_(self.weight_vector)
+
+
+class CnnForSequenceClassification(_Small):
+    """Filters over windows of tokens, each one's largest answer: short phrases, wherever they stand.
+
+    A filter w of width n gives c_t = relu(w . [e_(t-i) ... e_(t-i+n-1)] + b) with i = (n - 1) // 2 at every real
+    token t, where whatever lies outside the text is 0, and then max_t c_t.
+
+    Plain transformers loads it after ``import kdcli.models.small``; onnxruntime needs nothing but model.onnx.
+
+    Source: Kim 2014, "Convolutional Neural Networks for Sentence Classification", EMNLP, arXiv:1408.5882,
+    equations 2 and 3. Differs: windows are centred on tokens, so a text may be shorter than a window.
+    """
+
+    config_class = CnnConfig
+
+    def __init__(self, config: CnnConfig) -> None:
+        assert config.widths is not None
+        super().__init__(config, config.intermediate_size * len(config.widths))
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(config.hidden_size, config.intermediate_size, width) for width in config.widths
+        )
+        self.post_init()
+
+    def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The largest answer of every filter (B, P)."""
+        real = mask[:, None].to(tokens.dtype)  # (B, 1, T)
+        x = tokens.transpose(1, 2) * real
+        found = []
+        for convolution in self.convolutions:
+            width: int = convolution.kernel_size[0]  # type: ignore[union-attr, index, assignment]
+            answers = convolution(F.pad(x, ((width - 1) // 2, width // 2))).relu()
+            found.append((answers * real).amax(2))  # no answer is below 0, so a 0 on padding never wins
+        return torch.cat(found, 1)
+
+
+class BilstmForSequenceClassification(_Small):
+    """One LSTM in each direction; the maximum and the mean of its states over the tokens.
+
+    The second LSTM reads the real tokens of each row in reverse, so both meet padding last, where nothing is
+    pooled. Together they are the bidirectional LSTM of torch.
+
+    Plain transformers loads it after ``import kdcli.models.small``; onnxruntime needs nothing but model.onnx.
+
+    Source: Conneau et al. 2017, "Supervised Learning of Universal Sentence Representations from Natural Language
+    Inference Data", EMNLP, arXiv:1705.02364, section 3.2.2; as a student, Tang et al. 2019, "Distilling
+    Task-Specific Knowledge from BERT into Simple Neural Networks", arXiv:1903.12136, section 3.1. Differs: maximum
+    and mean are both kept, and there is no hidden layer.
+    """
+
+    config_class = BilstmConfig
+
+    def __init__(self, config: BilstmConfig) -> None:
+        super().__init__(config, 4 * config.intermediate_size)
+        self.forwards = nn.LSTM(config.hidden_size, config.intermediate_size, batch_first=True)
+        self.backwards = nn.LSTM(config.hidden_size, config.intermediate_size, batch_first=True)
+        self.post_init()
+
+    def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Maxima and means of both directions (B, P)."""
+        lengths = mask.sum(1, keepdim=True)  # (B, 1)
+        steps = torch.arange(mask.shape[1], device=mask.device)[None]
+        order = (lengths - 1 - steps).clamp(min=0)[..., None].expand_as(tokens)
+        ahead, back = self.forwards(tokens)[0], self.backwards(tokens.gather(1, order))[0]
+        shares = (mask.to(tokens.dtype) / lengths.clamp(min=1))[:, None]  # (B, 1, T)
+        found = [masked_max(states, mask) for states in (ahead, back)]
+        found += [(shares @ states)[:, 0] for states in (ahead, back)]
+        return torch.cat(found, 1)
+
+
+def masked_max(values: Tensor, mask: Tensor) -> Tensor:
+    """Largest of (B, T, F) over the tokens where ``mask`` (B, T) is True; (B, F)."""
+    return values.masked_fill(~mask[..., None], torch.finfo(values.dtype).min).amax(1)
+
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "static": (StaticConfig, StaticForSequenceClassification),
+    "cnn": (CnnConfig, CnnForSequenceClassification),
+    "bilstm": (BilstmConfig, BilstmForSequenceClassification),
+}
+"""Name of a student -> its configuration and its model."""
+
+for _config, _model in KINDS.values():
+    AutoConfig.register(_config.model_type, _config)
+    AutoModelForSequenceClassification.register(_config, _model)

@@ -1,0 +1,1 @@
+"""Who teaches whom, and when: one module a strategy, each with ``run(context, plan) -> Applied``."""

@@ -1,0 +1,105 @@
+"""Chains: every model is the teacher of the next one.
+
+``assistant-chain`` puts students of middling size between teacher and student (Mirzadeh et al. 2020, "Improved
+Knowledge Distillation via Teacher Assistant", arXiv:1902.03393). ``self`` lets a student teach its own successor
+of the same size (Furlanello et al. 2018, "Born-Again Neural Networks", arXiv:1805.04770); of its generations the
+one with the best validation accuracy is the result, not their ensemble.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from kdcli import processes
+from kdcli.errors import UsageError
+from kdcli.models import checkpoint as checkpoints
+from kdcli.models.checkpoint import Checkpoint
+from kdcli.models.students import size_of
+from kdcli.stages.base import STUDENT_PRESETS
+from kdcli.stages.context import Applied, Context
+from kdcli.stages.strategies import student as students
+from kdcli.stages.strategies import teacher_assisted
+from kdcli.stages.strategies.plan import Plan
+from kdcli.stages.strategies.student import Taught
+from kdcli.training import distributed
+
+
+def assistants(plan: Plan) -> list[str]:
+    """Names of the assistants, largest first.
+
+    Raises:
+        UsageError: There is none, or one that is no student.
+    """
+    names = [name.strip() for name in plan.settings.assistants.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--set assistants= names no assistant", "such as --set assistants=small,mini")
+    for name in names:
+        size_of(name, STUDENT_PRESETS)
+    return names
+
+
+def run(context: Context, plan: Plan) -> Applied:
+    """Train one model after the other; the report has the accuracy of each."""
+    own = plan.options.strategy == "self"
+    names = (
+        [plan.options.student] * plan.settings.generations
+        if own
+        else [*assistants(plan), plan.options.student]
+    )
+    rows = students.rows_of(context, plan, context.checkpoint)
+    taught_by: Sequence[Checkpoint] = [context.checkpoint, *context.more_teachers]
+    table: list[dict[str, Any]] = []
+    best: Taught | None = None
+    first_weights: dict[str, Any] | None = None
+    for number, name in enumerate(names, start=1):
+        last = number == len(names)
+        made = students.make(context, plan, taught_by[0], name)
+        if plan.options.control and (last or own):
+            first_weights = copy.deepcopy(made.checkpoint.model.state_dict())
+        title = "student" if last else f"generation {number}" if own else f"assistant {name}"
+        context.progress.note(f"{title}: taught by {_name(taught_by, table)}")
+        taught = students.teach(context, plan, made, taught_by, rows, title=title)
+        table.append(
+            {
+                "student": name,
+                "taught_by": _name(taught_by, table),
+                "parameters": sum(p.numel() for p in made.checkpoint.model.parameters()),
+                "validation_accuracy": taught.result.best_accuracy,
+            }
+        )
+        if best is None or not own or taught.result.best_accuracy > best.result.best_accuracy:
+            best = taught
+        if not last:
+            taught_by = [keep(context, taught.checkpoint, title)]
+    assert best is not None
+    detail = students.describe(context, best, rows) | {"chain": table}
+    warnings = list(best.warnings)
+    if first_weights is not None:
+        detail["control"], more = students.control(context, best, first_weights, context.encoded["train"])
+        warnings += more
+    applied = Applied(best.checkpoint, teacher_assisted.method_of(plan, best, detail), warnings=warnings)
+    applied.method.layers = []
+    return applied
+
+
+def keep(context: Context, model: Checkpoint, title: str) -> Checkpoint:
+    """Write a model beside the resume points, so that it can teach like any other: from disk."""
+    place = context.resume_dir / f"model-{title.replace(' ', '-')}"
+    if processes.first():
+        place.mkdir(parents=True, exist_ok=True)
+    with distributed.first_then_others():
+        if processes.first():
+            checkpoints.save(model, place)
+    return checkpoints.load(place, device=context.device)
+
+
+def _name(taught_by: Sequence[Checkpoint], table: list[dict[str, Any]]) -> str:
+    return (
+        "the teacher"
+        if not table and len(taught_by) == 1
+        else "the teachers"
+        if not table
+        else table[-1]["student"]
+    )

@@ -1,0 +1,341 @@
+"""What every strategy does: make a student, give it texts, train it on a teacher's signals."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdcli.data import augment, text
+from kdcli.data.text import Encoded
+from kdcli.errors import UnavailableError, UsageError
+from kdcli.methods import layer_map
+from kdcli.methods.signals import Needs
+from kdcli.models import checkpoint as checkpoints
+from kdcli.models import neighbours, references, students
+from kdcli.models.checkpoint import Checkpoint
+from kdcli.report.schema import Warning_
+from kdcli.stages.base import STUDENT_PRESETS, DistillOptions
+from kdcli.stages.context import Context
+from kdcli.stages.strategies.plan import Plan, teacher_weights
+from kdcli.training import features, objective
+from kdcli.training import teacher as teachers
+from kdcli.training.capture import Capture, shape_of
+from kdcli.training.features import TeacherSignals
+from kdcli.training.loop import FitOptions, FitResult, Loss, evaluate, fit, inference
+from kdcli.training.losses import UNLABELLED, cross_entropy
+from kdcli.training.resume import ResumePoint
+from kdcli.training.shortcut import first_token_only
+
+NEIGHBOURS = 10  # tokens that may stand for a token
+
+
+@dataclass
+class Taught:
+    """A student that has been trained."""
+
+    made: students.Student
+    options: FitOptions
+    result: FitResult
+    detail: dict[str, Any]
+    steps: int  # of all its phases
+    warnings: list[Warning_] = field(default_factory=list)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.made.checkpoint
+
+
+def options_of(context: Context) -> DistillOptions:
+    """The request's options, typed."""
+    options = context.request.options
+    assert isinstance(options, DistillOptions)
+    return options
+
+
+def rows_of(context: Context, plan: Plan, teacher: Checkpoint) -> Encoded:
+    """The training rows and, after them, their augmented versions, which have no labels."""
+    train = context.encoded["train"]
+    assert train.labels is not None
+    count = augmented(plan, len(train))
+    if not count:
+        return train
+    tokenizer = teacher.tokenizer
+    vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    special = set(tokenizer.all_special_ids)
+    table = teacher.model.get_input_embeddings().weight.detach()[: len(vocabulary)]  # type: ignore[operator]
+    near = neighbours.nearest(table, NEIGHBOURS, neighbours.token_groups(vocabulary, special))
+    more = augment.augment(
+        train,
+        count,
+        seed=plan.settings.augment_seed,
+        special=special,
+        mask_id=tokenizer.mask_token_id,
+        neighbours=near,
+    )
+    context.progress.note(f"{len(more)} further texts made from {len(train)}, for the teacher to label")
+    return text.concatenate(train, more, UNLABELLED)
+
+
+def augmented(plan: Plan, rows: int) -> int:
+    """How many further texts a row gets: as asked, else as many as make about 120,000 in all."""
+    if plan.options.augment is not None:
+        return plan.options.augment
+    if plan.hard_weight >= 1:  # nobody would look at their teacher's answers
+        return 0
+    return int(min(16, max(1, round(TEXTS / rows))))
+
+
+def make(
+    context: Context, plan: Plan, teacher: Checkpoint, name: str, *, seed: int | None = None
+) -> students.Student:
+    """The student called ``name``, with its first weights, on the device."""
+    options, offline = options_of(context), context.request.common.offline
+
+    def published(preset: str) -> Path:
+        if teacher.model_type != "bert":
+            raise UnavailableError(f"the published miniatures are BERT, the teacher is {teacher.model_type}")
+        return references.resolve_student(preset, offline=offline).path
+
+    made = students.build(
+        name,
+        teacher,
+        context.checkpoint.labels,
+        STUDENT_PRESETS,
+        init=options.init,
+        seed=context.seed if seed is None else seed,
+        hub=published,
+        resolve=lambda ref: references.resolve(ref, offline=offline).path,
+    )
+    made.checkpoint.model.to(context.device)
+    set_dropout(made.checkpoint.model, plan.settings.dropout)
+    for note in made.notes:
+        context.progress.note(note)
+    return made
+
+
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """Set every dropout of a model; the configuration that is saved keeps the family's usual one."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+
+
+def soft_targets(context: Context, plan: Plan, taught_by: Sequence[Checkpoint], rows: Encoded) -> np.ndarray:
+    """Logits (N, C) to imitate: the teacher's, or those of several teachers as one."""
+    found = []
+    for teacher in taught_by:
+        graph = context.input_graph if teacher is context.checkpoint else None
+        logits = teachers.outputs(
+            teacher, rows, device=context.device, progress=context.progress, graph=graph
+        )
+        order = [teacher.labels.index(name) for name in context.checkpoint.labels]
+        found.append(logits if order == list(range(len(order))) else np.asarray(logits)[:, order])
+    if len(found) == 1:
+        return found[0]
+    temperature = next(
+        (float(c.config.temperature) for c in plan.chosen if hasattr(c.config, "temperature")), 1.0
+    )
+    return features.combined(found, teacher_weights(plan.settings, len(found)), temperature)
+
+
+def teach(
+    context: Context,
+    plan: Plan,
+    made: students.Student,
+    taught_by: Sequence[Checkpoint],
+    rows: Encoded,
+    *,
+    title: str = "student",
+) -> Taught:
+    """Train a student on the labels and on the signals of its teachers.
+
+    Args:
+        context: Of the stage.
+        plan: Methods, weights, settings.
+        made: The student with its first weights.
+        taught_by: Its teachers; features are those of the first.
+        rows: Training rows, augmented ones among them; labels are -100 where there are none.
+        title: Of the training, for people and for its resume point.
+    """
+    teacher, student = taught_by[0], made.checkpoint
+    assert rows.labels is not None
+    targets = soft_targets(context, plan, taught_by, rows)
+    one, two = shape_of(student), shape_of(teacher)
+    pairs = (
+        layer_map.resolve(plan.options.layer_map, one.layers, two.layers) if one.layers and two.layers else []
+    )
+    terms, notes = objective.bind(plan.chosen, one, two, pairs, context.seed, context.device)
+    for note in notes:
+        context.progress.note(note)
+    of_student, of_teacher = objective.needs(terms)
+    budget = int(plan.settings.feature_cache_gib * 2**30)
+    options = fit_options(context, plan, made, rows)
+    signals = TeacherSignals(
+        teacher, rows, targets, of_teacher, budget=budget, device=context.device, progress=context.progress
+    )
+    with Capture(student, of_student) as capture, first_token_only(student, of_student):
+        loss = objective.Objective(terms, plan.hard_weight, rows.labels, capture, signals, context.device)
+        result = run_fit(context, student.model, student.pad_id, rows, loss, options, title, extra=loss.extra)
+    signals.close()
+    detail = {
+        "training": result.detail(),
+        "terms": {"labels": plan.hard_weight} | {t.chosen.name: t.chosen.weight for t in terms},
+        "notes": notes,
+        "layer_map": [list(pair) for pair in pairs] if of_student.hidden or of_student.attention else [],
+        "teacher_features": asdict(signals.stored),
+    }
+    return Taught(made, options, result, detail, result.steps)
+
+
+def fit_options(context: Context, plan: Plan, made: students.Student, rows: Encoded) -> FitOptions:
+    """How to train this student."""
+    options = plan.options
+    return FitOptions(
+        epochs=options.epochs or EPOCHS,
+        batch_size=options.batch_size or BATCH_SIZE,
+        lr=options.lr or default_rate(int(made.checkpoint.config.hidden_size), made.init),
+        weight_decay=plan.settings.weight_decay,
+        warmup=plan.settings.warmup,
+        patience=plan.settings.patience,
+        seed=context.seed,
+    )
+
+
+def default_rate(hidden: int, init: str) -> float:
+    """Peak learning rate of AdamW by the student's width; trained weights want a gentler one."""
+    rate = 2e-3 if hidden <= 128 else 1e-3 if hidden <= 256 else 4e-4 if hidden <= 512 else 2e-4
+    return rate / 2 if init in ("hub", "checkpoint") else rate
+
+
+def run_fit(
+    context: Context,
+    model: nn.Module,
+    pad_id: int,
+    rows: Encoded,
+    loss: Loss,
+    options: FitOptions,
+    title: str,
+    *,
+    extra: nn.Module | None = None,
+) -> FitResult:
+    """Fit with a resume point of its own, whose identity names every option and file."""
+    request = context.request
+    identity: dict[str, Any] = {
+        "training": title,
+        "teacher": checkpoints.weights_digest(context.checkpoint.path),
+        "seed": context.seed,
+        "device": context.device.type,
+        "training rows": text.fingerprint(rows),
+        "validation rows": text.fingerprint(context.encoded["validation"]),
+    }
+    chosen = asdict(options_of(context)) | {f"--set {k}": v for k, v in request.common.settings.items()}
+    identity |= {f"option {key}": value for key, value in chosen.items()}
+    identity["file student"] = _digest_of(options_of(context).student)
+    return fit(
+        model,
+        rows,
+        context.encoded["validation"],
+        loss,
+        options,
+        pad_id=pad_id,
+        device=context.device,
+        progress=context.progress,
+        title=f"training the {title}",
+        resume=ResumePoint(context.resume_dir / title.replace(" ", "-"), identity),
+        resuming=request.common.resume,
+        extra=extra,
+    )
+
+
+def _digest_of(student: str) -> str | None:
+    path = Path(student)
+    return checkpoints.weights_digest(path) if path.is_dir() else None
+
+
+def control(
+    context: Context, taught: Taught, weights: dict[str, Tensor], rows: Encoded
+) -> tuple[dict[str, Any], list[Warning_]]:
+    """The same student from the same weights on the same labelled rows for as many steps, without the teacher."""
+    student = taught.checkpoint
+    other = copy.copy(student)
+    other.model = copy.deepcopy(student.model)
+    other.model.load_state_dict(weights)
+    assert rows.labels is not None
+    labelled = rows.take(np.flatnonzero(rows.labels >= 0))
+    assert labelled.labels is not None
+    if not len(labelled):
+        raise UsageError("--control needs labelled rows")
+    steps_an_epoch = -(-len(labelled) // taught.options.batch_size)
+    epochs = max(1, round(taught.steps / steps_an_epoch))
+    options = FitOptions(**(asdict(taught.options) | {"epochs": epochs, "patience": None}))
+    loss = cross_entropy(labelled.labels, context.device)
+    with first_token_only(other, Needs()):
+        result = run_fit(context, other.model, other.pad_id, labelled, loss, options, "control")
+    found: dict[str, Any] = {"training": result.detail()}
+    split = "test" if "test" in context.encoded else "validation"
+    for name, model in (("accuracy", other), ("student_accuracy", student)):
+        found[name] = accuracy(context, model, split)
+    found["split"] = split
+    gain = found["student_accuracy"] - found["accuracy"]
+    context.progress.note(
+        f"{split} accuracy: {found['student_accuracy']:.1%} distilled, {found['accuracy']:.1%} without the teacher"
+    )
+    if gain > 0:
+        return found, []
+    words = (
+        f"the teacher did not help: without it the student reaches {found['accuracy']:.1%} ({-gain:.1%} more)"
+    )
+    return found, [Warning_(code="no-gain", message=words)]
+
+
+@torch.inference_mode()
+def accuracy(context: Context, model: Checkpoint, split: str) -> float:
+    """Accuracy of a model of the data's own vocabulary on one split."""
+    rows = context.encoded[split]
+    found, _ = evaluate(model.model, rows, inference(rows, 128, model.pad_id), context.device)
+    return found
+
+
+EPOCHS = 6
+BATCH_SIZE = 64
+TEXTS = 120_000
+
+
+def params(plan: Plan, taught: Taught) -> dict[str, Any]:
+    """What decided the result, for the report."""
+    options = taught.options
+    return {
+        "strategy": plan.options.strategy,
+        "student": plan.options.student,
+        "init": taught.made.init,
+        "alpha": 1 - plan.hard_weight,
+        "methods": {c.name: c.config.model_dump() | {"weight": c.weight} for c in plan.chosen},
+        "epochs": options.epochs,
+        "lr": options.lr,
+        "batch_size": options.batch_size,
+        **plan.settings.model_dump(exclude_none=True),
+    }
+
+
+def describe(context: Context, taught: Taught, rows: Encoded) -> dict[str, Any]:
+    """How teacher and student came about, for the report."""
+    train = context.encoded["train"]
+    assert train.labels is not None
+    made = taught.made
+    return {
+        "teacher": context.teacher_detail,
+        "init": {"from": made.init, "notes": made.notes, "no_published_weights": made.no_hub},
+        **taught.detail,
+        "rows": {
+            "labelled": int((train.labels >= 0).sum()),
+            "unlabelled": int((train.labels < 0).sum()),
+            "augmented": len(rows) - len(train),
+        },
+    }

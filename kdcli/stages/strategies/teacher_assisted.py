@@ -1,0 +1,32 @@
+"""Teacher-assisted: one student, one teacher or several, whose probabilities are averaged."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from kdcli.report.schema import Method, Warning_
+from kdcli.stages.context import Applied, Context
+from kdcli.stages.strategies import student as students
+from kdcli.stages.strategies.plan import Plan
+
+
+def run(context: Context, plan: Plan) -> Applied:
+    """Train the student; with ``--control`` train it a second time without the teacher."""
+    rows = students.rows_of(context, plan, context.checkpoint)
+    made = students.make(context, plan, context.checkpoint, plan.options.student)
+    first_weights = copy.deepcopy(made.checkpoint.model.state_dict()) if plan.options.control else None
+    taught = students.teach(context, plan, made, [context.checkpoint, *context.more_teachers], rows)
+    warnings: list[Warning_] = list(taught.warnings)
+    detail = students.describe(context, taught, rows)
+    if first_weights is not None:
+        detail["control"], more = students.control(context, taught, first_weights, context.encoded["train"])
+        warnings += more
+    return Applied(taught.checkpoint, method_of(plan, taught, detail), warnings=warnings)
+
+
+def method_of(plan: Plan, taught: students.Taught, detail: dict[str, Any]) -> Method:
+    """The report's account of what was done."""
+    return Method(
+        name=" + ".join(plan.options.methods), params=students.params(plan, taught), detail=detail, layers=[]
+    )

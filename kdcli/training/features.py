@@ -1,0 +1,220 @@
+"""The teacher's signals of any training rows: read from disk where they fit, computed again where not.
+
+Logits are always on disk. Hidden states are stored once, in half precision and memory-mapped, when all of them
+fit the budget: N rows of T tokens, D features and k layers take N * T * D * k * 2 bytes. Otherwise the teacher
+runs at every step, cut off at the highest layer that is read. Queries, keys and values are not stored: they
+are one product away from the hidden states of the layer below.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcli import cache
+from kdcli.data import batching, text
+from kdcli.data.text import Encoded
+from kdcli.methods.signals import Needs, Signals
+from kdcli.models import checkpoint as checkpoints
+from kdcli.models.checkpoint import Checkpoint
+from kdcli.models.families import FAMILIES, Layer, encoder_layers
+from kdcli.progress import Progress
+from kdcli.training import distributed
+from kdcli.training.batches import model_inputs
+from kdcli.training.capture import Capture, run_cut
+from kdcli.training.loop import Batch
+
+_FORMAT = 1  # raise it when the same inputs would give other cached content
+_BATCH_TOKENS = 4096
+_SPARE_DISK = 2 << 30  # bytes that a cache leaves free
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the teacher's hidden states come from, for the report."""
+
+    how: str  # "not read", "on disk" or "recomputed"
+    bytes: int
+
+
+class TeacherSignals:
+    """Gives the teacher's :class:`Signals` of a batch, padded as the student's.
+
+    Args:
+        teacher: In eval mode.
+        encoded: The training rows, with the teacher's token ids.
+        logits: (N, C), memory-mapped or not.
+        needs: What the terms read besides logits.
+        budget: Bytes that its hidden states may take on disk.
+        device: Of teacher and student.
+        progress: Observer.
+    """
+
+    def __init__(
+        self,
+        teacher: Checkpoint,
+        encoded: Encoded,
+        logits: np.ndarray,
+        needs: Needs,
+        *,
+        budget: int,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.teacher, self.encoded, self.logits, self.device = teacher, encoded, logits, device
+        self.needs = needs
+        self._layers: list[Layer] = []
+        if teacher.model_type in FAMILIES:
+            self._layers = encoder_layers(teacher.model, teacher.family)
+        self._states: dict[int, np.ndarray] = {}
+        self._pooled: np.ndarray | None = None
+        self._live: Capture | None = None
+        self.stored = Stored("not read", 0)
+        if needs:
+            self._prepare(budget, progress)
+
+    def __call__(self, batch: Batch) -> Signals:
+        """Signals of the batch's rows; logits (B, C) and the rest as :class:`Signals` says."""
+        rows, width = batch.rows, batch.mask.shape[1]
+        logits = torch.from_numpy(np.ascontiguousarray(self.logits[rows])).to(self.device)
+        if self._live is not None:
+            collated = batching.collate(self.encoded, rows, self.teacher.pad_id, width=width)
+            self.teacher.model.eval()
+            run_cut(self.teacher.model, model_inputs(self.teacher.model, collated, self.device))
+            return self._live.signals(logits, batch.mask)
+        states = {layer: self._padded(values, rows, batch.mask) for layer, values in self._states.items()}
+        pooled = None
+        if self._pooled is not None:
+            pooled = torch.from_numpy(self._pooled[rows]).to(self.device).float()
+        projected: list[dict[int, Tensor]] = []
+        with torch.no_grad():
+            for name in ("query", "key", "value"):
+                projected.append(
+                    {n: self._project(name, n, states[n - 1]) for n in sorted(self.needs.attention)}
+                )
+        hidden = {layer: states[layer] for layer in self.needs.hidden}
+        return Signals(logits, batch.mask, pooled, hidden, *projected)
+
+    def close(self) -> None:
+        """Remove the hooks from the teacher."""
+        if self._live is not None:
+            self._live.__exit__(None, None, None)
+
+    def _project(self, name: str, number: int, below: Tensor) -> Tensor:
+        layer = self._layers[number - 1]
+        projected: Tensor = getattr(layer, name)(below)
+        return projected.unflatten(-1, (-1, layer.head_size)).transpose(1, 2)
+
+    def _padded(self, values: np.ndarray, rows: np.ndarray, mask: Tensor) -> Tensor:
+        flat = torch.from_numpy(values[self.encoded.positions(rows)]).to(self.device).float()
+        made = flat.new_zeros((*mask.shape, flat.shape[-1]))
+        made[mask] = flat  # real tokens of a row stand in front, row after row, as in the flat array
+        return made
+
+    def _prepare(self, budget: int, progress: Progress) -> None:
+        wanted = sorted(self.needs.hidden | {n - 1 for n in self.needs.attention})
+        width = int(getattr(self.teacher.config, "hidden_size", 0) or 0)
+        size = len(wanted) * len(self.encoded.ids) * width * 2
+        size += len(self.encoded) * width * 4 if self.needs.pooled else 0
+        place = cache.root()
+        place.mkdir(parents=True, exist_ok=True)
+        if size > min(budget, shutil.disk_usage(place).free - _SPARE_DISK):
+            shown = f"{size / 2**30:.1f} GiB of hidden states do not fit the budget"
+            progress.note(f"{shown}: the teacher runs at every step, up to the highest layer used")
+            self._live = Capture(self.teacher, self.needs, cut=True)
+            self.stored = Stored("recomputed", 0)
+            return
+        key = cache.key(
+            format=_FORMAT,
+            model=checkpoints.weights_digest(self.teacher.path),
+            rows=text.fingerprint(
+                Encoded(self.encoded.ids, self.encoded.type_ids, self.encoded.offsets, None)
+            ),
+            device=self.device.type,
+        )
+        folder = cache.entry("features", key)
+        paths = {layer: folder / f"hidden-{layer}.npy" for layer in wanted}
+        pooled = folder / "pooled.npy"
+        with distributed.first_then_others():
+            missing = Needs(
+                self.needs.pooled and not pooled.is_file(),
+                frozenset(n for n, path in paths.items() if not path.is_file()),
+            )
+            if missing:
+                self._store(missing, paths, pooled, width, progress)
+        self._states = {n: np.load(path, mmap_mode="r", allow_pickle=False) for n, path in paths.items()}
+        if self.needs.pooled:
+            self._pooled = np.load(pooled, mmap_mode="r", allow_pickle=False)
+        self.stored = Stored("on disk", size)
+
+    def _store(
+        self, missing: Needs, paths: dict[int, Path], pooled: Path, width: int, progress: Progress
+    ) -> None:
+        encoded, model = self.encoded, self.teacher.model
+        pooled.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".features-", dir=pooled.parent.parent))
+        try:
+            shape = (len(encoded.ids), width)
+            states: dict[int, Any] = {
+                n: _array(temporary / f"{n}.npy", np.float16, shape) for n in missing.hidden
+            }
+            vectors: Any = None
+            batches = _by_tokens(encoded)
+            model.eval()
+            with Capture(self.teacher, missing, cut=True) as capture:
+                with progress.task("teacher features", len(batches)) as task:
+                    for rows in batches:
+                        collated = batching.collate(encoded, rows, self.teacher.pad_id)
+                        run_cut(model, model_inputs(model, collated, self.device))
+                        mask = torch.from_numpy(collated["attention_mask"]).to(self.device).bool()
+                        found = capture.signals(mask.new_zeros(()), mask)
+                        for layer, state in found.hidden.items():
+                            states[layer][encoded.positions(rows)] = state[mask].half().cpu().numpy()
+                        if found.pooled is not None:
+                            if vectors is None:
+                                size = (len(encoded), found.pooled.shape[1])
+                                vectors = _array(temporary / "pooled.npy", np.float32, size)
+                            vectors[rows] = found.pooled.float().cpu().numpy()
+                        task.advance()
+            for layer, values in states.items():
+                values.flush()
+                os.replace(temporary / f"{layer}.npy", paths[layer])
+            if vectors is not None:
+                vectors.flush()
+                os.replace(temporary / "pooled.npy", pooled)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _by_tokens(encoded: Encoded) -> list[np.ndarray]:
+    size = max(1, _BATCH_TOKENS // max(1, int(encoded.lengths.mean())))
+    return batching.inference_batches(encoded.lengths, size)
+
+
+def _array(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+
+def combined(logits: Iterable[np.ndarray], weights: Iterable[float], temperature: float) -> np.ndarray:
+    """Logits (N, C) of several teachers as one: their probabilities at T averaged, not their logits.
+
+    The result is T * log(sum_i w_i softmax(z_i / T)), so that its softmax at T is that average.
+    """
+    total: np.ndarray | None = None
+    for values, weight in zip(logits, weights, strict=True):
+        scaled = np.asarray(values, dtype=np.float64) / temperature
+        scaled -= scaled.max(1, keepdims=True)
+        part = np.exp(scaled)
+        part *= weight / part.sum(1, keepdims=True)
+        total = part if total is None else total + part
+    assert total is not None
+    return (temperature * np.log(np.maximum(total, 1e-30))).astype(np.float32)

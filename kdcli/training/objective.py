@@ -1,0 +1,166 @@
+"""The loss of a distillation: labels and any number of terms, each one method with its weight.
+
+L = (1 - alpha) * CE(y, s) + alpha * L_response + beta * L_feature + gamma * L_relation + sum(weight_i * L_i)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdcli.errors import UsageError
+from kdcli.methods import signals
+from kdcli.methods.signals import Needs, Setting, Shape, Step
+from kdcli.training.capture import Capture
+from kdcli.training.features import TeacherSignals
+from kdcli.training.loop import Batch
+from kdcli.training.losses import hard
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A method that the user chose, with its parameters and its weight in the sum."""
+
+    name: str
+    module: ModuleType
+    config: Any
+    weight: float
+
+
+@dataclass(frozen=True)
+class Term:
+    """A chosen method, bound to a student and a teacher."""
+
+    chosen: Chosen
+    setting: Setting
+
+
+def bind(
+    chosen: Sequence[Chosen],
+    student: Shape,
+    teacher: Shape,
+    pairs: Sequence[tuple[int, int]],
+    seed: int,
+    device: torch.device,
+) -> tuple[list[Term], list[str]]:
+    """Bind methods to the sizes of two models; projections get their first weights from ``seed``.
+
+    Returns:
+        The terms, and a sentence for each of them that fell back to something else.
+
+    Raises:
+        UsageError: A method means nothing for these two models.
+    """
+    terms, notes = [], []
+    for number, one in enumerate(chosen):
+        setting = Setting(one.config, student, teacher, pairs)
+        note = signals.check(one.module, setting)
+        if note:
+            notes.append(note)
+        torch.manual_seed(seed + 1 + number)
+        trained = signals.trained(one.module, setting)
+        terms.append(Term(one, replace(setting, trained=None if trained is None else trained.to(device))))
+    return terms, notes
+
+
+def needs(terms: Sequence[Term]) -> tuple[Needs, Needs]:
+    """What all terms together read of the student and of the teacher."""
+    student, teacher = Needs(), Needs()
+    for term in terms:
+        one, two = signals.needs(term.chosen.module, term.setting)
+        student, teacher = student | one, teacher | two
+    return student, teacher
+
+
+class Objective:
+    """The loss of one training; ``extra`` holds what is trained along and thrown away.
+
+    Args:
+        terms: Bound methods.
+        hard_weight: Of the cross entropy with the labels, 1 - alpha.
+        labels: (N,) class indices, -100 where a row has none.
+        student: Hooks on the student, which is about to run on the same batch.
+        teacher: Gives the teacher's signals of any rows.
+        device: Of the student.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        hard_weight: float,
+        labels: np.ndarray,
+        student: Capture,
+        teacher: TeacherSignals,
+        device: torch.device,
+    ) -> None:
+        self.terms, self.hard_weight = list(terms), hard_weight
+        self.student, self.teacher, self.device = student, teacher, device
+        self.labels = torch.from_numpy(labels).to(device)
+        self.extra = nn.ModuleDict(
+            {
+                t.chosen.name.replace("-", "_"): t.setting.trained
+                for t in terms
+                if t.setting.trained is not None
+            }
+        )
+
+    def __call__(self, output: Any, batch: Batch) -> Tensor:
+        """The weighted sum, a mean over the rows of the batch."""
+        logits = output.logits
+        labels = self.labels[torch.from_numpy(batch.rows).to(self.device)]
+        value = logits.new_zeros(())
+        if self.hard_weight > 0:
+            value = value + self.hard_weight * hard(logits, labels)
+        own, theirs = self.student.signals(logits, batch.mask), self.teacher(batch)
+        step = Step(labels, batch.progress)
+        for term in self.terms:
+            found = term.chosen.module.term(own, theirs, term.setting, step)
+            value = value + term.chosen.weight * found
+        return value
+
+
+def weights(
+    names: Sequence[str],
+    modules: Mapping[str, ModuleType],
+    *,
+    alpha: float,
+    beta: float | None,
+    gamma: float | None,
+    given: Mapping[str, float],
+) -> tuple[float, dict[str, float]]:
+    """The weight of the labels and of every term.
+
+    The first response method has alpha and the labels 1 - alpha; without a response method the labels have 1.
+    ``--weight NAME`` wins over beta and gamma, which win over the method's own default.
+
+    Raises:
+        UsageError: A weight for something that was not chosen.
+    """
+    for name in given:
+        if name not in names:
+            raise UsageError(f"--weight {name} belongs to no chosen method; chosen: {', '.join(names)}")
+    kinds = {name: modules[name].KIND for name in names}
+    for option, kind, value in (("beta", "feature", beta), ("gamma", "relation", gamma)):
+        if value is not None and kind not in kinds.values():
+            raise UsageError(
+                f"--{option} weighs {kind} methods, and none was chosen", f"add --method, or leave --{option}"
+            )
+    by_kind = {"feature": beta, "relation": gamma}
+    found: dict[str, float] = {}
+    response_seen = False
+    for name in names:
+        value = by_kind.get(kinds[name])
+        if kinds[name] == "response" and not response_seen:
+            response_seen, value = True, alpha
+            if name in given:
+                raise UsageError(f"the weight of '{name}' is --alpha; --weight is for further terms")
+        elif name in given:
+            value = given[name]
+        found[name] = float(modules[name].WEIGHT) if value is None else value
+    return (1 - alpha if response_seen else 1.0), found
