@@ -79,10 +79,10 @@ def methods() -> list[dict[str, Any]]:
 
 def students() -> list[dict[str, Any]]:
     """Student presets and where their first weights come from."""
-    from kdcli.models.aliases import STUDENT_REPOS
+    from kdcli.models.aliases import SMALL_STUDENTS, STUDENT_REPOS
     from kdcli.stages.base import STUDENT_PRESETS
 
-    return [
+    encoders = [
         {
             "name": name,
             "layers": layers,
@@ -93,3 +93,8 @@ def students() -> list[dict[str, Any]]:
         }
         for name, (layers, hidden) in STUDENT_PRESETS.items()
     ]
+    others = [
+        {"name": name, "layers": 0, "hidden": width, "weights": "token embeddings from the teacher"}
+        for name, width in SMALL_STUDENTS.items()
+    ]
+    return encoders + others

@@ -52,8 +52,8 @@ def augment(
         n * N rows: first one version of every row in the order of ``encoded``, then the second ones.
         Rows that no operation changed are among them.
 
-    Source: word masking and n-gram sampling as in Tang et al. (2019), arXiv:1903.12136, section 4.3;
-    replacement by near neighbours in an embedding space as in TinyBERT, Jiao et al. (2020), section 4.2;
+    Source: word masking and n-gram sampling as in Tang et al. (2019), arXiv:1903.12136;
+    replacement by near neighbours in an embedding space as in TinyBERT, Jiao et al. (2020), arXiv:1909.10351;
     deletion and swaps as in Wei and Zou (2019), arXiv:1901.11196.
     Differs: neighbours are tokens and not words, every row draws its own strength, and swaps are of
     neighbouring tokens only.

@@ -10,6 +10,15 @@ from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
 
 from kdcli.export.quiet import quiet
 
+# One of these is at the heart of whatever can be fused: attention, layer norm, GELU.
+_PARTS = frozenset({"Softmax", "LayerNormalization", "Erf"})
+
+
+def possible(source: Path) -> bool:
+    """Whether a graph holds anything that :func:`fuse` is for; convolutions and LSTMs are single operators."""
+    graph = onnx.load(str(source), load_external_data=False).graph
+    return any(node.op_type in _PARTS for node in graph.node)
+
 
 def fuse(source: Path, target: Path, *, embeddings: bool = True) -> dict[str, int]:
     """Write ``source`` with attention, layer norms and GELUs as single operators of onnxruntime.

@@ -67,7 +67,10 @@ _ALL = (
 MODELS: dict[str, ModelAlias] = {alias.name: alias for alias in _ALL}
 
 SMALL_STUDENTS: dict[str, int] = {"static": 256, "cnn": 128, "bilstm": 128}
-"""Student that is no transformer -> features of a token embedding; ``static-128`` sets another number."""
+"""Student that is no transformer -> features of a token embedding; ``static-128`` sets another number.
+
+Its ``model_type`` is its name after ``kdcli-``.
+"""
 
 STUDENT_REPOS: dict[str, ModelAlias] = {"tiny": MODELS["tiny"]}
 """Student preset -> its published weights; a preset that is not here has none that can be pinned."""

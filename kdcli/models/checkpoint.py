@@ -49,6 +49,7 @@ class Checkpoint:
     has_head: bool = True  # False: the classification head is newly initialised
     by_kdcli: bool = False
     notes: list[str] = field(default_factory=list)
+    placed: torch.device | None = None  # where inputs go when the weights are spread over several places
 
     @property
     def config(self) -> Any:
@@ -82,7 +83,7 @@ class Checkpoint:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.placed or next(self.model.parameters()).device
 
 
 @contextlib.contextmanager
@@ -121,7 +122,7 @@ def load(
     """
     files = safety.check_checkpoint(path)
     log = transforms.read_log(path)
-    _register_small()
+    _register_own()
     with quiet():
         if log is not None:
             model, has_head = _load_own(path, log), True
@@ -148,7 +149,7 @@ def fresh(config: Any) -> nn.Module:
     """Build an untrained classifier from a configuration, with attention that can be exported and counted."""
     from transformers import AutoModelForSequenceClassification
 
-    _register_small()
+    _register_own()
     with quiet():
         try:
             return AutoModelForSequenceClassification.from_config(
@@ -160,8 +161,9 @@ def fresh(config: Any) -> nn.Module:
             ) from error
 
 
-def _register_small() -> None:
-    """Teach transformers kdcli's own architectures; here and not above, because it imports transformers."""
+def _register_own() -> None:
+    """Teach transformers kdcli's own architectures; not at the top, because their modules import transformers."""
+    import kdcli.models.ensemble
     import kdcli.models.small  # noqa: F401
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.errors import InputError
+from kdcli.models.aliases import SMALL_STUDENTS
 from kdcli.models.layers import (
     BiasOnly,
     EmptyAttention,
@@ -99,7 +100,7 @@ def family_of(model_type: str) -> Family:
     Raises:
         InputError: kdcli cannot operate on this architecture.
     """
-    if model_type.startswith("kdcli-"):
+    if model_type.removeprefix("kdcli-") in SMALL_STUDENTS:
         raise InputError(
             f"a model of type '{model_type}' has no heads, neurons or encoder matrices that kdcli could take out",
             "make it smaller by another width, such as --student static-128, or by kdcli quantize",

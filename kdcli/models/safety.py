@@ -22,6 +22,7 @@ MAX_JSON = 10 * 2**20  # bytes
 MAX_HEADER = 16 * 2**20  # bytes; a BERT has 25 kB
 MAX_TOKENIZER = 100 * 2**20  # bytes
 MAX_SIZE = 1_000_000  # of any one number in a configuration
+MAX_WINDOWS = 32  # of a convolution, and tokens of the widest
 
 INDEX = "model.safetensors.index.json"
 
@@ -332,6 +333,16 @@ def _check_config(config: dict[str, Any], path: Path, stored: int) -> None:
             raise InputError(f"id2label in {where} must have the keys 0 to {len(names) - 1}")
         if config.get("num_labels") not in (None, len(names)):
             raise InputError(f"{where} says num_labels {config['num_labels']}, but names {len(names)} labels")
+    widths = config.get("widths")  # of the windows of a convolution
+    if widths is not None and not (
+        isinstance(widths, list)
+        and 1 <= len(widths) <= MAX_WINDOWS
+        and all(type(w) is int and 1 <= w <= MAX_WINDOWS for w in widths)
+    ):
+        raise InputError(
+            f"widths in {where} is {str(widths)[:30]}; "
+            f"at most {MAX_WINDOWS} whole numbers from 1 to {MAX_WINDOWS} are allowed"
+        )
     described = _described(config)
     if described > _EXCESS * max(stored, MAX_SIZE):
         # Building it would exhaust the memory before the mismatch with the weights is found.
@@ -339,7 +350,7 @@ def _check_config(config: dict[str, Any], path: Path, stored: int) -> None:
 
 
 def _described(config: dict[str, Any]) -> int:
-    """Parameters of the dense encoder that a configuration describes, without biases."""
+    """Parameters of the model that a configuration describes, without biases; encoders are dense."""
 
     def size(*keys: str) -> int:
         return next((config[key] for key in keys if config.get(key) is not None), 0)
@@ -347,7 +358,13 @@ def _described(config: dict[str, Any]) -> int:
     hidden, layers = size("hidden_size", "dim"), size("num_hidden_layers", "n_layers")
     inner = size("intermediate_size", "hidden_dim")
     rows = size("vocab_size") + size("max_position_embeddings") + len(config.get("id2label") or ())
-    return hidden * (rows + size("num_labels")) + layers * (4 * hidden * hidden + 2 * hidden * inner)
+    small = {  # of kdcli's students that are no transformers
+        "kdcli-static": hidden * inner,
+        "kdcli-cnn": hidden * inner * sum(config.get("widths") or ()),
+        "kdcli-bilstm": 8 * inner * (hidden + inner),
+    }.get(config["model_type"], 0)
+    encoder = layers * (4 * hidden * hidden + 2 * hidden * inner)
+    return hidden * (rows + size("num_labels")) + encoder + small
 
 
 def _check_no_code(config: dict[str, Any], path: Path) -> None:

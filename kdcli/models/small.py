@@ -19,13 +19,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from kdcli.errors import InputError
-
-PREFIX = "kdcli-"
-"""What the ``model_type`` of every model here begins with."""
-
-_WIDEST = 32  # tokens of a convolution's window
-
 
 class SmallConfig(PreTrainedConfig):
     """What the three have in common. ``max_position_embeddings`` only says where texts are cut."""
@@ -55,11 +48,6 @@ class CnnConfig(SmallConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.widths = [3, 4, 5] if self.widths is None else self.widths
-        fit = isinstance(self.widths, list) and 1 <= len(self.widths) <= _WIDEST
-        if not fit or not all(type(w) is int and 1 <= w <= _WIDEST for w in self.widths):
-            raise InputError(
-                f"widths of a '{self.model_type}' model must be a list of whole numbers from 1 to {_WIDEST}"
-            )
 
 
 class BilstmConfig(SmallConfig):
@@ -86,7 +74,7 @@ class _Small(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embeddings."""
-        self.word_embeddings = value
+        self.word_embeddings = value  # type: ignore[assignment]
 
     def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """From embeddings (B, T, D) and a mask (B, T) bool, True on real tokens, to (B, P)."""
@@ -113,7 +101,6 @@ class _Small(PreTrainedModel):
         pooled = self.pool(tokens, attention_mask.bool())
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight)
@@ -125,41 +112,32 @@ class _Small(PreTrainedModel):
 
 
 class StaticForSequenceClassification(_Small):
-    """A weighted mean and a maximum of token embeddings, and one hidden layer: no order, no context.
+    """The mean of token embeddings, and one hidden layer: no order, no context.
 
-    With embeddings e_t of the real tokens and a learned vector v, which gives every token of the vocabulary
-    a weight that is the same in every text:
+    With embeddings e_t of the T real tokens,
 
-        a_t = softmax_t(v . e_t),   m = [sum_t a_t e_t ; max_t e_t],   logits = W gelu(U norm(m) + b) + c
+        logits = W gelu(U norm(1/T sum_t e_t) + b) + c
+
+    How much a token counts is the length of its embedding: the norm takes out any factor that all have in
+    common, so a weight beside each embedding could express nothing more.
 
     Plain transformers loads it after ``import kdcli.models.small``; onnxruntime needs nothing but model.onnx.
 
-    Source: the averaging network of Iyyer et al. 2015, "Deep Unordered Composition Rivals Syntactic Methods for
-    Text Classification", ACL, equations 1 to 3. Differs: the mean is weighted, the maximum stands beside it, and
-    the mean is normalised.
+    Source: the deep averaging network of Iyyer et al. 2015, "Deep Unordered Composition Rivals Syntactic Methods
+    for Text Classification", ACL. Differs: the mean is normalised, and GELU stands for tanh.
     """
 
     config_class = StaticConfig
 
     def __init__(self, config: StaticConfig) -> None:
         super().__init__(config, config.intermediate_size)
-        self.weight_vector = nn.Parameter(torch.zeros(config.hidden_size))
-        self.norm = nn.LayerNorm(2 * config.hidden_size)
-        self.dense = nn.Linear(2 * config.hidden_size, config.intermediate_size)
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.post_init()
 
     def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Weighted mean and maximum (B, 2 D), through the hidden layer to (B, P)."""
-        scores = (tokens @ self.weight_vector).masked_fill(~mask, torch.finfo(tokens.dtype).min)
-        mean = (scores.softmax(1)[:, None] @ tokens)[:, 0]
-        pooled = self.norm(torch.cat([mean, masked_max(tokens, mask)], 1))
-        return F.gelu(self.dense(self.dropout(pooled)))
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            init.zeros_(self.weight_vector)
+        """The mean (B, D), through the hidden layer to (B, P)."""
+        return F.gelu(self.dense(self.dropout(self.norm(masked_mean(tokens, mask)))))
 
 
 class CnnForSequenceClassification(_Small):
@@ -190,7 +168,7 @@ class CnnForSequenceClassification(_Small):
         x = tokens.transpose(1, 2) * real
         found = []
         for convolution in self.convolutions:
-            width: int = convolution.kernel_size[0]  # type: ignore[union-attr, index, assignment]
+            width: int = convolution.kernel_size[0]  # type: ignore[index, assignment]
             answers = convolution(F.pad(x, ((width - 1) // 2, width // 2))).relu()
             found.append((answers * real).amax(2))  # no answer is below 0, so a 0 on padding never wins
         return torch.cat(found, 1)
@@ -220,19 +198,23 @@ class BilstmForSequenceClassification(_Small):
 
     def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Maxima and means of both directions (B, P)."""
-        lengths = mask.sum(1, keepdim=True)  # (B, 1)
         steps = torch.arange(mask.shape[1], device=mask.device)[None]
-        order = (lengths - 1 - steps).clamp(min=0)[..., None].expand_as(tokens)
+        order = (mask.sum(1, keepdim=True) - 1 - steps).clamp(min=0)[..., None].expand_as(tokens)
         ahead, back = self.forwards(tokens)[0], self.backwards(tokens.gather(1, order))[0]
-        shares = (mask.to(tokens.dtype) / lengths.clamp(min=1))[:, None]  # (B, 1, T)
-        found = [masked_max(states, mask) for states in (ahead, back)]
-        found += [(shares @ states)[:, 0] for states in (ahead, back)]
-        return torch.cat(found, 1)
+        return torch.cat(
+            [pool(states, mask) for pool in (masked_max, masked_mean) for states in (ahead, back)], 1
+        )
 
 
-def masked_max(values: Tensor, mask: Tensor) -> Tensor:
-    """Largest of (B, T, F) over the tokens where ``mask`` (B, T) is True; (B, F)."""
-    return values.masked_fill(~mask[..., None], torch.finfo(values.dtype).min).amax(1)
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of (B, T, F) over the tokens where ``mask`` (B, T) is True; (B, F)."""
+    real = mask[..., None].to(values.dtype)
+    return (values * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+def masked_max(states: Tensor, mask: Tensor) -> Tensor:
+    """Largest of (B, T, F) over the tokens where ``mask`` (B, T) is True; (B, F). States of an LSTM exceed -1."""
+    return states.masked_fill(~mask[..., None], -1.0).amax(1)
 
 
 KINDS: dict[str, tuple[Any, Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.errors import InputError, KdcliError, UsageError, did_you_mean
-from kdcli.models import transforms
+from kdcli.models import inits, transforms
+from kdcli.models.aliases import SMALL_STUDENTS, small_student
 from kdcli.models.checkpoint import Checkpoint, fresh, load
 from kdcli.models.families import FAMILIES, Family
 
@@ -33,11 +35,17 @@ class Student:
 def size_of(name: str, presets: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
     """Return (layers, hidden) of a preset or of ``LxH``; None when the name is neither.
 
+    A student that is no transformer has 0 layers.
+
     Raises:
-        UsageError: ``LxH`` with a size that makes no model.
+        UsageError: ``LxH`` or ``static-D`` with a size that makes no model.
     """
     if name in presets:
         return presets[name]
+    if (small := small_student(name)) is not None:
+        if not 8 <= small[1] <= 4096 or small[1] % 8:
+            raise UsageError(f"student '{name}' is out of range: width 8 to 4096 in steps of 8")
+        return 0, small[1]
     found = re.fullmatch(r"(\d+)x(\d+)", name)
     if not found:
         return None
@@ -59,11 +67,12 @@ def build(
     seed: int,
     hub: Callable[[str], Path],
     resolve: Callable[[str], Path],
+    vectors: Callable[[], Tensor] | None = None,
 ) -> Student:
-    """Make the student called ``name``: a preset, ``LxH``, or a checkpoint of one's own.
+    """Make the student called ``name``: a preset, ``LxH``, one that is no transformer, or a checkpoint.
 
     Args:
-        name: Preset, ``LxH`` or a model reference.
+        name: Preset, ``LxH``, ``static``, ``cnn`` or ``bilstm`` (``static-D`` for a width), or a model reference.
         teacher: Gives the vocabulary, the family and, for ``init`` teacher, the first weights.
         labels: Label names of the student's head.
         presets: Preset name -> (layers, hidden).
@@ -71,6 +80,9 @@ def build(
         seed: Of the random part.
         hub: Maps a preset to the directory of its published miniature; may raise KdcliError.
         resolve: Maps any other reference to a directory; may raise KdcliError.
+        vectors: Gives what the teacher makes of every token, :func:`kdcli.models.inits.token_vectors`; their
+            principal components are better first embeddings than the projected token table, which is taken
+            when there are none.
 
     Raises:
         UsageError: The student is neither preset nor size nor checkpoint, or ``init`` cannot be had.
@@ -80,6 +92,8 @@ def build(
     torch.manual_seed(seed)
     if size is None:
         return _own(name, teacher, labels, presets, resolve)
+    if (small := small_student(name)) is not None:
+        return _small(*small, teacher, labels, init, vectors)
     notes: list[str] = []
     reason: str | None = None
     if init in ("auto", "hub"):
@@ -94,7 +108,7 @@ def build(
     student = _blank(size, teacher, labels)
     made = Student(student, init, notes, reason)
     if init != "random":
-        copied = from_teacher(student, teacher)
+        copied = from_teacher(student, teacher, vectors)
         notes.extend(copied)
         made.init = "teacher" if copied else "random"
     return made
@@ -110,7 +124,7 @@ def _own(
     try:
         path = resolve(name)
     except InputError as error:
-        hint = did_you_mean(name, presets)
+        hint = did_you_mean(name, [*presets, *SMALL_STUDENTS])
         raise UsageError(
             f"unknown student '{name}': {hint}, LxH (such as 3x192), or a model directory"
         ) from error
@@ -119,6 +133,60 @@ def _own(
     if not student.has_head or student.labels != list(labels):
         _new_head(student, labels)
     return Student(student, "checkpoint", [])
+
+
+def _small(
+    kind: str,
+    width: int,
+    teacher: Checkpoint,
+    labels: Sequence[str],
+    init: str,
+    vectors: Callable[[], Tensor] | None,
+) -> Student:
+    from transformers import AutoConfig
+
+    if init == "hub":
+        raise UsageError(
+            f"there are no published weights of a '{kind}' student", "--init teacher or --init random"
+        )
+    config = AutoConfig.for_model(
+        f"kdcli-{kind}",
+        vocab_size=int(getattr(teacher.config, "vocab_size", len(teacher.tokenizer))),
+        hidden_size=width,
+        max_position_embeddings=teacher.max_length,
+        pad_token_id=teacher.tokenizer.pad_token_id,
+        num_labels=len(labels),
+    )
+    model: Any = fresh(config)
+    student = Checkpoint(
+        model.eval(), teacher.tokenizer, list(labels), transforms.TransformLog(), teacher.path
+    )
+    wide = int(teacher.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+    if init == "random" or width > wide:
+        return Student(student, "random")
+    table, note = token_embeddings(teacher, width, vectors)
+    if kind != "static":  # the static student normalises; the others want features of about unit variance
+        table = table * (math.sqrt(width) / inits.row_norm(table))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(table)
+    return Student(student, "teacher", [note])
+
+
+def token_embeddings(
+    teacher: Checkpoint, width: int, vectors: Callable[[], Tensor] | None
+) -> tuple[Tensor, str]:
+    """First token embeddings (V, D') of a student from its teacher, and a sentence that says how.
+
+    Without ``vectors`` they are the teacher's token table E (V, D) on its D' leading right singular vectors, the best
+    approximation of rank D' in the Frobenius norm (Eckart and Young, 1936). With them they are the principal
+    components of what the teacher makes of each token, as long as those would be.
+    """
+    table: Tensor = teacher.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    projected = (table.double() @ inits.svd_projection(table, width)).float()
+    if vectors is None:
+        return projected, f"token embeddings: {width} leading features of the teacher's table, by SVD"
+    made = inits.token_table(vectors().to(table.device), width, inits.row_norm(projected))
+    return made, f"token embeddings: {width} principal components of what the teacher makes of each token"
 
 
 def _from_hub(path: Path, teacher: Checkpoint, labels: Sequence[str]) -> Checkpoint:
@@ -138,8 +206,11 @@ def _new_head(student: Checkpoint, labels: Sequence[str]) -> None:
     config.num_labels = len(labels)
     model: Any = fresh(config)
     transforms.replay(model, student.log)
-    base = model.base_model_prefix
-    getattr(model, base).load_state_dict(getattr(student.model, base).state_dict())
+    if base := model.base_model_prefix:
+        getattr(model, base).load_state_dict(getattr(student.model, base).state_dict())
+    else:
+        state = {k: v for k, v in student.model.state_dict().items() if not k.startswith("classifier.")}
+        model.load_state_dict(state, strict=False)
     student.model, student.labels, student.has_head = model.eval(), list(labels), False
 
 
@@ -181,12 +252,13 @@ def _blank(size: tuple[int, int], teacher: Checkpoint, labels: Sequence[str]) ->
     return Checkpoint(fresh(config).eval(), tokenizer, list(labels), transforms.TransformLog(), teacher.path)
 
 
-def from_teacher(student: Checkpoint, teacher: Checkpoint) -> list[str]:
+def from_teacher(
+    student: Checkpoint, teacher: Checkpoint, vectors: Callable[[], Tensor] | None = None
+) -> list[str]:
     """Start the student from the teacher: embeddings, and lower layers where the shapes agree.
 
-    The embedding tables E (V, D) of the teacher are projected on the D' leading right singular vectors
-    of its token table, which is the best rank-D' approximation in the Frobenius norm (Eckart and Young,
-    1936); token, position and segment tables share the projection, because the model adds them.
+    A narrower student gets :func:`token_embeddings`; its position and segment tables are projected as the token
+    table would be, because the model adds them. Of equal widths the tables are copied.
 
     Returns:
         What was taken over, one sentence each; empty when nothing fits.
@@ -194,27 +266,23 @@ def from_teacher(student: Checkpoint, teacher: Checkpoint) -> list[str]:
     if student.model_type != teacher.model_type:
         return []
     family = student.family
-    notes = []
     ours = _embedding_tables(student.model, family)
     theirs = _embedding_tables(teacher.model, family)
     hidden, wide = ours["word_embeddings"].shape[1], theirs["word_embeddings"].shape[1]
-    if hidden < wide:
-        table = theirs["word_embeddings"].double()
-        _, vectors = torch.linalg.eigh(table.T @ table)  # ascending eigenvalues
-        projection = vectors[:, -hidden:].flip(1)
-        notes.append(
-            f"embeddings projected from {wide} to {hidden} features by truncated SVD of the teacher's"
-        )
-    elif hidden == wide:
-        projection = torch.eye(hidden, dtype=torch.float64, device=theirs["word_embeddings"].device)
-        notes.append("embeddings copied from the teacher")
-    else:
+    if hidden > wide:
         return []
+    notes = ["embeddings copied from the teacher"]
+    sources = dict(theirs)
+    if hidden < wide:
+        projection = inits.svd_projection(theirs["word_embeddings"], hidden)
+        sources = {name: (table.double() @ projection).float() for name, table in theirs.items()}
+        sources["word_embeddings"], note = token_embeddings(teacher, hidden, vectors)
+        notes = [note]
     with torch.no_grad():
         for name, target in ours.items():
-            source = theirs.get(name)
+            source = sources.get(name)
             if source is not None and source.shape[0] == target.shape[0]:
-                target.copy_((source.double() @ projection).to(target))
+                target.copy_(source.to(target))
     if hidden == wide and _same_layers(student, teacher):
         notes.append(_copy_lower_layers(student, teacher, family))
     return notes

@@ -97,7 +97,7 @@ def build(
             fused_result = _check(reference, fused, batches, threads) if counts else None
         if fused_result is not None and fused_result.passed:
             chosen, result, detail["fused"] = fused, fused_result, counts
-        else:
+        elif fusion.possible(plain):
             reason = (
                 "nothing fused"
                 if not counts

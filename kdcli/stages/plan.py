@@ -12,6 +12,7 @@ from kdcli import methods
 from kdcli.data import sources
 from kdcli.errors import UsageError, did_you_mean
 from kdcli.models import safety
+from kdcli.models.aliases import SMALL_STUDENTS, small_student
 from kdcli.progress import Progress
 from kdcli.report import gates
 from kdcli.stages import early
@@ -152,6 +153,8 @@ def _distill(
 ) -> tuple[float, int, int]:
     """(seconds, memory bytes, disk bytes) of teacher, outputs and student."""
     size = STUDENT_PRESETS.get(options.student)
+    if (named := small_student(options.student)) is not None:
+        size = (1, named[1])  # about what a convolution or an LSTM costs; pooled embeddings cost less
     if size is None and "x" in options.student:
         parts = options.student.split("x")
         if len(parts) == 2 and all(p.isdigit() for p in parts):
@@ -181,7 +184,8 @@ def _distill(
 
 
 def _depth(config: dict[str, Any]) -> tuple[int, int]:
-    layers = config.get("num_hidden_layers") or config.get("n_layers") or 12
+    usual = 1 if str(config.get("model_type")).removeprefix("kdcli-") in SMALL_STUDENTS else 12
+    layers = config.get("num_hidden_layers") or config.get("n_layers") or usual
     hidden = config.get("hidden_size") or config.get("dim") or 768
     return int(layers), int(hidden)
 

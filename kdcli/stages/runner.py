@@ -27,7 +27,7 @@ from kdcli.data.text import Encoded
 from kdcli.errors import InputError, ResourceError, UsageError
 from kdcli.measure import environment, quality
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models import transforms
+from kdcli.models import placement, transforms
 from kdcli.models.aliases import MODELS
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
@@ -89,7 +89,9 @@ def run(request: Request, progress: Progress) -> Outcome | None:
         dataset = load_data(request, progress)
     seed_everything(request.common.seed)
     with timings.phase("load"):
-        checkpoint = checkpoints.load(found.path, labels=dataset.label_names, device=device)
+        # A teacher that is larger than the device waits in memory, and is spread when it has to answer.
+        home = device if placement.fits(found.path, device) else torch.device("cpu")
+        checkpoint = checkpoints.load(found.path, labels=dataset.label_names, device=home)
         stage = importlib.import_module(f"kdcli.stages.{request.stage}")
         if not checkpoint.has_head and request.stage != "distill":
             raise InputError(

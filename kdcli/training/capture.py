@@ -54,6 +54,7 @@ class Capture:
         self._projected: dict[str, dict[int, Tensor]] = {"query": {}, "key": {}, "value": {}}
         self._pooled: Tensor | None = None
         self._handles: list[Any] = []
+        self._ends_at_input = False
         if not needs:
             return
         if checkpoint.model_type in FAMILIES:
@@ -92,6 +93,7 @@ class Capture:
     def _hook_layers(self, layers: list[Layer], cut: bool) -> None:
         needs, last = self.needs, len(layers)
         highest = max([*needs.hidden, *needs.attention, last if needs.pooled else 0])
+        self._ends_at_input = cut and highest == 0
         if highest > last:
             raise UsageError(f"layer {highest} was asked for, but the model has {last} layers")
         for layer in layers:
@@ -112,6 +114,8 @@ class Capture:
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._hidden[0] = args[0] if args else kwargs["hidden_states"]
+        if self._ends_at_input:
+            raise Cut
 
     def _keep_pooled(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._pooled = args[0]

@@ -43,7 +43,7 @@ def compacted(model: nn.Module, texts: Sequence[Encoded], pad_id: int) -> Iterat
         The same texts with the ids of the small table.
     """
     found = tables(model)
-    if not found or pad_id > _LARGEST_PAD:
+    if not found or pad_id > _LARGEST_PAD or _shared(model, found):
         yield list(texts)
         return
     size = found[0].num_embeddings
@@ -64,6 +64,13 @@ def compacted(model: nn.Module, texts: Sequence[Encoded], pad_id: int) -> Iterat
         for table, full in zip(found, whole, strict=True):
             full[at] = table.weight.data
             _set(table, full, table.weight.requires_grad)
+
+
+def _shared(model: nn.Module, found: list[nn.Embedding]) -> bool:
+    """Whether another module holds a table too, such as the encoder of BART: it would see ids that it cannot read."""
+    held = {id(table.weight) for table in found}
+    others = (module for module in model.modules() if module not in found)
+    return any(id(p) in held for module in others for p in module.parameters(recurse=False))
 
 
 def _set(table: nn.Embedding, weight: Tensor, requires_grad: bool) -> None:

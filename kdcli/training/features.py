@@ -123,16 +123,11 @@ class TeacherSignals:
     def _prepare(self, budget: int, progress: Progress) -> None:
         wanted = sorted(self.needs.hidden | {n - 1 for n in self.needs.attention})
         width = int(getattr(self.teacher.config, "hidden_size", 0) or 0)
-        size = len(wanted) * len(self.encoded.ids) * width * 2
-        size += len(self.encoded) * width * 4 if self.needs.pooled else 0
+        layer_size = len(self.encoded.ids) * width * 2
+        pooled_size = len(self.encoded) * width * 4
+        size = len(wanted) * layer_size + pooled_size * self.needs.pooled
         place = cache.root()
         place.mkdir(parents=True, exist_ok=True)
-        if size > min(budget, shutil.disk_usage(place).free - _SPARE_DISK):
-            shown = f"{size / 2**30:.1f} GiB of hidden states do not fit the budget"
-            progress.note(f"{shown}: the teacher runs at every step, up to the highest layer used")
-            self._live = Capture(self.teacher, self.needs, cut=True)
-            self.stored = Stored("recomputed", 0)
-            return
         key = cache.key(
             format=_FORMAT,
             model=checkpoints.weights_digest(self.teacher.path),
@@ -149,8 +144,17 @@ class TeacherSignals:
                 self.needs.pooled and not pooled.is_file(),
                 frozenset(n for n, path in paths.items() if not path.is_file()),
             )
-            if missing:
+            more = len(missing.hidden) * layer_size + pooled_size * missing.pooled
+            # What is stored already needs no room: a resumed run must read what the first one read.
+            fits = size <= budget and more <= max(0, shutil.disk_usage(place).free - _SPARE_DISK)
+            if missing and fits:
                 self._store(missing, paths, pooled, width, progress)
+        if not fits:
+            shown = f"{size / 2**30:.1f} GiB of hidden states do not fit the budget"
+            progress.note(f"{shown}: the teacher runs at every step, up to the highest layer used")
+            self._live = Capture(self.teacher, self.needs, cut=True)
+            self.stored = Stored("recomputed", 0)
+            return
         self._states = {n: np.load(path, mmap_mode="r", allow_pickle=False) for n, path in paths.items()}
         if self.needs.pooled:
             self._pooled = np.load(pooled, mmap_mode="r", allow_pickle=False)

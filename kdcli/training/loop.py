@@ -206,6 +206,10 @@ class _Run:
                 state.judge(self.model, accuracy, validation_loss, mean, options)
                 reading = f"epoch {state.epoch}/{options.epochs} loss {mean:.3f} validation {accuracy:.3f}"
                 task.advance(0, reading)
+                # Several processes agree on it, as after a step.
+                signalled = torch.tensor(float(interrupt.signal is not None), device=self.device)
+                if distributed.total(signalled) > 0:
+                    self.stop(state, interrupt)
                 if resume is not None:
                     self.keep(resume, state)
         assert state.best is not None
@@ -257,8 +261,13 @@ class _Run:
         if self.resume is not None:
             self.keep(self.resume, state)
             hint = "the same command with --resume continues after the last step"
+        after = (
+            f"in epoch {state.epoch + 1} after step {state.step}"
+            if state.step
+            else f"after epoch {state.epoch}"
+        )
         raise InterruptedRun(
-            f"{self.title} stopped in epoch {state.epoch + 1} after step {state.step}",
+            f"{self.title} stopped {after}",
             hint,
             terminated=interrupt.signal == signal.SIGTERM,
         )

@@ -9,7 +9,7 @@ import pytest
 
 from kdcli import methods
 from kdcli.data.sources import ALIASES
-from kdcli.models.aliases import MODELS
+from kdcli.models.aliases import MODELS, SMALL_STUDENTS
 from kdcli.report import io
 from kdcli.stages.base import STUDENT_PRESETS
 from tests.cli import fakes
@@ -32,7 +32,7 @@ def test_inspect_shows_facts_and_hides_nothing_in_control_characters(call: Call,
 def test_list_shows_every_name(call: Call) -> None:
     expected = {
         "models": set(MODELS),
-        "students": set(STUDENT_PRESETS),
+        "students": {*STUDENT_PRESETS, *SMALL_STUDENTS},
         "data": set(ALIASES),
         "methods": {name for family in methods.FAMILIES for name in methods.names(family)},
     }

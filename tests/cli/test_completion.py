@@ -12,7 +12,7 @@ import pytest
 
 from kdcli import methods
 from kdcli.cli.command import COMMANDS
-from kdcli.models.aliases import MODELS
+from kdcli.models.aliases import MODELS, SMALL_STUDENTS
 from kdcli.stages.base import INITS, STRATEGIES, STRUCTURES, STUDENT_PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ CASES = [
     ("kdcli lowrank model --method ", set(methods.names("lowrank"))),
     ("kdcli distill --strategy ", set(STRATEGIES)),
     ("kdcli distill --init ", set(INITS)),
-    ("kdcli distill --student ", set(STUDENT_PRESETS)),
+    ("kdcli distill --student ", {*STUDENT_PRESETS, *SMALL_STUDENTS}),
     ("kdcli distill --student tiny --teacher ", set(MODELS)),
     ("kdcli prune mini", {"minilm"}),
     ("kdcli distill --data r", {"rotten-tomatoes"}),

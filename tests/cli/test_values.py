@@ -58,7 +58,7 @@ def test_models_are_checked_without_the_network(tmp_path: Path, monkeypatch: pyt
 def test_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("own").mkdir()
-    for given in ("tiny", "medium", "3x192", "own", "out/student", "minilm"):
+    for given in ("tiny", "medium", "3x192", "static", "cnn-64", "own", "out/student", "minilm"):
         assert values.student(given) == given
     with pytest.raises(ValueError, match="did you mean 'small'"):
         values.student("smal")

@@ -29,7 +29,7 @@ class Notes(Progress):
 
 
 def request(teacher: Path, data: Path, out: Path, common: dict | None = None, **options) -> Request:
-    options = {"student": "1x16", "epochs": 3, "lr": 5e-3, "init": "teacher"} | options
+    options = {"student": "1x16", "epochs": 3, "lr": 5e-3, "init": "teacher", "augment": 0} | options
     return Request(
         stage="distill",
         model=None,
@@ -154,7 +154,7 @@ def test_label_budget_unlabelled_rows_and_control(teacher: Path, data_dir: Path,
     )
     assert outcome.report.method is not None
     detail = outcome.report.method.detail
-    assert detail["rows"] == {"labelled": 10, "unlabelled": 96 - 10 + 3}
+    assert detail["rows"] == {"labelled": 10, "unlabelled": 96 - 10 + 3, "augmented": 0}
     assert 0 <= detail["control"]["accuracy"] <= 1
     assert outcome.report.after.quality is not None
     # torch and onnxruntime agree on every answer here, so the control's reference is the report's own number.
@@ -200,9 +200,9 @@ def test_another_family_can_teach(data_dir: Path, tmp_path: Path) -> None:
         ({"student": "tini"}, {}, UsageError, "did you mean 'tiny'"),
         ({"student": "0x16"}, {}, UsageError, "out of range"),
         ({"methods": ("respons",)}, {}, UsageError, "did you mean 'response'"),
-        ({"strategy": "layerwise"}, {}, UsageError, "unknown strategy"),
+        ({"strategy": "layer-wise"}, {}, UsageError, "did you mean 'layerwise'"),
         ({"alpha": 1.5}, {}, UsageError, "outside"),
-        ({"beta": 1.0}, {}, UsageError, "feature and relation"),
+        ({"beta": 1.0}, {}, UsageError, "--beta weighs feature methods, and none was chosen"),
         ({"labels": 1}, {}, UsageError, "out of range"),
         ({}, {"settings": {"temperatur": "3"}}, UsageError, "did you mean 'temperature'"),
         ({}, {"settings": {"temperature": "-1"}}, UsageError, "temperature"),

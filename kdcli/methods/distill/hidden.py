@@ -1,4 +1,4 @@
-"""Hidden states: every token's state in a student layer follows the teacher's state in the layer it is mapped to.
+"""Hidden states: the states of a student layer follow those of the teacher layer that it is mapped to.
 
 With h_S W the projected student state and h_T the teacher's state of a real token, D features each:
 

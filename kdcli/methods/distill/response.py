@@ -29,7 +29,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     temperature: float = Field(
-        default=2.0,
+        default=1.0,
         gt=0,
         allow_inf_nan=False,
         description="T, dimensionless: logits of both models are divided by it",

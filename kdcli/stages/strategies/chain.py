@@ -13,31 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from kdcli import processes
-from kdcli.errors import UsageError
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.students import size_of
-from kdcli.stages.base import STUDENT_PRESETS
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.strategies import student as students
 from kdcli.stages.strategies import teacher_assisted
-from kdcli.stages.strategies.plan import Plan
+from kdcli.stages.strategies.plan import Plan, assistants
 from kdcli.stages.strategies.student import Taught
 from kdcli.training import distributed
-
-
-def assistants(plan: Plan) -> list[str]:
-    """Names of the assistants, largest first.
-
-    Raises:
-        UsageError: There is none, or one that is no student.
-    """
-    names = [name.strip() for name in plan.settings.assistants.split(",") if name.strip()]
-    if not names:
-        raise UsageError("--set assistants= names no assistant", "such as --set assistants=small,mini")
-    for name in names:
-        size_of(name, STUDENT_PRESETS)
-    return names
 
 
 def run(context: Context, plan: Plan) -> Applied:
@@ -46,7 +29,7 @@ def run(context: Context, plan: Plan) -> Applied:
     names = (
         [plan.options.student] * plan.settings.generations
         if own
-        else [*assistants(plan), plan.options.student]
+        else [*assistants(plan.settings), plan.options.student]
     )
     rows = students.rows_of(context, plan, context.checkpoint)
     taught_by: Sequence[Checkpoint] = [context.checkpoint, *context.more_teachers]
@@ -56,8 +39,7 @@ def run(context: Context, plan: Plan) -> Applied:
     for number, name in enumerate(names, start=1):
         last = number == len(names)
         made = students.make(context, plan, taught_by[0], name)
-        if plan.options.control and (last or own):
-            first_weights = copy.deepcopy(made.checkpoint.model.state_dict())
+        weights = copy.deepcopy(made.checkpoint.model.state_dict()) if plan.options.control else None
         title = "student" if last else f"generation {number}" if own else f"assistant {name}"
         context.progress.note(f"{title}: taught by {_name(taught_by, table)}")
         taught = students.teach(context, plan, made, taught_by, rows, title=title)
@@ -70,7 +52,7 @@ def run(context: Context, plan: Plan) -> Applied:
             }
         )
         if best is None or not own or taught.result.best_accuracy > best.result.best_accuracy:
-            best = taught
+            best, first_weights = taught, weights  # the control starts where the one that is kept started
         if not last:
             taught_by = [keep(context, taught.checkpoint, title)]
     assert best is not None

@@ -31,6 +31,11 @@ class Settings(BaseModel):
     )
     teacher_lr: float | None = Field(None, gt=0, description="its peak learning rate")
     teacher_batch_size: int = Field(32, ge=1, description="its batch size in rows")
+    teacher_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="GiB that the teacher may take of each device and of memory; the rest of it stays on disk",
+    )
     teacher_weights: str | None = Field(
         None,
         description="several teachers: weights of their probabilities, such as 0.7,0.3; equal by default",
@@ -110,12 +115,37 @@ def check(request: Request) -> Plan:
         )
     if len(options.teachers) > 1 and options.strategy in ("online", "layerwise"):
         raise UsageError(f"strategy '{options.strategy}' has one teacher; give --teacher once")
+    if options.control and options.strategy in ("online", "layerwise"):
+        raise UsageError(
+            f"strategy '{options.strategy}' has no --control", "leave --control out, or use another strategy"
+        )
+    if options.strategy == "assistant-chain":
+        assistants(settings)
+    if options.alpha is not None and all(m.KIND != "response" for m in modules.values()):
+        raise UsageError(
+            "--alpha weighs response methods, and none was chosen",
+            "add --method response, or leave --alpha out",
+        )
     hard, weights = objective.weights(
         names, modules, alpha=alpha, beta=options.beta, gamma=options.gamma, given=options.weights
     )
     chosen = [Chosen(name, modules[name], configs[name], weights[name]) for name in names]
     teacher_weights(settings, len(options.teachers))
     return Plan(options, settings, chosen, hard)
+
+
+def assistants(settings: Settings) -> list[str]:
+    """Names of the assistants, largest first.
+
+    Raises:
+        UsageError: There is none, or one of a size that makes no model.
+    """
+    names = [name.strip() for name in settings.assistants.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--set assistants= names no assistant", "such as --set assistants=small,mini")
+    for name in names:
+        students.size_of(name, STUDENT_PRESETS)
+    return names
 
 
 def teacher_weights(settings: Settings, teachers: int) -> list[float]:
@@ -153,7 +183,8 @@ def _settings(request: Request, modules: Mapping[str, ModuleType]) -> tuple[Sett
         given.setdefault("temperature", str(options.temperature))
     own: dict[str, str] = {}
     by_method: dict[str, dict[str, str]] = {name: {} for name in modules}
-    for key, value in given.items():
+    # The method's own key first, so that a plain one cannot take its place.
+    for key, value in sorted(given.items(), key=lambda item: "." not in item[0]):
         method, dot, field = key.partition(".")
         holders = [
             name

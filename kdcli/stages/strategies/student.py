@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdcli import methods
 from kdcli.data import augment, text
 from kdcli.data.text import Encoded
 from kdcli.errors import UnavailableError, UsageError
 from kdcli.methods import layer_map
 from kdcli.methods.signals import Needs
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models import neighbours, references, students
+from kdcli.models import placement, references, students
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.schema import Warning_
 from kdcli.stages.base import STUDENT_PRESETS, DistillOptions
 from kdcli.stages.context import Context
 from kdcli.stages.strategies.plan import Plan, teacher_weights
-from kdcli.training import features, objective
+from kdcli.training import features, objective, vocabulary
 from kdcli.training import teacher as teachers
 from kdcli.training.capture import Capture, shape_of
-from kdcli.training.features import TeacherSignals
+from kdcli.training.features import Stored, TeacherSignals
 from kdcli.training.loop import FitOptions, FitResult, Loss, evaluate, fit, inference
 from kdcli.training.losses import UNLABELLED, cross_entropy
+from kdcli.training.objective import Chosen
 from kdcli.training.resume import ResumePoint
 from kdcli.training.shortcut import first_token_only
 
-NEIGHBOURS = 10  # tokens that may stand for a token
+NEIGHBOURS = 8  # tokens that may stand for a token
+BATCH_SIZE = 128
+TEXTS = 75_000  # further texts in all, where --augment does not say
+MOST_VERSIONS = 16  # of one row
+SEEN = 600_000  # rows that a student sees in training, where --epochs does not say
+FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
+FIRST_PHASE = 1 / 3  # of the epochs, when there are two phases
+TRIAL_EPOCHS, TRIAL_ROWS = 3, 15_000  # of the trial that decides between one phase and two
 
 
 @dataclass
@@ -67,10 +77,8 @@ def rows_of(context: Context, plan: Plan, teacher: Checkpoint) -> Encoded:
     if not count:
         return train
     tokenizer = teacher.tokenizer
-    vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     special = set(tokenizer.all_special_ids)
-    table = teacher.model.get_input_embeddings().weight.detach()[: len(vocabulary)]  # type: ignore[operator]
-    near = neighbours.nearest(table, NEIGHBOURS, neighbours.token_groups(vocabulary, special))
+    near = vocabulary.near_tokens(teacher, NEIGHBOURS, context.progress)
     more = augment.augment(
         train,
         count,
@@ -79,17 +87,23 @@ def rows_of(context: Context, plan: Plan, teacher: Checkpoint) -> Encoded:
         mask_id=tokenizer.mask_token_id,
         neighbours=near,
     )
+    more = more.take(augment.unlike(more, train))
     context.progress.note(f"{len(more)} further texts made from {len(train)}, for the teacher to label")
     return text.concatenate(train, more, UNLABELLED)
 
 
 def augmented(plan: Plan, rows: int) -> int:
-    """How many further texts a row gets: as asked, else as many as make about 120,000 in all."""
+    """How many further texts a row gets: as asked, else as many as make about ``TEXTS`` in all."""
     if plan.options.augment is not None:
         return plan.options.augment
     if plan.hard_weight >= 1:  # nobody would look at their teacher's answers
         return 0
-    return int(min(16, max(1, round(TEXTS / rows))))
+    return min(MOST_VERSIONS, round(TEXTS / rows))
+
+
+def default_epochs(rows: int) -> int:
+    """Epochs over so many rows, augmented ones among them, that make about ``SEEN`` rows in all."""
+    return min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(SEEN / rows)))
 
 
 def make(
@@ -112,6 +126,7 @@ def make(
         seed=context.seed if seed is None else seed,
         hub=published,
         resolve=lambda ref: references.resolve(ref, offline=offline).path,
+        vectors=lambda: vocabulary.token_vectors(teacher, context.progress),
     )
     made.checkpoint.model.to(context.device)
     set_dropout(made.checkpoint.model, plan.settings.dropout)
@@ -127,11 +142,23 @@ def set_dropout(model: nn.Module, rate: float) -> None:
             module.p = rate
 
 
+def place(context: Context, plan: Plan, teacher: Checkpoint) -> None:
+    """Spread a teacher that is larger than the device, or than it may be, over all the places there are."""
+    limit = plan.settings.teacher_memory_gib
+    if teacher.placed is not None or (limit is None and teacher.device == context.device):
+        return
+    offload = context.resume_dir / f"offload-{checkpoints.weights_digest(teacher.path)[:8]}"
+    bytes_ = None if limit is None else int(limit * 2**30)
+    placement.spread(teacher, context.device, offload, bytes_)
+    context.progress.note(f"teacher {teacher.notes[-1]}")
+
+
 def soft_targets(context: Context, plan: Plan, taught_by: Sequence[Checkpoint], rows: Encoded) -> np.ndarray:
     """Logits (N, C) to imitate: the teacher's, or those of several teachers as one."""
     found = []
     for teacher in taught_by:
-        graph = context.input_graph if teacher is context.checkpoint else None
+        own = teacher is context.checkpoint and teacher.placed is None
+        graph = context.input_graph if own else None
         logits = teachers.outputs(
             teacher, rows, device=context.device, progress=context.progress, graph=graph
         )
@@ -164,43 +191,144 @@ def teach(
         rows: Training rows, augmented ones among them; labels are -100 where there are none.
         title: Of the training, for people and for its resume point.
     """
-    teacher, student = taught_by[0], made.checkpoint
-    assert rows.labels is not None
+    started = time.perf_counter()
+    for teacher in taught_by:
+        place(context, plan, teacher)
     targets = soft_targets(context, plan, taught_by, rows)
-    one, two = shape_of(student), shape_of(teacher)
-    pairs = (
-        layer_map.resolve(plan.options.layer_map, one.layers, two.layers) if one.layers and two.layers else []
-    )
-    terms, notes = objective.bind(plan.chosen, one, two, pairs, context.seed, context.device)
-    for note in notes:
-        context.progress.note(note)
-    of_student, of_teacher = objective.needs(terms)
-    budget = int(plan.settings.feature_cache_gib * 2**30)
+    lesson = _Lesson(context, plan, made.checkpoint, taught_by[0], rows, targets)
+    lesson.seconds += time.perf_counter() - started
     options = fit_options(context, plan, made, rows)
-    signals = TeacherSignals(
-        teacher, rows, targets, of_teacher, budget=budget, device=context.device, progress=context.progress
+    phases: dict[str, Any] = {"asked": plan.settings.phases}
+    two = plan.settings.phases == "two" or (
+        plan.settings.phases == "auto" and lesson.trial(options, title, phases)
     )
-    with Capture(student, of_student) as capture, first_token_only(student, of_student):
-        loss = objective.Objective(terms, plan.hard_weight, rows.labels, capture, signals, context.device)
-        result = run_fit(context, student.model, student.pad_id, rows, loss, options, title, extra=loss.extra)
-    signals.close()
+    phases["used"] = "two" if two else "one"
+    first = max(1, round(options.epochs * FIRST_PHASE)) if two and options.epochs > 1 else 0
+    steps = 0
+    if first:
+        done = lesson.features(replace(options, epochs=first, keep="last"), f"{title} features")
+        phases["first"], steps = done.detail(), done.steps
+    result = lesson.answers(replace(options, epochs=options.epochs - first), title)
+    steps += result.steps
     detail = {
         "training": result.detail(),
-        "terms": {"labels": plan.hard_weight} | {t.chosen.name: t.chosen.weight for t in terms},
-        "notes": notes,
-        "layer_map": [list(pair) for pair in pairs] if of_student.hidden or of_student.attention else [],
-        "teacher_features": asdict(signals.stored),
+        "phases": phases,
+        "terms": {"labels": plan.hard_weight} | {c.name: c.weight for c in plan.chosen},
+        "notes": lesson.notes,
+        "layer_map": lesson.pairs_read,
+        "teacher_features": asdict(lesson.stored),
+        "seconds": {"teacher": round(lesson.seconds, 1), "student": round(result.seconds, 1)},
     }
-    return Taught(made, options, result, detail, result.steps)
+    context.progress.note(
+        f"{title}: teacher {lesson.seconds:.0f} s, student {result.seconds:.0f} s at "
+        f"{result.tokens_per_s:,.0f} tokens/s, {result.padding_share:.1%} padding"
+    )
+    return Taught(made, options, result, detail, steps)
+
+
+class _Lesson:
+    """One student, its teacher and its texts: what the phases of a training share."""
+
+    def __init__(
+        self,
+        context: Context,
+        plan: Plan,
+        student: Checkpoint,
+        teacher: Checkpoint,
+        rows: Encoded,
+        targets: np.ndarray,
+    ) -> None:
+        self.context, self.plan = context, plan
+        self.student, self.teacher, self.rows, self.targets = student, teacher, rows, targets
+        one, two = shape_of(student), shape_of(teacher)
+        self.shapes = (one, two)
+        self.pairs = (
+            layer_map.resolve(plan.options.layer_map, one.layers, two.layers)
+            if one.layers and two.layers
+            else []
+        )
+        self.pairs_read: list[list[int]] = []
+        self.notes: list[str] = []
+        self.stored = Stored("not read", 0)
+        self.seconds = 0.0  # spent on the teacher
+
+    def answers(self, options: FitOptions, title: str, rows: np.ndarray | None = None) -> FitResult:
+        """The training proper: the chosen methods, and the labels."""
+        return self._fit(self.plan.chosen, self.plan.hard_weight, options, title, rows)
+
+    def features(self, options: FitOptions, title: str, rows: np.ndarray | None = None) -> FitResult:
+        """The first of two phases: match the vector that the teacher's head reads."""
+        pooled = methods.load("distill", "pooled")
+        return self._fit([Chosen("pooled", pooled, pooled.Config(), 1.0)], 0.0, options, title, rows)
+
+    def trial(self, options: FitOptions, title: str, found: dict[str, Any]) -> bool:
+        """Whether two phases beat one on validation: both run shortly, with as many steps, from the same weights."""
+        if options.epochs < 2 or not self.shapes[0].pooled or not self.shapes[1].pooled:
+            return False
+        train = len(self.context.encoded["train"])
+        some = np.arange(min(train, TRIAL_ROWS))
+        short = replace(options, epochs=TRIAL_EPOCHS, patience=None)
+        weights = copy.deepcopy(self.student.model.state_dict())
+        one = self.answers(short, f"{title} trial in one phase", some)
+        self.student.model.load_state_dict(weights)
+        self.features(replace(short, epochs=1, keep="last"), f"{title} trial features", some)
+        two = self.answers(replace(short, epochs=TRIAL_EPOCHS - 1), f"{title} trial in two phases", some)
+        self.student.model.load_state_dict(weights)
+        found["trial"] = {"one": one.best_accuracy, "two": two.best_accuracy, "rows": len(some)}
+        better = two.best_accuracy > one.best_accuracy
+        self.context.progress.note(
+            f"trial on validation: one phase {one.best_accuracy:.1%}, two {two.best_accuracy:.1%}; "
+            f"{'two' if better else 'one'} taken"
+        )
+        return better
+
+    def _fit(
+        self,
+        chosen: Sequence[Chosen],
+        hard_weight: float,
+        options: FitOptions,
+        title: str,
+        some: np.ndarray | None,
+    ) -> FitResult:
+        context, student = self.context, self.student
+        rows, targets = self.rows, self.targets
+        if some is not None:
+            rows, targets = rows.take(some), np.asarray(targets[some])
+        assert rows.labels is not None
+        terms, notes = objective.bind(chosen, *self.shapes, self.pairs, context.seed, context.device)
+        for note in notes:
+            context.progress.note(note)
+        self.notes = notes
+        of_student, of_teacher = objective.needs(terms)
+        self.pairs_read = [list(p) for p in self.pairs] if of_student.hidden or of_student.attention else []
+        started = time.perf_counter()
+        signals = TeacherSignals(
+            self.teacher,
+            rows,
+            targets,
+            of_teacher,
+            budget=int(self.plan.settings.feature_cache_gib * 2**30),
+            device=context.device,
+            progress=context.progress,
+        )
+        self.seconds += time.perf_counter() - started
+        self.stored = signals.stored
+        with Capture(student, of_student) as capture, first_token_only(student, of_student):
+            loss = objective.Objective(terms, hard_weight, rows.labels, capture, signals, context.device)
+            result = run_fit(
+                context, student.model, student.pad_id, rows, loss, options, title, extra=loss.extra
+            )
+        signals.close()
+        return result
 
 
 def fit_options(context: Context, plan: Plan, made: students.Student, rows: Encoded) -> FitOptions:
     """How to train this student."""
     options = plan.options
     return FitOptions(
-        epochs=options.epochs or EPOCHS,
+        epochs=options.epochs or default_epochs(len(rows)),
         batch_size=options.batch_size or BATCH_SIZE,
-        lr=options.lr or default_rate(int(made.checkpoint.config.hidden_size), made.init),
+        lr=options.lr or default_rate(made),
         weight_decay=plan.settings.weight_decay,
         warmup=plan.settings.warmup,
         patience=plan.settings.patience,
@@ -208,10 +336,13 @@ def fit_options(context: Context, plan: Plan, made: students.Student, rows: Enco
     )
 
 
-def default_rate(hidden: int, init: str) -> float:
-    """Peak learning rate of AdamW by the student's width; trained weights want a gentler one."""
+def default_rate(made: students.Student) -> float:
+    """Peak learning rate of AdamW by kind and width; trained weights want a gentler one."""
+    if made.checkpoint.model_type == "kdcli-static":
+        return 3e-3
+    hidden = int(made.checkpoint.config.hidden_size)
     rate = 2e-3 if hidden <= 128 else 1e-3 if hidden <= 256 else 4e-4 if hidden <= 512 else 2e-4
-    return rate / 2 if init in ("hub", "checkpoint") else rate
+    return rate / 2 if made.init in ("hub", "checkpoint") else rate
 
 
 def run_fit(
@@ -301,11 +432,6 @@ def accuracy(context: Context, model: Checkpoint, split: str) -> float:
     rows = context.encoded[split]
     found, _ = evaluate(model.model, rows, inference(rows, 128, model.pad_id), context.device)
     return found
-
-
-EPOCHS = 6
-BATCH_SIZE = 64
-TEXTS = 120_000
 
 
 def params(plan: Plan, taught: Taught) -> dict[str, Any]:
