@@ -108,7 +108,7 @@ def distill(cache: Path, out: Path, *words: str) -> tuple[dict[str, Any], dict[s
         assert process.stderr is not None
         for line in process.stderr:
             lines.append(line)
-            if line.startswith(ANNOUNCED):
+            if line.startswith(ANNOUNCED) and not line.startswith(f"{ANNOUNCED}done in"):
                 phases.append(line.removeprefix(ANNOUNCED).strip())
 
     listener = threading.Thread(target=listen)
@@ -185,7 +185,7 @@ def main() -> None:
     more = {name: last[name] - first[name] for name in first}
     if more["rows"] > 0:
         cells = [f"+{more['rows']:,}", f"+{more['tokens']:,}"]
-        cells += [f"+{more[name] / MIB:.1f} MiB" for name in sizes]
+        cells += [f"{more[name] / MIB:+.1f} MiB" for name in sizes]
         print("| " + " | ".join(cells) + " | |")
         known = more["encoded"] + more["strings"]
         print(

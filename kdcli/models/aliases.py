@@ -66,8 +66,8 @@ _ALL = (
 
 MODELS: dict[str, ModelAlias] = {alias.name: alias for alias in _ALL}
 
-SMALL_STUDENTS: dict[str, int] = {"static": 256, "cnn": 128, "bilstm": 128}
-"""Student that is no transformer -> features of a token embedding; ``static-128`` sets another number.
+SMALL_STUDENTS: dict[str, int] = {"static": 128, "cnn": 128, "bilstm": 128}
+"""Student that is no transformer -> features of a token embedding; ``static-256`` sets another number.
 
 Its ``model_type`` is its name after ``kdcli-``.
 """

@@ -34,8 +34,7 @@ class StaticConfig(SmallConfig):
     """Sizes of :class:`StaticForSequenceClassification`."""
 
     model_type = "kdcli-static"
-    hidden_size: int = 256
-    intermediate_size: int = 256  # of the hidden layer, P
+    intermediate_size: int = 512  # of the hidden layer, P
 
 
 class CnnConfig(SmallConfig):

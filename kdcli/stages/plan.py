@@ -31,6 +31,7 @@ from kdcli.stages.base import (
 # AVX-512 cores: 1.1e11 in training, 9e10 at inference; training is halved for machines without AVX-512.
 _FLOPS_TRAIN, _FLOPS_RUN = 5e10, 8e10
 _TOKENS_A_WORD = 1.4
+_SECONDS_A_ROW = 1.5e-4  # of a training step besides its products: measured with a student of 2x128
 _FIXED_SECONDS = 15.0
 
 
@@ -112,8 +113,8 @@ def plan(request: Request, progress: Progress) -> Plan:
     if isinstance(options, DistillOptions):
         from kdcli.stages import distill
 
-        distill.check(request)
-        extra = _distill(options, config, rows, tokens, cost, len(dataset.label_names), facts)
+        checked = distill.check(request)
+        extra = _distill(checked, config, rows, tokens, cost, len(dataset.label_names), facts)
         seconds, memory, written = seconds + extra[0], memory + extra[1], extra[2] + weights
     elif isinstance(options, PruneOptions):
         if options.structure not in STRUCTURES:
@@ -143,7 +144,7 @@ def plan(request: Request, progress: Progress) -> Plan:
 
 
 def _distill(
-    options: DistillOptions,
+    checked: Any,
     config: dict[str, Any],
     rows: dict[str, int],
     tokens: float,
@@ -152,6 +153,10 @@ def _distill(
     facts: dict[str, Any],
 ) -> tuple[float, int, int]:
     """(seconds, memory bytes, disk bytes) of teacher, outputs and student."""
+    from kdcli.stages import distill
+    from kdcli.stages.strategies import student as students
+
+    options: DistillOptions = checked.options
     size = STUDENT_PRESETS.get(options.student)
     if (named := small_student(options.student)) is not None:
         size = (1, named[1])  # about what a convolution or an LSTM costs; pooled embeddings cost less
@@ -167,20 +172,22 @@ def _distill(
         "has a head" if has_head else "has no head for the task: it is fine-tuned first, and cached"
     )
     train = rows["train"]
-    seconds = train * cost / _FLOPS_RUN
+    further = students.augmented(checked, train * tokens) * train
+    texts = train + further
+    epochs = options.epochs or students.default_epochs(texts * tokens)
+    facts["texts"] = f"{train} and {further} made from them, {epochs} epochs"
+    seconds = texts * cost / _FLOPS_RUN
     if not has_head:
-        # As stages.distill.teacher_epochs, which would import torch.
-        epochs = min(10, max(1, round((180 + 10 * labels) * 32 / max(train, 1))))
-        seconds += epochs * train * 3 * cost / _FLOPS_TRAIN
+        size_ = checked.settings.teacher_batch_size
+        rounds = checked.settings.teacher_epochs or distill.teacher_epochs(train, labels, size_)
+        seconds += rounds * train * 3 * cost / _FLOPS_TRAIN
+    logits = 4 * texts * labels
     if size is None:
-        return seconds + 10 * train * cost / _FLOPS_TRAIN, 0, 0
+        return seconds + epochs * texts * 3 * cost / _FLOPS_TRAIN, 0, logits
     small = _flops_a_row(*size, tokens)
-    # A small student's step is dominated by the update of its embedding table: 12 bytes a weight and step.
-    steps = (options.epochs or 10) * train / (options.batch_size or 32)
-    update = steps * vocabulary * size[1] * 12 / 1e10
-    seconds += (options.epochs or 10) * train * 3 * small / _FLOPS_TRAIN + update
+    seconds += epochs * texts * (3 * small / _FLOPS_TRAIN + _SECONDS_A_ROW)
     parameters = vocabulary * size[1] + 12 * size[0] * size[1] ** 2
-    return seconds * (2 if options.control else 1), 16 * parameters, 8 * parameters
+    return seconds * (2 if options.control else 1), 16 * parameters, 8 * parameters + logits
 
 
 def _depth(config: dict[str, Any]) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +30,23 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
     layers = encoder_layers(checkpoint.model, checkpoint.family)
     hidden = int(config.hidden_size)
     return Shape(len(layers), hidden, int(config.num_attention_heads), classes, hidden)
+
+
+def check_layers(layers: Sequence[Layer], needs: Needs) -> None:
+    """Refuse layers that a model does not have, and attention where pruning left no heads.
+
+    Raises:
+        UsageError: Says which layer.
+    """
+    highest = max([*needs.hidden, *needs.attention, 0])
+    if highest > len(layers):
+        raise UsageError(f"layer {highest} was asked for, but the model has {len(layers)} layers")
+    for number in sorted(needs.attention):
+        if not layers[number - 1].heads:
+            raise UsageError(
+                f"layer {number} has no attention heads left, so there is no attention to compare",
+                "give pairs without it by --layer-map, or use a method that reads hidden states or answers",
+            )
 
 
 class Capture:
@@ -92,10 +109,9 @@ class Capture:
 
     def _hook_layers(self, layers: list[Layer], cut: bool) -> None:
         needs, last = self.needs, len(layers)
+        check_layers(layers, needs)
         highest = max([*needs.hidden, *needs.attention, last if needs.pooled else 0])
         self._ends_at_input = cut and highest == 0
-        if highest > last:
-            raise UsageError(f"layer {highest} was asked for, but the model has {last} layers")
         for layer in layers:
             number = layer.index + 1
             if number == 1 and 0 in needs.hidden:

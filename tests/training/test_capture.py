@@ -206,6 +206,16 @@ def test_a_layer_that_is_not_there_is_refused() -> None:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_layer_without_heads_has_states_but_no_attention(family: str) -> None:
+    made, batch = tiny.checkpoint(family), tiny.batch(family)
+    encoder_layers(made.model, made.family)[0].keep_heads([])
+    found = signals(made, batch, Needs(hidden=frozenset({1}), attention=frozenset({2})))
+    assert found.hidden[1].shape == (*batch["input_ids"].shape, 32)
+    with pytest.raises(UsageError, match="layer 1 has no attention heads left"):
+        Capture(made, Needs(attention=frozenset({1, 2})))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_shape_of_every_family(family: str) -> None:
     for layers, hidden in itertools.product((1, 3), (16, 32)):
         made = tiny.untrained(family, layers=layers, hidden=hidden, heads=2)

@@ -18,6 +18,7 @@ import torch
 from kdcli import cache
 from kdcli.data import batching, sources, text
 from kdcli.data.text import Encoded
+from kdcli.errors import UsageError
 from kdcli.methods.signals import Needs, Signals
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
@@ -215,6 +216,19 @@ def test_files_belong_to_a_teacher_and_to_rows(teacher: Checkpoint, rows: Encode
         assert not seen
     assert len(stored_files()) == 3
     assert not list((cache.root() / "features").glob(".*"))  # nothing half-written
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_layers_that_cannot_be_read_are_refused_at_once(
+    teacher: Checkpoint, rows: Encoded, budget: int
+) -> None:
+    pruned = replace(teacher, model=copy.deepcopy(teacher.model))
+    encoder_layers(pruned.model, pruned.family)[1].keep_heads([])
+    with passes(pruned) as seen:
+        for number, words in ((2, "layer 2 has no attention heads left"), (4, "layer 4 was asked for")):
+            with pytest.raises(UsageError, match=words):
+                made(pruned, rows, Needs(attention=frozenset({number})), budget)
+        assert not seen
 
 
 def test_an_interruption_leaves_no_half_written_file(

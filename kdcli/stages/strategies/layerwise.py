@@ -112,12 +112,12 @@ def run(context: Context, plan: Plan) -> Applied:
         [m.checkpoint.model for m in members],
         made.checkpoint.model.get_input_embeddings().weight.data,  # type: ignore[operator]
     ).to(context.device)
-    students.set_dropout(model, plan.settings.dropout)
+    whole = Checkpoint(model, teacher.tokenizer, list(names), TransformLog(), teacher.path)
+    students.set_dropout(whole, plan.settings.dropout)
     options = students.fit_options(context, plan, made, rows)
     result = students.run_fit(
         context, model, teacher.pad_id, rows, _loss(context, plan, rows, targets), options, "ensemble"
     )
-    whole = Checkpoint(model, teacher.tokenizer, list(names), TransformLog(), teacher.path)
     _weigh(context, whole, table)
     detail: dict[str, Any] = {"training": result.detail(), "ensemble": {"members": count}}
     for split in ("validation", "test"):

@@ -45,7 +45,12 @@ class Settings(BaseModel):
     )
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps with a rising rate")
     weight_decay: float = Field(0.01, ge=0, description="of AdamW, on matrices")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the student while it trains")
+    dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="of the student while it trains; by default 0, for static, cnn, bilstm 0.2",
+    )
     augment_seed: int = Field(
         0, ge=0, description="of the further texts; not --seed, so that runs share the teacher's outputs"
     )
