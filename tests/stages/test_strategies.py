@@ -26,7 +26,7 @@ def distill(teachers: list[Path], data: Path, out: Path, settings: dict | None =
         stage="distill",
         model=None,
         options=DistillOptions(teachers=tuple(map(str, teachers)), **given),
-        common=Common(out=out, data=str(data), settings=settings or {}),
+        common=Common(out=out, data=str(data), settings={"phases": "one"} | (settings or {})),
         argv=("kdcli", "distill"),
     )
     outcome = runner.run(request, Progress())
@@ -279,3 +279,31 @@ def test_a_teacher_larger_than_its_memory_teaches_from_disk(
     # The logits come from torch and not from onnxruntime: float32 rounding, through some steps of training.
     assert all(torch.allclose(one[k], two[k], atol=1e-3) for k in one)
     assert not list(tmp_path.glob(".*"))  # what was offloaded is gone
+
+
+def test_two_phases_are_taken_when_the_trial_says_so(teacher: Path, data_dir: Path, tmp_path: Path) -> None:
+    auto = distill([teacher], data_dir, tmp_path / "auto", {"phases": "auto"}).report.method.detail
+    trial = auto["phases"]["trial"]
+    assert auto["phases"]["used"] == ("two" if trial["two"] > trial["one"] else "one")
+    assert trial["rows"] == 96
+    # The trial leaves no trace: the student is the one that is trained when the answer is given beforehand.
+    told = distill([teacher], data_dir, tmp_path / "told", {"phases": auto["phases"]["used"]})
+    for name in ("model.safetensors", "model.onnx"):
+        assert (tmp_path / "auto" / name).read_bytes() == (told.path / name).read_bytes()
+
+
+def test_the_first_of_two_phases_takes_a_third_of_the_epochs(
+    teacher: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    detail = distill([teacher], data_dir, tmp_path / "out", {"phases": "two"}, epochs=6).report.method.detail
+    assert detail["phases"]["first"]["epochs"] == 2
+    assert detail["training"]["epochs"] == 4
+
+
+@pytest.mark.parametrize("student", ["static", "cnn", "bilstm"])
+def test_students_that_are_no_transformers_learn_in_two_phases(
+    student: str, teacher: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    report = distill([teacher], data_dir, tmp_path / "out", {"phases": "two"}, student=student).report
+    assert report.method.detail["phases"]["used"] == "two"
+    assert report.after.quality.accuracy.value == by_onnxruntime(tmp_path / "out", data_dir)
