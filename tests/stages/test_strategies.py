@@ -263,7 +263,9 @@ def test_features_from_disk_and_recomputed_train_alike(teacher: Path, data_dir: 
 
 def test_augmented_texts_are_unlabelled_and_counted(teacher: Path, data_dir: Path, tmp_path: Path) -> None:
     report = distill([teacher], data_dir, tmp_path / "out", augment=3).report
-    assert report.method.detail["rows"] == {"labelled": 96, "unlabelled": 0, "augmented": 288}
+    rows = report.method.detail["rows"]
+    assert (rows["labelled"], rows["unlabelled"]) == (96, 0)
+    assert 192 < rows["augmented"] <= 288  # short texts repeat each other, and repeats are left out
     none = distill([teacher], data_dir, tmp_path / "none", augment=0).report
     assert none.method.detail["rows"]["augmented"] == 0
 

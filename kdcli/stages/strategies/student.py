@@ -45,6 +45,7 @@ FURTHER_TOKENS = 850_000  # of the further texts, for the teacher to read
 SEEN_TOKENS = 4_800_000  # that the student reads in training
 MOST_VERSIONS = 16  # of one row
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
+CONTROL_STEPS = 50  # the fewest of an epoch
 FIRST_PHASE = 1 / 3  # of the epochs, when there are two phases
 TRIAL_EPOCHS, TRIAL_ROWS = 3, 15_000  # of the trial that decides between one phase and two
 
@@ -412,8 +413,12 @@ def control(
     assert labelled.labels is not None
     if not len(labelled):
         raise UsageError("--control needs labelled rows")
-    steps_an_epoch = -(-len(labelled) // taught.options.batch_size)
-    epochs = max(1, round(taught.steps / steps_an_epoch))
+    size = taught.options.batch_size
+    # Few rows are repeated until an epoch has some steps: an epoch ends with a validation.
+    repeats = -(-CONTROL_STEPS * size // len(labelled))
+    labelled = labelled.take(np.tile(np.arange(len(labelled)), max(1, repeats)))
+    assert labelled.labels is not None
+    epochs = max(1, round(taught.steps / -(-len(labelled) // size)))
     options = FitOptions(**(asdict(taught.options) | {"epochs": epochs, "patience": None}))
     loss = cross_entropy(labelled.labels, context.device)
     with first_token_only(other, Needs()):
