@@ -130,6 +130,10 @@ def _own(
         ) from error
     student = load(path, labels=labels)
     _same_vocabulary(student, teacher, str(path))
+    if student.model_type == "kdcli-ensemble":
+        raise InputError(
+            f"{path} is an ensemble, which can teach but not be a student", "name a student such as tiny"
+        )
     if not student.has_head or student.labels != list(labels):
         _new_head(student, labels)
     return Student(student, "checkpoint", [])
