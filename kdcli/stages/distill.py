@@ -17,7 +17,7 @@ from kdcli.models import references
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.strategies.plan import Plan, check
-from kdcli.stages.strategies.student import options_of
+from kdcli.stages.strategies.student import options_of, precheck
 from kdcli.training import teacher as teachers
 from kdcli.training.loop import FitOptions
 from kdcli.training.losses import UNLABELLED
@@ -31,6 +31,7 @@ def prepare(context: Context) -> None:
     """Give every teacher a head for the task, and apply the label budget."""
     plan = check(context.request)
     options = options_of(context)
+    precheck(context, plan)
     train = context.encoded["train"]
     assert train.labels is not None
     if options.labels is not None:

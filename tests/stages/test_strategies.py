@@ -309,3 +309,25 @@ def test_students_that_are_no_transformers_learn_in_two_phases(
     report = distill([teacher], data_dir, tmp_path / "out", {"phases": "two"}, student=student).report
     assert report.method.detail["phases"]["used"] == "two"
     assert report.after.quality.accuracy.value == by_onnxruntime(tmp_path / "out", data_dir)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"methods": ("dkd",)}, "at least 3 classes"),
+        ({"methods": ("logit-standardisation",)}, "two"),
+        ({"methods": ("hidden",), "student": "cnn"}, "layers"),
+        ({"methods": ("hidden",), "layer_map": "1:5"}, "2"),
+        ({"layer_map": "3:1"}, "1"),
+    ],
+)
+def test_what_means_nothing_here_is_refused_before_the_teacher_is_trained(
+    options: dict, words: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tiny.untrained()
+    made.model.bert.save_pretrained(tmp_path / "encoder")
+    made.tokenizer.save_pretrained(tmp_path / "encoder")
+    monkeypatch.setattr("kdcli.training.teacher.fine_tuned", lambda *_, **__: pytest.fail("trained first"))
+    with pytest.raises(UsageError, match=words):
+        distill([tmp_path / "encoder"], data_dir, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

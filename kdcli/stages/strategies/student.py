@@ -18,7 +18,7 @@ from kdcli.data import augment, text
 from kdcli.data.text import Encoded
 from kdcli.errors import UnavailableError, UsageError
 from kdcli.methods import layer_map
-from kdcli.methods.signals import Needs
+from kdcli.methods.signals import Needs, Setting, Shape, check
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import placement, references, students
 from kdcli.models.checkpoint import Checkpoint
@@ -71,6 +71,26 @@ def options_of(context: Context) -> DistillOptions:
     options = context.request.options
     assert isinstance(options, DistillOptions)
     return options
+
+
+def precheck(context: Context, plan: Plan) -> None:
+    """Refuse methods and layer maps that mean nothing for these models, before anything is trained.
+
+    Raises:
+        UsageError: Says which and why.
+    """
+    size = students.size_of(plan.options.student, STUDENT_PRESETS)
+    if size is None:  # a checkpoint of the user's own: known when it is loaded
+        return
+    teacher = shape_of(context.checkpoint)
+    teacher = replace(teacher, classes=len(context.checkpoint.labels))
+    student = Shape(*size, max(1, size[1] // students.HEAD_SIZE), teacher.classes, size[1])
+    spec = plan.options.layer_map
+    pairs = (
+        layer_map.resolve(spec, student.layers, teacher.layers) if student.layers and teacher.layers else []
+    )
+    for one in plan.chosen:
+        check(one.module, Setting(one.config, student, teacher, pairs))
 
 
 def rows_of(context: Context, plan: Plan, teacher: Checkpoint) -> Encoded:
