@@ -39,8 +39,12 @@ class ResumePoint:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / _TENSORS)
         content = {"identity": self.identity, "state": dict(state)}
         (temporary / _STATE).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
-        shutil.rmtree(self.directory, ignore_errors=True)
+        old = self._old
+        shutil.rmtree(old, ignore_errors=True)
+        if self.directory.exists():
+            os.replace(self.directory, old)  # a crash from here on leaves the previous state there
         os.replace(temporary, self.directory)
+        shutil.rmtree(old, ignore_errors=True)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return tensors and state, or None when there is nothing to resume.
@@ -49,12 +53,13 @@ class ResumePoint:
             UsageError: The stored run had other options, data or weights; says which.
             InputError: The stored state is broken.
         """
-        if not (self.directory / _STATE).exists():
+        place = self.directory if self.directory.exists() else self._old
+        if not (place / _STATE).exists():
             return None
         try:
-            content = json.loads((self.directory / _STATE).read_text(encoding="utf-8"))
+            content = json.loads((place / _STATE).read_text(encoding="utf-8"))
             stored, state = content["identity"], content["state"]
-            tensors = load_file(self.directory / _TENSORS)
+            tensors = load_file(place / _TENSORS)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise InputError(
                 f"the resume point {self.directory} is broken: {error}", "delete it, or run without --resume"
@@ -75,6 +80,11 @@ class ResumePoint:
     def clear(self) -> None:
         """Forget the stored state."""
         shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    @property
+    def _old(self) -> Path:
+        return self.directory.with_name(self.directory.name + ".old")
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -290,3 +290,29 @@ def test_learning_rate_rises_then_falls() -> None:
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0 < rates[-1] < OPTIONS.lr / 50
+
+
+def test_a_crash_while_a_point_is_replaced_leaves_the_previous_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os as system
+
+    point = ResumePoint(tmp_path / "point", {"data": "x"})
+    point.save({"a": torch.zeros(1)}, {"step": 1})
+    real, calls = system.replace, []
+
+    def crash_at_the_second(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kdcli.training.resume.os.replace", crash_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            point.save({"a": torch.ones(1)}, {"step": 2})
+    stored = ResumePoint(tmp_path / "point", {"data": "x"}).load()
+    assert stored is not None
+    assert stored[1] == {"step": 1}
+    point.save({"a": torch.ones(1)}, {"step": 3})
+    assert point.load()[1] == {"step": 3}

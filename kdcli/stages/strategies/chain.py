@@ -3,7 +3,8 @@
 ``assistant-chain`` puts students of middling size between teacher and student (Mirzadeh et al. 2020, "Improved
 Knowledge Distillation via Teacher Assistant", arXiv:1902.03393). ``self`` lets a student teach its own successor
 of the same size (Furlanello et al. 2018, "Born-Again Neural Networks", arXiv:1805.04770); of its generations the
-one with the best validation accuracy is the result, not their ensemble.
+one with the best validation accuracy is the result, not their ensemble; and a successor starts from its predecessor's
+weights, as every student does from its teacher's where the sizes agree, unless ``--init random`` says otherwise.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -343,12 +344,11 @@ class _Lesson:
         )
         self.seconds += time.perf_counter() - started
         self.stored = signals.stored
-        with Capture(student, of_student) as capture, first_token_only(student, of_student):
+        with closing(signals), Capture(student, of_student) as capture, first_token_only(student, of_student):
             loss = objective.Objective(terms, hard_weight, rows.labels, capture, signals, context.device)
             result = run_fit(
                 context, student.model, student.pad_id, rows, loss, options, title, extra=loss.extra
             )
-        signals.close()
         return result
 
 
@@ -475,7 +475,7 @@ def params(plan: Plan, taught: Taught) -> dict[str, Any]:
         "strategy": plan.options.strategy,
         "student": plan.options.student,
         "init": taught.made.init,
-        "alpha": 1 - plan.hard_weight,
+        "alpha": round(1 - plan.hard_weight, 9),
         "methods": {c.name: c.config.model_dump() | {"weight": c.weight} for c in plan.chosen},
         "epochs": options.epochs,
         "lr": options.lr,
