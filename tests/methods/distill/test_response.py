@@ -156,7 +156,7 @@ def test_precision_is_kept_and_half_precision_lifted(given: torch.dtype, result:
     found = loss(student, teacher, Config())
     assert found.dtype == result
     # The rounding of the inputs is shared with the reference, so only the arithmetic is judged.
-    want = naive(student.double().numpy(), teacher.double().numpy(), 2.0)
+    want = naive(student.double().numpy(), teacher.double().numpy(), Config().temperature)
     assert float(found) == pytest.approx(want, rel=1e-5)
 
 
