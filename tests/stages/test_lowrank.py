@@ -49,7 +49,6 @@ def context_of(made, work: Path, *, settings=None, seed: int = 0, **options) -> 
         device=torch.device("cpu"),
         seed=seed,
         progress=Progress(),
-        work=work,
         resume_dir=work / "resume",
     )
 

@@ -55,7 +55,6 @@ def context_of(
         device=torch.device("cpu"),
         seed=seed,
         progress=Progress(),
-        work=work,
         resume_dir=work / "resume",
     )
 

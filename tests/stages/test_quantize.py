@@ -43,7 +43,6 @@ def context_of(made, work: Path, *, settings=None, **options) -> Context:
         device=torch.device("cpu"),
         seed=0,
         progress=Progress(),
-        work=work,
         resume_dir=work / "resume",
     )
 
