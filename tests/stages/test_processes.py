@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from kdcli.models import checkpoint as checkpoints
 from tests import tiny
@@ -74,11 +73,12 @@ def test_two_processes_train_what_one_trains(
     for x, y in zip(a["history"], b["history"], strict=True):
         assert x["validation_accuracy"] == pytest.approx(y["validation_accuracy"], abs=1 / 32 + 1e-9)
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-3)
-    # AdamW divides by the root of squared gradients, which turns rounding of tiny ones into steps of the size of
-    # the rate (5e-3); after 40 steps most weights agree to 1e-4 and none is off by more than a few steps.
+    # AdamW divides by the root of squared gradients, which turns rounding of tiny ones into steps of up to the rate
+    # (5e-3), and which weights that strikes differs by processor. The distance of all weights, relative to their
+    # norm, was 5e-4 where it was measured; another seed is 0.27 away.
     left, right = (checkpoints.load(p).model.state_dict() for p in (one, out))
-    assert max(float((left[k] - right[k]).abs().max()) for k in left) < 2e-2
-    assert min(float(torch.isclose(left[k], right[k], atol=1e-4).float().mean()) for k in left) > 0.9
+    apart = sum(float((left[k] - right[k]).double().square().sum()) for k in left)
+    assert (apart / sum(float(left[k].double().square().sum()) for k in left)) ** 0.5 < 1e-2
 
 
 def test_two_processes_train_the_teacher_too(data_dir: Path, tmp_path: Path) -> None:
