@@ -10,7 +10,6 @@ from typing import Any
 
 from kdcli import methods
 from kdcli.data import sources
-from kdcli.errors import UsageError, did_you_mean
 from kdcli.models import safety
 from kdcli.models.aliases import SMALL_STUDENTS, small_student
 from kdcli.progress import Progress
@@ -18,7 +17,6 @@ from kdcli.report import gates
 from kdcli.stages import early
 from kdcli.stages.base import (
     SPLIT_SEED,
-    STRUCTURES,
     STUDENT_PRESETS,
     DistillOptions,
     LowRankOptions,
@@ -117,13 +115,10 @@ def plan(request: Request, progress: Progress) -> Plan:
         extra = _distill(checked, config, rows, tokens, cost, len(dataset.label_names), facts)
         seconds, memory, written = seconds + extra[0], memory + extra[1], extra[2] + weights
     elif isinstance(options, PruneOptions):
-        if options.structure not in STRUCTURES:
-            raise UsageError(
-                f"unknown structure '{options.structure}': {did_you_mean(options.structure, STRUCTURES)}"
-            )
-        method = options.method or STRUCTURES[options.structure]
-        methods.parse_settings(methods.load("prune", method), common.settings)
-        facts |= {"structure": options.structure, "method": method}
+        from kdcli.stages.pruning import plan as pruning
+
+        chosen = pruning.check(request)
+        facts |= {"structure": options.structure, "method": chosen.name}
         seconds += (
             1024 * 8 * 3 * cost / _FLOPS_TRAIN + options.epochs * rows["train"] * 3 * cost / _FLOPS_TRAIN
         )

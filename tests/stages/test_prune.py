@@ -262,7 +262,7 @@ def test_recovery_trains_what_is_left_and_keeps_the_zeros(
         ({"schedule": "oneshot"}, "did you mean 'one-shot'"),
         ({"method": "tailor"}, "did you mean 'taylor'"),
         ({"method": "magnitude"}, "does not prune heads\\+neurons"),
-        ({"structure": "weights", "method": "taylor"}, "use --method magnitude"),
+        ({"structure": "weights", "method": "taylor"}, "use magnitude"),
         ({"sparsity": 0.3, "budget": 0.7}, "give one of them"),
         ({"sparsity": 1.0}, "outside"),
         ({"sparsity": -0.1}, "outside"),

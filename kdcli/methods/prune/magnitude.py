@@ -18,6 +18,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from kdcli.methods.pruning import WeightJob
+
+STRUCTURES = ("weights",)
+
 
 class Config(BaseModel):
     """Parameters of magnitude pruning."""
@@ -47,6 +51,11 @@ def masks(weights: Mapping[str, Tensor], sparsity: float, config: Config) -> dic
     return {
         name: part.view(w.shape).to(w.device) for (name, w), part in zip(weights.items(), flat, strict=True)
     }
+
+
+def zero(job: WeightJob, config: Config) -> dict[str, Tensor]:
+    """Which weights stay, by their magnitude."""
+    return masks({name: layer.weight for name, layer in job.matrices.items()}, job.pattern.sparsity, config)
 
 
 def _magnitudes(weight: Tensor) -> Tensor:

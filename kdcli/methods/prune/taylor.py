@@ -21,7 +21,7 @@ layers compete for one budget, for which their scores must stay in one unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from kdcli.methods.prune_budget import Units
+from kdcli.methods.prune_budget import search
+from kdcli.methods.pruning import Batch, Found, UnitJob, Units
 from kdcli.models.families import Layer
 
 Score = Literal["absolute", "squared"]
-Batch = tuple[Mapping[str, Tensor], Tensor]
-"""Model inputs, and the labels (B,) whose cross entropy is the loss."""
+STRUCTURES = ("heads", "neurons", "heads+neurons")
 
 
 class Config(BaseModel):
@@ -137,6 +137,19 @@ def importance(
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
     return total, loss_sum / rows
+
+
+def prune(job: UnitJob, config: Config) -> Found:
+    """Cut by Taylor importance, estimated again after every part of the cut where the schedule says so."""
+    steps = config.steps if job.iterative else 1
+    with job.progress.task("importance", steps * len(job.batches)) as task:
+
+        def counted() -> Iterator[Batch]:
+            for batch in job.batches:
+                yield batch
+                task.advance()
+
+        return search(job, lambda: importance(job.model, job.layers, counted(), config.score), steps)
 
 
 def _multiply(gate: Tensor, width: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
