@@ -29,7 +29,7 @@ from kdcli.methods.layer_map import need_layers
 from kdcli.methods.signals import Needs, Setting, Signals, Step
 
 KIND = "feature"
-WEIGHT = 1.0
+WEIGHT = 0.01
 
 
 class Config(BaseModel):
