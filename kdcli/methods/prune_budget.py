@@ -57,6 +57,22 @@ def layer_macs(layer: Layer, tokens: float) -> float:
     return tokens * (weights + layer.heads * layer.head_size * 2 * tokens)
 
 
+def macs_at_width(layers: Sequence[Layer], tokens: float, width: int) -> float:
+    """MACs that :func:`layer_macs` would find in all layers together at a residual stream of ``width`` features."""
+    total = 0.0
+    for layer in layers:
+        readers = [layer.query, layer.key, layer.value] if layer.heads else []
+        readers += [layer.ffn_in] if layer.neurons else []
+        writers = [layer.attention_output] if layer.heads else []
+        writers += [layer.ffn_out] if layer.neurons else []
+        now = sum(r.in_features * _outer(r, 0) for r in readers) + sum(
+            w.out_features * _outer(w, 1) for w in writers
+        )
+        then = sum(width * _outer(r, 0) for r in readers) + sum(width * _outer(w, 1) for w in writers)
+        total += layer_macs(layer, tokens) + tokens * (then - now)
+    return total
+
+
 def table_row(layer: Layer, tokens: float, when: str) -> dict[str, Any]:
     """Sizes of one layer for the report's table; ``when`` is ``before`` or ``after``."""
     return {
@@ -137,7 +153,12 @@ def choose(scores: Units, cost: Units, budget: float) -> Units:
     return scores.like(kept)
 
 
-def search(job: UnitJob, estimate: Callable[[], tuple[Units, float]], steps: int) -> Found:
+def search(
+    job: UnitJob,
+    estimate: Callable[[], tuple[Units, float | None]],
+    steps: int,
+    pick: Callable[[Units, Units, float], Units] = choose,
+) -> Found:
     """Cut the least important units out of a model, in place, until what they cost is gone.
 
     Every step estimates the importance of what is left and removes an equal part of the cost. One step is
@@ -145,8 +166,9 @@ def search(job: UnitJob, estimate: Callable[[], tuple[Units, float]], steps: int
 
     Args:
         job: The model and what has to go.
-        estimate: Gives the scores of all units that the model has now, and its loss.
+        estimate: Gives the scores of all units that the model has now, and its loss where it has one.
         steps: At least 1.
+        pick: Which units stay, from their scores, their costs and a budget.
 
     Returns:
         The cut, and for each step the loss before it and the units left after it.
@@ -158,7 +180,7 @@ def search(job: UnitJob, estimate: Callable[[], tuple[Units, float]], steps: int
     for step in range(1, steps + 1 if job.remove > 0 else 1):
         scores, loss = estimate()
         budget = prunable - job.remove * step / steps
-        chosen = choose(scores.only(job.structure), job.price(job.layers).only(job.structure), budget)
+        chosen = pick(scores.only(job.structure), job.price(job.layers).only(job.structure), budget)
         now = [
             {i: np.flatnonzero(x).tolist() for i, x in enumerate(part) if not x.all()}
             for part in (chosen.heads, chosen.neurons)
@@ -187,3 +209,10 @@ def _inputs(layer: Projection) -> int:
 
 def _outputs(layer: Projection) -> int:
     return layer.rank if isinstance(layer, LowRankLinear) else layer.out_features
+
+
+def _outer(layer: Projection, side: int) -> int:
+    """Weights that each feature of the residual stream has in a layer that reads (0) or writes (1) it."""
+    if isinstance(layer, LowRankLinear):
+        return layer.rank
+    return layer.in_features if side else layer.out_features

@@ -9,8 +9,14 @@ and for ``weights`` and ``n:m``
 
     zero(job: WeightJob, config: Config) -> dict[str, Tensor]      True where a weight stays
 
-which may also change the weights that stay. Both kinds of ``Config`` have ``samples`` and ``batch_size`` when they
-read training rows.
+which may also change the weights that stay; weights that are zero already go first. One that finds them by
+training says ``TRAINED = True`` instead, and its stage knows how. For ``layers``, ``width`` and ``vocab`` it has
+
+    choose(job: LayerJob, config: Config) -> Chosen         says which layers stay
+    narrow(job: WidthJob, config: Config) -> Chosen         cuts features of job.model, in place
+    keep(job: TokenJob, config: Config) -> ndarray (V,)     True where a token stays
+
+Every ``Config`` has ``samples`` and ``batch_size`` when its method reads training rows.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from kdcli.models.families import Layer
+from kdcli.models.families import Family, Layer
 from kdcli.models.transforms import Cut
 from kdcli.progress import Progress
 
@@ -72,6 +78,9 @@ class UnitJob:
     iterative: bool = True  # judge again after every part of the cut
     seed: int = 0
     progress: Progress = field(default_factory=Progress)
+    #: What a method found out about the model as it came, by a name of its own: the same model may come again
+    #: with another ``remove``.
+    memo: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -87,9 +96,9 @@ class Found:
 class Pattern:
     """Which zeros are asked for: a share of the weights, or of every M neighbours along the input only N stay."""
 
-    sparsity: float = 0.0
+    sparsity: float = 0.0  # the share; with N of M it is 1 - N / M
     n: int = 0
-    m: int = 0  # 0: the share counts
+    m: int = 0  # 0: the share alone counts
 
 
 @dataclass(frozen=True)
@@ -97,8 +106,57 @@ class WeightJob:
     """Single weights to set to zero in one model."""
 
     model: nn.Module  # in eval mode
-    matrices: Mapping[str, nn.Linear]  # dotted name -> layer, from the first to the last
+    layers: Sequence[Layer]  # its encoder layers
+    matrices: Mapping[
+        str, nn.Linear
+    ]  # dotted name -> layer, from the first to the last; all of them in layers
     pattern: Pattern
     batches: Sequence[Batch]
     seed: int = 0
     progress: Progress = field(default_factory=Progress)
+
+
+@dataclass(frozen=True)
+class LayerJob:
+    """Whole encoder layers to drop from one model."""
+
+    model: nn.Module  # in eval mode
+    family: Family
+    prices: np.ndarray  # (L,), what each layer costs
+    remove: float  # in the unit of the prices; less than all layers cost
+    batches: Sequence[Batch]
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass(frozen=True)
+class WidthJob:
+    """Features of the residual stream to cut out of one model."""
+
+    model: nn.Module  # in eval mode
+    family: Family
+    keep: int  # features, at least 1
+    batches: Sequence[Batch]
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass
+class Chosen:
+    """What stays of the layers or features, in their numbering before and their order, and how it was found."""
+
+    keep: list[int]
+    trace: list[dict[str, Any]] = field(default_factory=list)  # one entry a step
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenJob:
+    """Tokens to drop from a model and its tokenizer."""
+
+    counts: np.ndarray  # (V,), how often each token occurs in the given texts
+    protected: np.ndarray  # (V,) bool, True where a token has to stay
+
+
+def some_rows(batches: Sequence[Batch], rows: int) -> list[Batch]:
+    """Every so many rows of every batch, about ``rows`` in all; batches of all lengths are among them."""
+    every = max(1, round(sum(len(labels) for _, labels in batches) / rows))
+    return [({name: x[::every] for name, x in inputs.items()}, labels[::every]) for inputs, labels in batches]

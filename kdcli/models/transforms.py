@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from kdcli.errors import InputError
+from kdcli.models import families
 from kdcli.models.families import encoder_layers, family_of
 from kdcli.models.layers import LowRankLinear
 
@@ -41,6 +42,33 @@ class Factorise(_Transform):
     ranks: dict[str, int]
 
 
+class Layers(_Transform):
+    """Encoder layers that were dropped: those that stayed, in their numbering before."""
+
+    op: Literal["layers"] = "layers"
+    keep: list[int]
+    #: As in :class:`Cut`.
+    in_config: bool = False
+
+
+class Width(_Transform):
+    """Features of the residual stream that stayed, in their numbering before.
+
+    ``config.json`` keeps the width of before, which also gives the size of the heads.
+    """
+
+    op: Literal["width"] = "width"
+    keep: list[int]
+
+
+class Vocab(_Transform):
+    """Tokens that were dropped, from the tokenizer and the embedding alike; ``config.json`` has the new number."""
+
+    op: Literal["vocab"] = "vocab"
+    before: int
+    after: int
+
+
 class Zero(_Transform):
     """Weights set to zero; shapes are unchanged, so replaying it does nothing."""
 
@@ -59,7 +87,7 @@ class Quantise(_Transform):
     tensors: list[str]  # names of the integer tensors; each has its scale in "<name>_scale"
 
 
-Transform = Annotated[Cut | Factorise | Zero | Quantise, Field(discriminator="op")]
+Transform = Annotated[Cut | Layers | Width | Vocab | Factorise | Zero | Quantise, Field(discriminator="op")]
 
 
 class TransformLog(BaseModel):
@@ -101,8 +129,10 @@ def write_log(log: TransformLog, directory: Path) -> None:
     (directory / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def apply(model: nn.Module, transform: Cut | Factorise | Zero | Quantise) -> None:
+def apply(model: nn.Module, transform: Transform) -> None:
     """Change the shapes of ``model`` as ``transform`` says, in place.
+
+    A :class:`Vocab` changes nothing here: a model made from its configuration has the new size already.
 
     Raises:
         InputError: The transform does not fit the model (a log from another model).
@@ -110,6 +140,15 @@ def apply(model: nn.Module, transform: Cut | Factorise | Zero | Quantise) -> Non
     if isinstance(transform, Cut):
         if not transform.in_config:
             _cut(model, transform)
+    elif isinstance(transform, Layers):
+        if not transform.in_config:
+            family = family_of(str(_config(model).model_type))
+            _check_kept("layers", transform.keep, len(encoder_layers(model, family)))
+            families.keep_layers(model, family, transform.keep)
+    elif isinstance(transform, Width):
+        family = family_of(str(_config(model).model_type))
+        _check_kept("features", transform.keep, families.width_of(model, family))
+        families.keep_features(model, family, transform.keep)
     elif isinstance(transform, Factorise):
         for name, rank in transform.ranks.items():
             factorise(model, name, rank)
@@ -119,6 +158,15 @@ def replay(model: nn.Module, log: TransformLog) -> None:
     """Apply every transform of ``log``, oldest first."""
     for transform in log.transforms:
         apply(model, transform)
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
+
+
+def _check_kept(what: str, kept: list[int], have: int) -> None:
+    if not kept or any(not 0 <= i < have for i in kept) or len(set(kept)) != len(kept):
+        raise InputError(f"{FILE} keeps {what} that the model does not have (it has {have})")
 
 
 def _cut(model: nn.Module, cut: Cut) -> None:
@@ -163,10 +211,11 @@ def factorise(model: nn.Module, name: str, rank: int) -> LowRankLinear:
 def settle_in_config(model: nn.Module, log: TransformLog) -> None:
     """Move cuts that ``config.json`` can express into it, so that plain transformers loads the result.
 
-    Possible when no layer lost a head, nothing is factorised and all layers have equally many neurons.
+    Possible when no layer lost a head, nothing is factorised, all layers have equally many neurons and the
+    residual stream has its width.
     """
-    cuts = [t for t in log.transforms if isinstance(t, Cut)]
-    if not cuts or any(isinstance(t, Factorise) for t in log.transforms):
+    cuts = [t for t in log.transforms if isinstance(t, Cut | Layers)]
+    if not cuts or any(isinstance(t, Factorise | Width) for t in log.transforms):
         return
     config: Any = model.config
     family = family_of(config.model_type)
@@ -175,5 +224,6 @@ def settle_in_config(model: nn.Module, log: TransformLog) -> None:
     if len(sizes) != 1 or 0 in sizes or any(layer.heads != config.num_attention_heads for layer in layers):
         return
     setattr(config, family.ffn_size_key, sizes.pop())
+    config.num_hidden_layers = len(layers)
     for cut in cuts:
         cut.in_config = True

@@ -119,9 +119,24 @@ def importance(
     Returns:
         The scores as float64, and the mean loss of the rows in nats.
     """
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
     total = Units([np.zeros(x.heads) for x in layers], [np.zeros(x.neurons) for x in layers])
     loss_sum, rows = 0.0, 0
+    for loss, found in row_gradients(model, layers, batches):
+        for sums, grads in ((total.heads, found.heads), (total.neurons, found.neurons)):
+            for at, grad in zip(sums, grads, strict=True):
+                at += reduce_rows(grad, score).cpu().numpy()
+        loss_sum, rows = loss_sum + loss, rows + len(found.heads[0])
+    return total, loss_sum / rows
+
+
+def row_gradients(
+    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Batch]
+) -> Iterator[tuple[float, Gates]]:
+    """For every batch, its rows' summed loss and the gradient of each row's loss with respect to its gates.
+
+    The weights are frozen until the last batch, or until the iterator is closed.
+    """
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
@@ -129,14 +144,10 @@ def importance(
             with torch.enable_grad(), gated(layers, len(labels)) as gates:
                 loss = F.cross_entropy(model(**inputs).logits.float(), labels, reduction="sum")
                 found = gradients(loss, gates)
-            for sums, grads in ((total.heads, found.heads), (total.neurons, found.neurons)):
-                for at, grad in zip(sums, grads, strict=True):
-                    at += reduce_rows(grad, score).cpu().numpy()
-            loss_sum, rows = loss_sum + float(loss.detach()), rows + len(labels)
+            yield float(loss.detach()), found
     finally:
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
-    return total, loss_sum / rows
 
 
 def prune(job: UnitJob, config: Config) -> Found:

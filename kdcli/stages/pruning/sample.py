@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -10,6 +12,12 @@ from kdcli.methods.pruning import Batch
 from kdcli.stages.context import Context
 from kdcli.training.batches import model_inputs
 from kdcli.training.losses import UNLABELLED
+
+
+def of(context: Context, config: Any) -> list[Batch]:
+    """The batches that a method's settings ask for; none for a method that reads no rows."""
+    samples = getattr(config, "samples", 0)
+    return batches(context, samples, config.batch_size) if samples else []
 
 
 def batches(context: Context, samples: int, batch_size: int) -> list[Batch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdcli.errors import InputError
 from kdcli.methods.pruning import Pattern, WeightJob
@@ -13,7 +14,7 @@ from kdcli.models.layers import projections
 from kdcli.models.transforms import Zero
 from kdcli.report.schema import Method, Warning_
 from kdcli.stages.context import Applied, Context
-from kdcli.stages.pruning import sample
+from kdcli.stages.pruning import gradual, movement, sample
 from kdcli.stages.pruning.plan import Plan
 from kdcli.stages.recovery import recover
 
@@ -30,31 +31,39 @@ def apply(context: Context, plan: Plan) -> Applied:
     matrices = {n: layer for n, layer in projections(checkpoint.model).items() if n.startswith(prefix)}
     if not matrices:
         raise InputError("the model's encoder has no weights left to prune")
-    assert plan.sparsity is not None
-    samples = getattr(plan.config, "samples", 0)
-    batches = sample.batches(context, samples, plan.config.batch_size) if samples else []
-    job = WeightJob(
-        checkpoint.model, matrices, Pattern(plan.sparsity), batches, context.seed, context.progress
-    )
-    gone = {name: ~kept for name, kept in plan.module.zero(job, plan.config).items()}
-
-    def zero() -> None:
-        with torch.no_grad():
-            for name, layer in matrices.items():
-                layer.weight.masked_fill_(gone[name], 0.0)
-
-    zero()
+    layers = encoder_layers(checkpoint.model, checkpoint.family)
+    pattern = plan.n_of_m or Pattern(plan.sparsity or 0.0)
+    batches = sample.of(context, plan.config)
+    job = WeightJob(checkpoint.model, layers, matrices, pattern, batches, context.seed, context.progress)
     detail: dict[str, Any] = {"note": _ZEROS}
-    if plan.options.epochs:
-        detail["recovery"] = recover(context, **plan.training, after_step=zero)
+    found: dict[str, Tensor]
+    if getattr(plan.module, "TRAINED", False):
+        found, detail["recovery"] = movement.weights(context, plan, job)
+    elif plan.options.schedule == "gradual":
+        found, detail["steps"], detail["recovery"] = gradual.weights(context, plan, job)
+    else:
+        found = plan.module.zero(job, plan.config)
+    with torch.no_grad():
+        for name, layer in matrices.items():
+            layer.weight.masked_fill_(~found[name], 0.0)
     zeros = {f"{name}.weight": int((layer.weight == 0).sum()) for name, layer in matrices.items()}
-    checkpoint.log.transforms.append(Zero(sparsity=plan.sparsity, tensors=zeros))
+    checkpoint.log.transforms.append(Zero(sparsity=pattern.sparsity, tensors=zeros))
+    if plan.options.epochs and "recovery" not in detail:
+        detail["recovery"] = recover(context, **plan.training)
     total, gone_now = sum(layer.weight.numel() for layer in matrices.values()), sum(zeros.values())
     detail |= {"weights": total, "zeros": gone_now, "zero_share": gone_now / total}
     table = []
-    for layer in encoder_layers(checkpoint.model, checkpoint.family):
-        own = [x.weight for x in projections(layer.module).values()]
+    for one in layers:
+        own = [x.weight for x in projections(one.module).values()]
         counts = {"weights": sum(w.numel() for w in own), "zeros": sum(int((w == 0).sum()) for w in own)}
-        table.append({"layer": layer.index, **counts})
+        table.append({"layer": one.index, **counts})
+    warnings = [Warning_(code="zeros-not-smaller", message=_ZEROS)]
+    rest = [name for name, layer in matrices.items() if pattern.m and layer.in_features % pattern.m]
+    if rest:
+        detail["not_whole"] = rest
+        text = f"in {len(rest)} of {len(matrices)} matrices the input width is no multiple of {pattern.m}"
+        warnings.append(
+            Warning_(code="rest-dense", message=f"{text}: their last few columns keep all weights")
+        )
     method = Method(name=plan.name, params=plan.params, detail=detail, layers=table)
-    return Applied(checkpoint, method, warnings=[Warning_(code="zeros-not-smaller", message=_ZEROS)])
+    return Applied(checkpoint, method, warnings=warnings)
