@@ -115,7 +115,9 @@ class LowRankOptions:
     method: str = "whitening"
     budget: float | None = None
     energy: float | None = None
-    rank: int | None = None
+    rank: int | str | None = None  # a number, or "evbmf"
+    target_speedup: float | None = None
+    merge: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     epochs: int = 0

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.data.text import Encoded
+from kdcli.models.layers import LowRankEmbedding
 
 _LARGEST_PAD = 1024  # a padding id above it would keep too many rows in front of it
 
@@ -27,6 +28,7 @@ def tables(model: nn.Module) -> list[nn.Embedding]:
     kind: Any = model
     named = getattr(kind, "token_tables", None)
     found = list(named()) if named is not None else [kind.get_input_embeddings()]
+    found = [table.token_embeddings if isinstance(table, LowRankEmbedding) else table for table in found]
     return [table for table in found if isinstance(table, nn.Embedding)]
 
 
