@@ -6,8 +6,8 @@ when they share a right factor, or an embedding table. Letters: B rows, T tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -216,9 +216,9 @@ def _calls(model: nn.Module, family: Family, samples: Sequence[Sample]) -> tuple
 
 
 def _reaching(
-    layer: nn.Module, name: str, call: _Call, hidden: Tensor, also: str | None
+    layer: nn.Module, call: _Call, hidden: Tensor, path: str, also: str | None
 ) -> dict[str, Tensor]:
-    """Run ``layer`` until its linear layer ``name`` is reached; the input of it and of ``also``."""
+    """Run ``layer`` until its part ``path`` is reached; the inputs of it and of ``also``."""
     found: dict[str, Tensor] = {}
 
     def note(key: str, stop: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -229,7 +229,7 @@ def _reaching(
 
         return hook
 
-    handles = [layer.get_submodule(name).register_forward_pre_hook(note(name, True))]
+    handles = [layer.get_submodule(path).register_forward_pre_hook(note(path, True))]
     if also is not None:
         handles.append(layer.get_submodule(also).register_forward_pre_hook(note(also, False)))
     try:
@@ -243,15 +243,16 @@ def _reaching(
 
 def _watched(
     layer: nn.Module, paths: Iterable[str], call: _Call, hidden: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run ``layer``; its output, and those of the layers inside it that ``paths`` name."""
-    found: dict[str, Tensor] = {}
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Run ``layer``; its output, and inputs and outputs of its parts ``paths``."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
-        found[name] = y
+        inputs[name], outputs[name] = x, y
 
     with watching({path: layer.get_submodule(path) for path in paths}, see):
-        return call(layer, hidden), found
+        return call(layer, hidden), inputs, outputs
 
 
 @dataclass(frozen=True)
@@ -274,7 +275,6 @@ def replace_all(
     samples: Sequence[Sample],
     fit: Fit,
     *,
-    copy: Callable[[nn.Module], nn.Module],
     done: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Install every unit of ``ranks`` in the order in which the model runs them.
@@ -293,7 +293,6 @@ def replace_all(
         solve: Solves a problem up to a rank.
         samples: Calibration rows.
         fit: The mode.
-        copy: Makes a copy of an encoder layer.
         done: Called once an encoder layer.
 
     Returns:
@@ -311,50 +310,64 @@ def replace_all(
     for index, layer in enumerate(modules):
         prefix = f"{family.layers}.{index}."
         own = {m.removeprefix(prefix): u for m, u in wanted.items() if m.startswith(prefix)}
-        dense = copy(layer) if own else layer
+        if not own:
+            changed = given is not exact
+            for at, call in enumerate(calls):
+                if changed:
+                    given[at] = call(layer, given[at])
+                exact[at] = call(layer, exact[at])
+            done()
+            continue
+        if given is exact:
+            given = list(exact)
+        # The dense layer runs once; what its parts get is kept until the layer is done.
+        kept: list[dict[str, Tensor]] = []
+        after: list[Tensor] = []
+        for call, right in zip(calls, exact, strict=True):
+            output, inputs, _ = _watched(layer, {*own, family.ffn_in}, call, right)
+            after.append(output)
+            kept.append(inputs)
         for group in _groups(family):
             todo = list({own[path].name: own[path] for path in group if path in own}.values())
             new = {unit.name: found[unit.name] for unit in todo}
             if todo and fit.mode != "off":
-                new = _fitted(
-                    layer,
-                    dense,
-                    family,
-                    group,
-                    todo,
-                    prefix,
-                    calls,
-                    exact,
-                    given,
-                    samples,
-                    fit,
-                    problem,
-                    solve,
-                    ranks,
+                moments = _moments(
+                    layer, family, group, todo, prefix, calls, exact, given, kept, samples, fit
                 )
+                for unit in todo:
+                    here = problem(unit, moments[unit.name])
+                    if fit.mode == "targets":
+                        here = factors.refit(here, moments[unit.name], ridge=fit.ridge)
+                    new[unit.name] = solve(here, ranks[unit.name])
             for unit in todo:
                 install(model, unit, new[unit.name], ranks[unit.name])
-        sums = {path: torch.zeros(2, dtype=torch.float64) for path in own}
-        means = {path: found[unit.name] for path, unit in own.items()}
-        if own and given is exact:
-            given = list(exact)
-        for at, call in enumerate(calls):  # in place: hidden states are the larger part of the memory
-            exact[at], outputs = _watched(dense, own, call, exact[at])
-            if given is exact:
-                continue
-            given[at], changed = _watched(layer, own, call, given[at])
-            for path, unit in own.items():
-                counted, weights = samples[at].of(unit)
-                y, z = outputs[path][counted], changed[path][counted]
-                mean = _mean_output(unit, means[path], prefix + path)
-                both = torch.stack([(z - y).square().sum(1), (y - mean).square().sum(1)])
-                sums[path] += (both if weights is None else both * weights).sum(1).cpu()
-        for name in {u.name for u in own.values()}:
-            whole = torch.stack([sums[path] for path, unit in own.items() if unit.name == name])
-            wrong, spread = whole.sum(0)
-            errors[name] = float(wrong / spread) if spread else 0.0
+        sums = {unit.name: torch.zeros(2, dtype=torch.float64) for unit in own.values()}
+        for at, call in enumerate(calls):
+            given[at], _, outputs = _watched(layer, own, call, given[at])
+            for name in sums:
+                sums[name] += _difference(units[name], prefix, found[name], kept[at], outputs, samples[at])
+        exact = after
+        errors |= {n: float(wrong / spread) if spread else 0.0 for n, (wrong, spread) in sums.items()}
         done()
     return errors
+
+
+def _difference(
+    unit: Unit,
+    prefix: str,
+    found: Factors,
+    inputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    sample: Sample,
+) -> Tensor:
+    """(2,) float64: squared distance of a unit's outputs from the dense ones, and of those from their mean."""
+    assert isinstance(unit.dense, nn.Linear)
+    paths = [member.removeprefix(prefix) for member in unit.members]
+    counted, weights = sample.of(unit)
+    y = nn.functional.linear(inputs[paths[0]][counted], unit.dense.weight, unit.dense.bias)
+    now = torch.cat([outputs[path][counted] for path in paths], dim=1)
+    both = torch.stack([(now - y).square().sum(1), (y - found.output.to(y)).square().sum(1)]).double()
+    return (both if weights is None else both * weights).sum(1).cpu()
 
 
 def _groups(family: Family) -> list[tuple[str, ...]]:
@@ -366,16 +379,8 @@ def _groups(family: Family) -> list[tuple[str, ...]]:
     ]
 
 
-def _mean_output(unit: Unit, found: Factors, member: str) -> Tensor:
-    """Mean output (O,) of one layer of a unit in the dense model; without a bias the origin."""
-    share = len(found.output) // len(unit.members)
-    at = unit.members.index(member)
-    return found.output[at * share : (at + 1) * share].to(unit.dense.weight)
-
-
-def _fitted(
+def _moments(
     layer: nn.Module,
-    dense: nn.Module,
     family: Family,
     group: tuple[str, ...],
     todo: Sequence[Unit],
@@ -383,40 +388,100 @@ def _fitted(
     calls: Sequence[_Call],
     exact: Sequence[Tensor],
     given: Sequence[Tensor],
+    kept: Sequence[Mapping[str, Tensor]],
     samples: Sequence[Sample],
     fit: Fit,
-    problem: Callable[[Unit, Moments], Problem],
-    solve: Callable[[Problem, int], Factors],
-    ranks: Mapping[str, int],
-) -> dict[str, Factors]:
-    """Factors of the units of one group, which all read the same tensor, on the inputs they get now."""
+) -> dict[str, Moments]:
+    """Moments of the units of one group, which all read the same tensor, on the inputs they get now.
+
+    ``exact`` and ``given`` are the inputs of the layer in the dense model and now, ``kept`` what the parts of the
+    dense layer got.
+    """
     first = todo[0].members[0].removeprefix(prefix)
     # What the residual stream carries past the group has an error already; its projection can take it back.
     past = family.ffn_in if group == (family.ffn_out,) else None
-    targets = fit.mode == "targets"
     moments: dict[str, Moments] = {}
-    for sample, call, right, ours in zip(samples, calls, exact, given, strict=True):
-        new = _reaching(layer, first, call, ours, past)
-        old = _reaching(dense, first, call, right, past) if targets else new
+    for sample, call, right, ours, old in zip(samples, calls, exact, given, kept, strict=True):
+        new = _reaching(layer, call, ours, first, past)
         for unit in todo:
             assert isinstance(unit.dense, nn.Linear)
             u = _inner(unit, new[first])
             counted, weights = sample.of(unit)
-            if unit.name not in moments:
-                size = unit.dense.out_features if targets else 0
-                moments[unit.name] = Moments(u.shape[-1], u.device, size)
-            y = None
-            if targets:
-                y = nn.functional.linear(old[first][counted], unit.dense.weight, unit.dense.bias)
+            targets = None
+            if fit.mode == "targets":
+                targets = nn.functional.linear(old[first][counted], unit.dense.weight, unit.dense.bias)
                 if group == (family.attention_output,):
-                    y = y + (right - ours)[counted]
+                    targets = targets + (right - ours)[counted]
                 elif past is not None:
-                    y = y + (old[past] - new[past])[counted]
-            moments[unit.name].add(u[counted], y, weights)
-    made = {}
-    for unit in todo:
-        own = problem(unit, moments[unit.name])
-        if targets:
-            own = factors.refit(own, moments[unit.name], ridge=fit.ridge)
-        made[unit.name] = solve(own, ranks[unit.name])
-    return made
+                    targets = targets + (old[past] - new[past])[counted]
+            if unit.name not in moments:
+                size = 0 if targets is None else targets.shape[1]
+                moments[unit.name] = Moments(u.shape[-1], u.device, size)
+            moments[unit.name].add(u[counted], targets, weights)
+    return moments
+
+
+@dataclass(frozen=True)
+class States:
+    """``logits`` (B, C) of every batch, ``inputs`` of every encoder layer: (B, T, D) of every batch."""
+
+    logits: list[Tensor]
+    inputs: list[list[Tensor]]
+    tuples: bool  # whether layers return a tuple
+
+
+@contextmanager
+def run_from(model: nn.Module, family: Family, index: int, states: States) -> Iterator[None]:
+    """Inside the block the model starts at its encoder layer ``index``: those before it hand on ``states``.
+
+    Args:
+        model: Any whose encoder passes a hidden state from layer to layer.
+        family: Of the model.
+        index: Of the first layer that runs.
+        states: Of the batches that will run, in that order.
+    """
+    layers: Any = model.get_submodule(family.layers)
+    before = [layers[at] for at in range(index)]
+    for at in range(index):
+        layers[at] = _Given(states, at + 1 if at == index - 1 else None)
+    try:
+        yield
+    finally:
+        for at, layer in enumerate(before):
+            layers[at] = layer
+
+
+class _Given(nn.Module):
+    """Stands where an encoder layer was; gives what layer ``at`` got of the next batch, or what it is given."""
+
+    def __init__(self, states: States, at: int | None) -> None:
+        super().__init__()
+        self.as_tuple = states.tuples
+        self.states = None if at is None else iter(states.inputs[at])
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        state = hidden_states if self.states is None else next(self.states)
+        return (state,) if self.as_tuple else state
+
+
+@torch.no_grad()
+def states_of(model: nn.Module, family: Family, batches: Sequence[Batch]) -> States:
+    """Run the batches and keep what :func:`run_from` needs."""
+    layers: Any = model.get_submodule(family.layers)
+    found: list[list[Tensor]] = [[] for _ in layers]
+    tuples = []
+
+    def note(at: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            found[at].append(args[0] if args else kwargs["hidden_states"])
+            tuples.append(isinstance(output, tuple))
+
+        return hook
+
+    handles = [layer.register_forward_hook(note(at), with_kwargs=True) for at, layer in enumerate(layers)]
+    try:
+        logits = [model(**batch).logits for batch in batches]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return States(logits, found, any(tuples))

@@ -268,8 +268,13 @@ def _piece(layer: Conv, inputs: int, outputs: int, groups: int, axes: tuple[int,
     def on(values: Sequence[int], otherwise: int) -> tuple[int, ...]:
         return tuple(values[a] if a in axes else otherwise for a in range(count))
 
-    # 'same' pads by the taps of the factor itself.
-    padding = layer.padding if isinstance(layer.padding, str) else on(layer.padding, 0)
+    padding: tuple[int, ...] | str
+    if layer.padding == "same":
+        spans = on([d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)], 0)
+        # As numbers where they are even on both sides: onnxruntime refuses 'same' beside a dilation.
+        padding = "same" if any(span % 2 for span in spans) else tuple(span // 2 for span in spans)
+    else:
+        padding = on((0,) * count if isinstance(layer.padding, str) else layer.padding, 0)
     return _Piece(
         inputs=inputs,
         outputs=outputs,

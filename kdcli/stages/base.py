@@ -112,7 +112,7 @@ class PruneOptions:
 class LowRankOptions:
     """``kdcli lowrank``."""
 
-    method: str = "whitening"
+    method: str = "two-sided"
     budget: float | None = None
     energy: float | None = None
     rank: int | str | None = None  # a number, or "evbmf"

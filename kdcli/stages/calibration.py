@@ -11,13 +11,18 @@ from kdcli.data.text import Encoded
 from kdcli.stages.context import Context
 from kdcli.training.batches import model_inputs
 
+MOST_TOKENS = 16384
+"""Of a calibration: ten for every feature of a wide encoder, which is enough for its covariances."""
+
 _BATCH_TOKENS = 4096
 
 
 def sample(context: Context, count: int) -> Encoded:
-    """Training rows, drawn by the seed."""
+    """Training rows, drawn by the seed: ``count`` of them, fewer where their texts are long."""
     train = context.encoded["train"]
-    return train.take(np.random.default_rng(context.seed).permutation(len(train))[:count])
+    order = np.random.default_rng(context.seed).permutation(len(train))[:count]
+    fitting = int(np.searchsorted(np.cumsum(train.lengths[order]), MOST_TOKENS, side="right"))
+    return train.take(order[: max(1, fitting)])
 
 
 def indexed(context: Context, rows: Encoded) -> list[tuple[np.ndarray, dict[str, Tensor]]]:

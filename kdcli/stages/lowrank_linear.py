@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +24,7 @@ from kdcli.stages.products import Clock
 from kdcli.training.losses import UNLABELLED
 
 _HELD = 4  # one row in four of the calibration rows judges the shares of a budget
-_ALONE_ROWS = 96  # held rows on which each layer is factorised alone
+_ALONE_ROWS = 64  # held rows on which each layer is factorised alone
 _ALLOCATION = ("even", "weighted", "between")
 
 
@@ -184,21 +183,23 @@ class Work:
         """Divergence of the model with each unit alone factorised, at every rank: predicted, then measured."""
         rows = held.take(np.arange(min(_ALONE_ROWS, len(held))))
         batches = calibration.batches(self.context, rows)
-        dense = calibration.logits(self.model, batches)
+        family = self.context.checkpoint.family
+        states = sequential.states_of(self.model, family, batches)
         damage = {}
-        measured: dict[str, list[float]] = {}
+        measured: dict[str, dict[int, float]] = {}
         with self.context.progress.task("each layer alone", len(self.units)) as task:
             for name, unit in self.units.items():
                 curve = self.found[name].damage
                 assert curve is not None
-                limit = self.sizes[name].break_even
-                at = sorted({max(1, int(limit * part)) for part in (0.3, 0.6)})
-                measured[name] = []
-                for rank in at:
-                    sequential.install(self.model, unit, self.found[name], rank)
-                    measured[name].append(rank_budget.divergence(self.model, dense, batches))
-                    self._dense(unit)
-                damage[name] = rank_budget.scaled(curve, at, measured[name])
+                rank = max(1, int(self.sizes[name].break_even / 2))
+                inside = name.removeprefix(family.layers + ".")
+                layer = 0 if unit.table else int(inside.partition(".")[0])
+                sequential.install(self.model, unit, self.found[name], rank)
+                with sequential.run_from(self.model, family, layer, states):
+                    found = rank_budget.divergence(self.model, states.logits, batches)
+                self._dense(unit)
+                measured[name] = {rank: found}
+                damage[name] = rank_budget.scaled(curve, [rank], [found])
                 task.advance()
         detail["alone"] = {"rows": len(rows), "kl": measured}
         return damage
@@ -319,7 +320,6 @@ class Work:
                 self.solve,
                 self.samples,
                 fit,
-                copy=copy.deepcopy,
                 done=task.advance,
             )
 

@@ -72,14 +72,17 @@ def full(layer: Conv) -> Ranks:
 
 def ladder(layer: Conv) -> list[Ranks]:
     """Ranks of rising cost and falling error, each the best that the start offers for its parameters."""
-    most, dense = full(layer), sum(p.numel() for p in layer.parameters())
-    if not conv_factors.spatial_axes(layer):
-        choices = [(r, r) for r in _some(most[0])]
-    else:
-        choices = [(a, b) for a in _some(most[0]) for b in _some(most[1]) if _fits(layer, a, b)]
-    cost = np.array([conv_factors.parameters(layer, "tucker2", choice) for choice in choices])
+    dense = sum(p.numel() for p in layer.parameters())
     kept = _modes(layer).kept
-    energy = np.array([kept[b - 1, a - 1] for a, b in choices])
+    (outputs, inputs), (b_most, a_most) = conv_factors.channels(layer), kept.shape
+    choices = [
+        (a, b)
+        for a in sorted({*_some(a_most), inputs})
+        for b in sorted({*_some(b_most), outputs})
+        if _clip(layer, a, b) == (a, b)
+    ]
+    cost = np.array([conv_factors.parameters(layer, "tucker2", choice) for choice in choices])
+    energy = np.array([kept[min(b, b_most) - 1, min(a, a_most) - 1] for a, b in choices])
     found: list[int] = []
     best = -1.0
     # By cost, then by energy: what keeps no more than something cheaper is no step.
@@ -98,10 +101,13 @@ def by_rank(layer: Conv, rank: int) -> Ranks:
 def by_energy(layer: Conv, energy: float) -> Ranks:
     """The ranks with the fewest parameters among those whose kernel keeps this share of the squared weights."""
     kept = _modes(layer).kept
+    outputs, inputs = conv_factors.channels(layer)
     enough = kept >= energy * kept[-1, -1] * (1 - 1e-12)
-    choices = [
-        _clip(layer, a + 1, int(enough[:, a].argmax()) + 1) for a in range(kept.shape[1]) if enough[-1, a]
-    ]
+    choices = []
+    for a in (*range(1, kept.shape[1] + 1), inputs):
+        column = enough[:, min(a, kept.shape[1]) - 1]
+        if column[-1]:
+            choices += [_clip(layer, a, int(column.argmax()) + 1), _clip(layer, a, outputs)]
     return min(choices, key=lambda ranks: conv_factors.parameters(layer, "tucker2", ranks))
 
 
@@ -187,18 +193,21 @@ def _columns(vectors: Tensor, count: int) -> Tensor:
     return torch.nn.functional.pad(vectors, (0, max(0, count - vectors.shape[1])))[:, :count]
 
 
-def _clip(layer: Conv, inputs: int, outputs: int) -> Ranks:
-    """The nearest ranks none of which is more than the other and the taps can use."""
-    most = full(layer)
-    a, b, taps = min(inputs, most[0]), min(outputs, most[1]), int(np.prod(layer.kernel_size))
-    if not conv_factors.spatial_axes(layer):
-        return min(a, b), min(a, b)
-    b = min(b, a * taps)
-    return min(a, b * taps), b
+def _clip(layer: Conv, a: int, b: int) -> Ranks:
+    """The nearest ranks that the layer has, and neither more than the other and the taps can use.
 
-
-def _fits(layer: Conv, inputs: int, outputs: int) -> bool:
-    return _clip(layer, inputs, outputs) == (inputs, outputs)
+    All channels of a side are left as they are: that side then has no factor.
+    """
+    outputs, inputs = conv_factors.channels(layer)
+    taps = int(np.prod(layer.kernel_size))
+    if taps == 1:
+        return (min(a, b, inputs, outputs),) * 2
+    a, b = min(a, inputs), min(b, outputs)
+    if b < outputs:
+        b = min(b, a * taps)
+    if a < inputs:
+        a = min(a, b * taps)
+    return a, b
 
 
 def _some(most: int) -> list[int]:
