@@ -9,7 +9,7 @@ import numpy as np
 STEPS = 56
 
 
-def spread(costs: Sequence[int]) -> list[int]:
+def spread(costs: Sequence[int] | np.ndarray) -> list[int]:
     """Choose about :data:`STEPS` of the given steps so that any cost has one just below it.
 
     Args:
@@ -19,7 +19,7 @@ def spread(costs: Sequence[int]) -> list[int]:
         Rising indices, the first and the last among them: half of them in even distances of the cost and half in
         even ratios, because among cheap steps a small difference is a large share.
     """
-    if not len(costs):
+    if len(costs) == 0:
         return []
     low, high = costs[0], costs[-1]
     targets = np.concatenate([np.linspace(low, high, STEPS // 2), np.geomspace(low, high, STEPS // 2)])

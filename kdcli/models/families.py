@@ -103,7 +103,8 @@ def family_of(model_type: str) -> Family:
     if model_type.removeprefix("kdcli-") in SMALL_STUDENTS:
         raise InputError(
             f"a model of type '{model_type}' has no heads, neurons or encoder matrices that kdcli could take out",
-            "make it smaller by another width, such as --student static-64, or by kdcli quantize",
+            "make it smaller by another width, such as --student static-64, or by kdcli quantize"
+            + ("; its convolutions by kdcli lowrank --method tucker2" if model_type == "kdcli-cnn" else ""),
         )
     if model_type not in FAMILIES:
         raise InputError(

@@ -106,7 +106,7 @@ def _row(name: str, pair: nn.Module, sharing: int, clock: Clock) -> dict[str, An
         x = torch.zeros(shape, device=next(pair.parameters()).device)
         return {
             "name": name,
-            "shape": list(dense.weight.shape),  # type: ignore[union-attr, arg-type]
+            "shape": list(dense.weight.shape),  # type: ignore[arg-type]
             "rank": list(pair.ranks),
             "parameters_before": sum(p.numel() for p in pair.parameters()),
             "parameters_after": sum(p.numel() for p in dense.parameters()),

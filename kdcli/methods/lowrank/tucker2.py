@@ -178,14 +178,23 @@ def _iterate(
 
 
 def _modes(layer: Conv) -> _Modes:
-    kernels = conv_factors.kernels(layer).flatten(3) if conv_factors.spatial_axes(layer) else None
-    if kernels is None:
-        kernels = conv_factors.kernels(layer)[..., None]
-    outputs = torch.linalg.svd(kernels.flatten(2), full_matrices=False).U
-    inputs = torch.linalg.svd(kernels.transpose(1, 2).flatten(2), full_matrices=False).U
+    kernels = conv_factors.kernels(layer)
+    kernels = kernels.reshape(*kernels.shape[:3], -1)
+    outputs = _leading(kernels.flatten(2))
+    inputs = _leading(kernels.transpose(1, 2).flatten(2))
     core = torch.einsum("goit,gob,gia->gbat", kernels, outputs, inputs)
     kept = core.square().sum((0, 3)).cumsum(0).cumsum(1)
     return _Modes(outputs, inputs, kept.numpy())
+
+
+def _leading(matrices: Tensor) -> Tensor:
+    """Left singular vectors (G, M, min(M, N)) of (G, M, N), the largest singular value first.
+
+    As eigenvectors of the products of rows, which is faster where N is large. What that cannot tell apart has less
+    than 1e-15 of the energy, and the vectors are orthonormal all the same.
+    """
+    vectors = torch.linalg.eigh(matrices @ matrices.mT).eigenvectors.flip(2)
+    return vectors[..., : min(matrices.shape[1:])]
 
 
 def _columns(vectors: Tensor, count: int) -> Tensor:

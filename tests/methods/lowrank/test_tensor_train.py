@@ -97,7 +97,7 @@ def test_factors_share_the_scale() -> None:
     with torch.no_grad():
         layer.weight *= 1e4
     norms = [
-        float(p.norm())
+        float(p.detach().norm())
         for n, p in tensor_train.decompose(layer, (4, 5, 6), Config()).named_parameters()
         if "weight" in n
     ]
