@@ -42,6 +42,8 @@ from kdcli.methods.moments import Moments
 
 # Share of the mean of a metric's diagonal that is added to it, so that it has a Cholesky factor.
 _FLOOR = 1e-7
+# Of the energy: how much plain size of W decides where the rest does not.
+_TIE = 1e-9
 
 
 def narrow_by_outputs(layer: nn.Linear | nn.Embedding) -> bool:
@@ -157,7 +159,9 @@ class Factors:
 
 
 @torch.no_grad()
-def solve(problem: Problem, metric: Tensor, flow: Tensor, *, largest: int | None = None) -> Factors:
+def solve(
+    problem: Problem, metric: Tensor, flow: Tensor, *, largest: int | None = None, curves: bool = True
+) -> Factors:
     """Solve the problem of the module for all ranks.
 
     Args:
@@ -165,41 +169,46 @@ def solve(problem: Problem, metric: Tensor, flow: Tensor, *, largest: int | None
         metric: M (m, m).
         flow: K (m, m).
         largest: No factors beyond this rank are kept.
+        curves: Whether ``errors`` and ``damage`` are wanted; without them they are empty.
     """
-    size = len(metric)
-    one = torch.eye(size, dtype=torch.float64, device=metric.device)
-    root = _root(metric, one)
-    inner = root @ flow @ root.T
+    root = _root(metric)
     # Of directions in which nothing flows the largest of W come first.
-    inner = inner + 1e-9 * _scale(inner, root @ problem.white @ root.T)
+    energy, plain = float((metric * flow).sum()), float((metric * problem.white).sum())
+    tied = flow + problem.white * (_TIE * (energy or 1.0) / plain if plain > 0 else 0.0)
+    inner = root @ tied @ root.T
     energies, vectors = torch.linalg.eigh((inner + inner.T) / 2)
     vectors = vectors.flip(1)
     energies = energies.flip(0).clamp(min=0)
     a = torch.linalg.solve_triangular(root, vectors, upper=True)
     b = vectors.T @ root
-    kept = size if largest is None else min(size, max(1, largest))
-    errors = _tails(problem.plain, problem.covariance, a, b)
-    damage = None
-    if problem.sensitivity is not None:
-        damage = _tails(problem.sensitivity, problem.covariance, a, b).cpu().numpy() / 2
-    left, right = problem.left @ a[:, :kept], b[:kept] @ problem.right
+    kept = len(metric) if largest is None else min(len(metric), max(1, largest))
+    errors, damage = torch.zeros(0), None
+    if curves:
+        moved = energies if flow is problem.covariance else b @ problem.covariance @ b.T
+        errors = _tails(problem.plain, moved, a) / (problem.spread or 1.0)
+        if problem.sensitivity is not None:
+            damage = _tails(problem.sensitivity, moved, a).cpu().numpy() / 2
+    # float32 is what the factors are stored in, so their products need no more.
+    left = problem.left.float() @ a[:, :kept].float()
+    right = b[:kept].float() @ problem.right.float()
     # What flows between the factors gets an even scale: the square root of the singular values on both sides.
     balance = (right.norm(dim=1) / left.norm(dim=0).clamp(min=1e-30)).clamp(1e-12, 1e12).sqrt()
     return Factors(
-        left=(left * balance).float(),
-        right=(right / balance[:, None]).float(),
+        left=left * balance,
+        right=right / balance[:, None],
         bias=problem.bias,
         centre=problem.left @ problem.mean,
         mean=(b[:kept] @ problem.mean) / balance,
         output=problem.output,
         energies=energies.cpu().numpy(),
-        errors=(errors / problem.spread if problem.spread > 0 else errors).cpu().numpy(),
+        errors=errors.cpu().numpy(),
         damage=damage,
     )
 
 
-def _root(metric: Tensor, one: Tensor) -> Tensor:
+def _root(metric: Tensor) -> Tensor:
     """R (m, m), upper triangular, R^T R = metric with a floor under it."""
+    one = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
     mean = float(metric.diagonal().mean())
     floor = _FLOOR * mean if mean > 0 else 1.0
     for _ in range(8):
@@ -210,16 +219,17 @@ def _root(metric: Tensor, one: Tensor) -> Tensor:
     return one * max(mean, 1e-30) ** 0.5
 
 
-def _scale(of: Tensor, tie: Tensor) -> Tensor:
-    """``tie`` at the size of ``of``."""
-    size, own = float(of.trace()), float(tie.trace())
-    return tie * ((size or 1.0) / own if own > 0 else 0.0)
+def _tails(metric: Tensor, moved: Tensor, a: Tensor) -> Tensor:
+    """tr(metric D flow D^T) with D the sum of the directions a_k b_k^T from the r-th on, for r = 0 ... m.
 
-
-def _tails(metric: Tensor, flow: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """tr(metric D flow D^T) with D the sum of the directions a_k b_k^T from the r-th on, for r = 0 ... m."""
-    h = (a.T @ metric @ a) * (b @ flow @ b.T)
-    tails = h.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+    ``moved`` is b flow b^T (m, m), or its diagonal (m,) when nothing is beside it.
+    """
+    if moved.ndim == 1:
+        h = (a * (metric @ a)).sum(0) * moved
+        tails = h.flip(0).cumsum(0).flip(0)
+    else:
+        h = (a.T @ metric @ a) * moved
+        tails = h.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
     tails = torch.cat([tails, tails.new_zeros(1)]).clamp(min=0)
     return tails.flip(0).cummax(0).values.flip(0)  # rounding must not make a higher rank look worse
 
@@ -257,7 +267,7 @@ def refit(problem: Problem, moments: Moments, *, ridge: float) -> Problem:
         mean = torch.zeros_like(mean)
     one = torch.eye(len(mean), dtype=torch.float64, device=mean.device)
     size = float(covariance.diagonal().mean())
-    root = _root(covariance + ridge * size * one, one)
+    root = _root(covariance + ridge * size * one)
     wanted = cross - problem.left @ covariance
     target = problem.left + torch.cholesky_solve(wanted.T, root, upper=True).T
     sensitivity = problem.sensitivity

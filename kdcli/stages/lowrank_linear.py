@@ -61,10 +61,10 @@ class Work:
             fisher=self._joined_fisher(unit),
         )
 
-    def solve(self, problem: Problem, largest: int | None = None) -> Factors:
+    def solve(self, problem: Problem, largest: int, *, curves: bool = False) -> Factors:
         """Solve a problem as the method weighs it."""
         metric, flow = self.module.metrics(problem, self.config)
-        return factors.solve(problem, metric, flow, largest=largest)
+        return factors.solve(problem, metric, flow, largest=largest, curves=curves)
 
     def _joined(self, unit: Unit) -> Tensor | None:
         """P^T G P of a unit: that of several layers with the same inputs is the sum of theirs."""
@@ -94,7 +94,9 @@ class Work:
         largest = {n: int(np.ceil(size.break_even)) - 1 for n, size in self.sizes.items()}
         with self.context.progress.task("decomposition", len(self.units)) as task:
             for name, unit in self.units.items():
-                self.found[name] = self.solve(self.problem(unit, self.moments[name]), largest[name])
+                self.found[name] = self.solve(
+                    self.problem(unit, self.moments[name]), largest[name], curves=True
+                )
                 task.advance()
 
     def _table(self, unit: Unit) -> None:
