@@ -171,7 +171,8 @@ def _units(model: nn.Module, family: Family, options: LowRankOptions, share: boo
             raise UsageError(f"--include {EMBEDDINGS}: the table of the tokens is factorised already")
         tables[table] = model.get_submodule(table)
     include = tuple(pattern for pattern in options.include if pattern != EMBEDDINGS)
-    kept = tables | patterns_leave(layers, include, options.exclude, "dense linear layer of the encoder")
+    what = "dense linear layer of the encoder"
+    kept = tables | patterns_leave(layers, include, options.exclude, what, some=not tables)
     units = {}
     for group in _together(list(kept), family) if share else [(name,) for name in kept]:
         units[group[0]] = unit_of(model, group)

@@ -242,11 +242,13 @@ class Work:
         with self.context.progress.task("latencies", len(self.units)) as task:
             for name, unit in self.units.items():
                 size = self.sizes[name]
-                grid = np.unique(np.linspace(1, int(np.ceil(size.break_even)) - 1, 9).astype(int))
-                times = [self._milliseconds(unit, int(rank)) for rank in grid]
                 before = self._milliseconds(unit, None)
-                ranks = np.arange(1, grid[-1] + 1)
-                cost = np.maximum.accumulate(np.interp(ranks, grid, times))
+                ranks = np.arange(1, int(np.ceil(size.break_even)))
+                grid = (
+                    ranks[np.unique(np.linspace(0, len(ranks) - 1, 9).astype(int))] if len(ranks) else ranks
+                )
+                times = [self._milliseconds(unit, int(rank)) for rank in grid]
+                cost = np.maximum.accumulate(np.interp(ranks, grid, times)) if len(ranks) else np.zeros(0)
                 faster = cost < before  # a slower pair is never chosen
                 options: list[int | None] = [*ranks[faster].tolist(), None]
                 choices[name] = Choices(

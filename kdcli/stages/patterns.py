@@ -11,12 +11,17 @@ from kdcli.errors import UsageError
 
 
 def patterns_leave(
-    layers: Mapping[str, nn.Module], include: Sequence[str], exclude: Sequence[str], what: str
+    layers: Mapping[str, nn.Module],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    what: str,
+    *,
+    some: bool = True,
 ) -> dict[str, nn.Module]:
     """The layers that ``--include`` and ``--exclude`` leave.
 
     Raises:
-        UsageError: A pattern matches no layer, or no layer is left.
+        UsageError: A pattern matches no layer, or no layer is left where there have to be ``some``.
     """
 
     def matched(flag: str, patterns: Sequence[str]) -> set[str]:
@@ -32,6 +37,6 @@ def patterns_leave(
 
     kept = matched("--include", include or ("*",) * bool(layers))
     kept -= matched("--exclude", exclude)
-    if layers and not kept:
+    if some and layers and not kept:
         raise UsageError("--include and --exclude together leave no layer to factorise")
     return {name: layer for name, layer in layers.items() if name in kept}

@@ -397,6 +397,10 @@ def test_the_table_of_the_tokens(family: str, tmp_path: Path) -> None:
     again = tiny.reload(made, tmp_path / "out")
     torch.testing.assert_close(logits(again, family), now, rtol=0, atol=TOLERANCE)
     assert isinstance(again.model.get_submodule(name), LowRankEmbedding)
+    only = lowrank.apply(
+        context_of(tiny.checkpoint(family), tmp_path, rank=13, include=("embeddings",), exclude=("*",))
+    )
+    assert [r["name"] for r in only.method.layers] == [name]
     with pytest.raises(UsageError, match="factorised already"):
         lowrank.prepare(context_of(made, tmp_path, include=("embeddings",)))
 
