@@ -10,6 +10,7 @@ from kdcli.stages.base import Common, LowRankOptions
 EXAMPLES = """
 kdcli lowrank out/pruned --budget 0.6 -o out/lowrank
 kdcli lowrank out/pruned --energy 0.95 --exclude "*.layer.0.*" --epochs 1
+kdcli lowrank out/pruned --max-drop 0.01 --include embeddings -o out/lowrank
 """
 
 
@@ -21,6 +22,8 @@ def command(
     budget: o.ParametersBudgetOpt = None,
     energy: o.EnergyOpt = None,
     rank: o.RankOpt = None,
+    target_speedup: o.TargetSpeedupOpt = None,
+    merge: o.MergeOpt = LowRankOptions.merge,
     include: o.IncludeOpt = None,
     exclude: o.ExcludeOpt = None,
     epochs: o.RecoveryOpt = LowRankOptions.epochs,
@@ -50,12 +53,16 @@ def command(
     """A layer that would grow is left alone."""
     from kdcli.cli import stage
 
-    budget, energy, rank = stage.exclusive(ctx, budget=budget, energy=energy, rank=rank)
+    budget, energy, rank, target_speedup = stage.exclusive(
+        ctx, budget=budget, energy=energy, rank=rank, target_speedup=target_speedup
+    )
     options = LowRankOptions(
         method=method,
         budget=budget,
         energy=energy,
-        rank=rank,
+        rank=rank if rank is None or rank == "evbmf" else int(rank),
+        target_speedup=target_speedup,
+        merge=merge,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         epochs=epochs,

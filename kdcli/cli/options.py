@@ -266,8 +266,19 @@ EnergyOpt = Annotated[
     ),
 ]
 RankOpt = Annotated[
-    int | None, _option("--rank", help="The same rank everywhere.", parse=values.whole(1), metavar="N")
+    str | None,
+    _option("--rank", help="The same rank everywhere, or evbmf.", parse=values.rank, metavar="N|evbmf"),
 ]
+TargetSpeedupOpt = Annotated[
+    float | None,
+    _option(
+        "--target-speedup",
+        help="Ranks that make the model so many times as fast, by latencies measured here.",
+        parse=values.real(1, above=True),
+        metavar="F",
+    ),
+]
+MergeOpt = Annotated[bool, _option("--merge", help="Multiply factors back where that is smaller or faster.")]
 IncludeOpt = Annotated[
     list[str] | None, _option("--include", help="Only layers of this glob; repeatable.", metavar="PATTERN")
 ]

@@ -124,6 +124,13 @@ def student(given: str) -> str:
     return given
 
 
+def rank(given: str) -> str:
+    """Check a rank: a whole number from 1 on, or ``evbmf``."""
+    if given != "evbmf":
+        whole(1)(given)
+    return given
+
+
 def layer_map(given: str) -> str:
     """Check a layer map: a name, or pairs such as ``1:2,2:4``."""
     from kdcli.methods import layer_map as maps

@@ -1,13 +1,17 @@
-"""How many directions each linear layer keeps when all of them share one budget of parameters.
+"""How many directions each layer keeps when all of them share one budget of parameters or of time.
 
 Two shares are known to be reasonable and neither always wins: the even one (every layer keeps the same
-fraction) and one that minimises the predicted damage. They, and the mean of the two, are candidates; the
-caller tries them on held rows and keeps the best.
+fraction) and one that minimises the damage. They, and the mean of the two, are candidates; the caller tries
+them on held rows and keeps the best.
+
+The damage of a layer at a rank is the divergence that the model shows when that layer alone is factorised. Its
+shape over the ranks is predicted from second derivatives; its size is measured at a few ranks, where the
+prediction is off by a factor that differs from layer to layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcli.errors import UsageError
-from kdcli.methods.lowrank.whitening import Spectrum, watching
 
 Ranks = dict[str, int | None]
 """Layer name -> rank, or None where the layer stays dense."""
+
+GRADIENT_ROWS = 256
+"""Rows whose gradients weigh the layers, for methods that do not say how many they want."""
 
 # No layer is cut below this by predicted damage alone, which is only a local prediction.
 _LOWEST = 8
@@ -27,11 +33,12 @@ _LOWEST = 8
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of a linear layer (O, I) and the length of its bias (O or 0)."""
+    """Shape of a matrix (O, I), the length of its bias (O or 0), and parameters that only its factors have."""
 
     outputs: int
     inputs: int
     bias: int
+    added: int = 0
 
     @property
     def dense(self) -> int:
@@ -40,8 +47,8 @@ class Size:
 
     @property
     def break_even(self) -> float:
-        """The rank O I / (O + I) at which two factors have as many weights as the matrix."""
-        return self.outputs * self.inputs / (self.outputs + self.inputs)
+        """The rank at which two factors have as many weights as the matrix: O I / (O + I) if nothing is added."""
+        return (self.outputs * self.inputs - self.added) / (self.outputs + self.inputs)
 
     def settle(self, rank: int) -> int | None:
         """The rank, or None (stay dense) at or above break-even."""
@@ -49,11 +56,13 @@ class Size:
 
     def parameters(self, rank: int | None) -> int:
         """Parameters at this rank."""
-        return self.dense if rank is None else rank * (self.outputs + self.inputs) + self.bias
+        return self.dense if rank is None else rank * (self.outputs + self.inputs) + self.bias + self.added
 
 
-def size_of(layer: nn.Linear) -> Size:
-    """The size of a plain linear layer."""
+def size_of(layer: nn.Linear | nn.Embedding) -> Size:
+    """The size of a plain linear layer, or of a table of V tokens, whose factors have a bias of their own."""
+    if isinstance(layer, nn.Embedding):
+        return Size(layer.embedding_dim, layer.num_embeddings, 0, layer.embedding_dim)
     return Size(layer.out_features, layer.in_features, 0 if layer.bias is None else layer.out_features)
 
 
@@ -74,7 +83,7 @@ def even(sizes: Mapping[str, Size], budget: float) -> Ranks:
     """
     ranks: Ranks = {}
     for name, size in sizes.items():
-        rank = int((budget * size.dense - size.bias) // (size.outputs + size.inputs))
+        rank = int((budget * size.dense - size.bias - size.added) // (size.outputs + size.inputs))
         ranks[name] = size.settle(max(1, rank))
     dense = sum(s.dense for s in sizes.values())
     if total(sizes, ranks) > budget * dense:
@@ -87,11 +96,7 @@ def even(sizes: Mapping[str, Size], budget: float) -> Ranks:
 
 
 def by_damage(sizes: Mapping[str, Size], damage: Mapping[str, np.ndarray], budget: float) -> Ranks:
-    """Minimise the summed damage under the budget.
-
-    Every layer takes the rank (or stays dense, without damage) that minimises damage + price * parameters;
-    the price is found by bisection, and what is left of the budget then goes rank by rank to where it helps
-    most. Up to that rounding this is the optimum among the shares on the lower convex hull.
+    """Minimise the summed damage under a budget of parameters; see :func:`least`.
 
     Args:
         sizes: The layers.
@@ -103,22 +108,47 @@ def by_damage(sizes: Mapping[str, Size], damage: Mapping[str, np.ndarray], budge
     """
     lowest = {n: r if r is None else min(r, _LOWEST) for n, r in even(sizes, budget).items()}
     allowed = budget * sum(s.dense for s in sizes.values())
-    choices: dict[str, tuple[list[int | None], np.ndarray, np.ndarray]] = {}
+    choices: dict[str, Choices] = {}
     for name, size in sizes.items():
         low = lowest[name]
         thin = [] if low is None else [r for r in range(low, len(damage[name])) if r < size.break_even]
         options: list[int | None] = [*thin, None]
         cost = np.array([size.parameters(r) for r in options], dtype=np.float64)
-        choices[name] = options, cost, np.append(damage[name][thin], 0.0)
+        choices[name] = Choices(options, cost, np.append(damage[name][thin], 0.0))
+    return {name: choices[name].options[i] for name, i in least(choices, allowed).items()}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one layer may become: ``options`` of rising ``cost`` (n,) and falling ``damage`` (n,); the last is dense."""
+
+    options: Sequence[int | None]
+    cost: np.ndarray
+    damage: np.ndarray
+
+
+def least(choices: Mapping[str, Choices], allowed: float) -> dict[str, int]:
+    """Pick an option for every layer so that the summed damage is least under the summed cost ``allowed``.
+
+    Every layer takes what minimises damage + price * cost; the price is found by bisection, and what is left
+    then goes step by step to where it helps most. Up to that rounding this is the optimum among the shares
+    on the lower convex hull. When even the cheapest options cost more than ``allowed``, they are returned.
+    """
+    unit = max(float(c.cost.max()) for c in choices.values()) or 1.0
 
     def at(price: float) -> dict[str, int]:
-        return {n: int(np.argmin(harm + price * cost)) for n, (_, cost, harm) in choices.items()}
+        return {n: int(np.argmin(c.damage + price * c.cost / unit)) for n, c in choices.items()}
 
     def spent(picked: Mapping[str, int]) -> float:
-        return sum(float(choices[n][1][i]) for n, i in picked.items())
+        return sum(float(choices[n].cost[i]) for n, i in picked.items())
 
-    worst = sum(float(harm[0]) for _, _, harm in choices.values()) or 1.0
-    free, dear = -80.0, float(np.log(worst) + 1.0)  # logarithms; one parameter more or less saves < worst
+    steps = [
+        float(np.diff(np.sort(c.cost)).min(initial=unit, where=np.diff(np.sort(c.cost)) > 0))
+        for c in choices.values()
+    ]
+    worst = sum(float(c.damage.max()) for c in choices.values()) or 1.0
+    # Logarithms of the price: at the dearest, the smallest step of cost is worth more than all damage.
+    free, dear = -80.0, float(np.log(worst) + np.log(unit / min(steps)) + 1.0)
     for _ in range(100):
         middle = (free + dear) / 2
         if spent(at(np.exp(middle))) > allowed:
@@ -127,26 +157,22 @@ def by_damage(sizes: Mapping[str, Size], damage: Mapping[str, np.ndarray], budge
             dear = middle
     picked = at(np.exp(dear))
     _spend(choices, picked, allowed - spent(picked))
-    return {name: choices[name][0][i] for name, i in picked.items()}
+    return picked
 
 
-def _spend(
-    choices: Mapping[str, tuple[list[int | None], np.ndarray, np.ndarray]],
-    picked: dict[str, int],
-    left: float,
-) -> None:
-    """Use up what is left, one step of one layer at a time, largest gain per parameter first."""
+def _spend(choices: Mapping[str, Choices], picked: dict[str, int], left: float) -> None:
+    """Use up what is left, one step of one layer at a time, largest gain per cost first."""
     while True:
         best, gain = None, 0.0
         for name, i in picked.items():
-            _, cost, harm = choices[name]
-            if i + 1 < len(cost) and cost[i + 1] - cost[i] <= left:
-                own = float((harm[i] - harm[i + 1]) / (cost[i + 1] - cost[i]))
+            cost, harm = choices[name].cost, choices[name].damage
+            if i + 1 < len(cost) and cost[i + 1] - cost[i] <= left and harm[i + 1] < harm[i]:
+                own = float((harm[i] - harm[i + 1]) / max(cost[i + 1] - cost[i], 1e-12))
                 if own > gain:
                     best, gain = name, own
         if best is None:
             return
-        cost = choices[best][1]
+        cost = choices[best].cost
         left -= float(cost[picked[best] + 1] - cost[picked[best]])
         picked[best] += 1
 
@@ -163,63 +189,6 @@ def between(sizes: Mapping[str, Size], one: Ranks, two: Ranks) -> Ranks:
     }
 
 
-def predicted_damage(
-    model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    spectra: Mapping[str, Spectrum],
-    batches: Iterable[Mapping[str, Tensor]],
-    seed: int,
-) -> dict[str, np.ndarray]:
-    """Predict by how much the divergence KL(model || factorised model) rises with each dropped direction.
-
-    To second order an output error e of a layer costs e^T F e / 2, with F = J^T (diag(p) - p p^T) J the
-    Gauss-Newton matrix of the divergence: p the model's probabilities, J the derivative of its logits. F is
-    sampled: with e ~ N(0, 1) and v = sqrt(p) * e - p (sqrt(p) . e), the gradient g of v . logits has
-    E[g g^T] = F. Labels play no part. A direction u of energy s is then worth s * E[(u . g)^2] / 2, summed
-    over the tokens of a row; the energy and the gradient of a token are taken as independent, as in K-FAC.
-
-    Source: Martens and Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
-    Curvature", arXiv:1503.05671, section 3, and Schraudolph 2002 for the Gauss-Newton product.
-
-    Args:
-        model: In eval mode, with parameters that require gradients.
-        layers: By name.
-        spectra: Of the same layers.
-        batches: Inputs of the model.
-        seed: Of the sampled noise.
-
-    Returns:
-        Name -> (K + 1,) nats per row at the ranks 0 ... K, falling to 0.
-    """
-    noise = torch.Generator().manual_seed(seed)
-    squares: dict[str, Tensor] = {}
-    rows = 0
-    for batch in batches:
-        outputs: dict[str, Tensor] = {}
-
-        def see(name: str, _: Tensor, output: Tensor, outputs: dict[str, Tensor] = outputs) -> None:
-            outputs[name] = output
-
-        with torch.enable_grad(), watching(layers, see):
-            logits = model(**batch).logits
-        p = logits.detach().softmax(-1)
-        sampled = p.sqrt() * torch.randn(p.shape, generator=noise).to(p)
-        direction = sampled - p * sampled.sum(-1, keepdim=True)
-        gradients = torch.autograd.grad((logits * direction).sum(), list(outputs.values()), allow_unused=True)
-        real = batch["attention_mask"].bool()
-        rows += len(logits)
-        for name, gradient in zip(outputs, gradients, strict=True):
-            along = spectra[name].directions
-            found = torch.zeros(along.shape[1], dtype=along.dtype, device=along.device)
-            if gradient is not None:
-                found = (gradient[real].to(along) @ along).square().sum(0)
-            squares[name] = squares[name] + found if name in squares else found
-    return {
-        name: _tail(spectra[name].energies * found.cpu().double().numpy() / (2 * max(1, rows)))
-        for name, found in squares.items()
-    }
-
-
 @torch.no_grad()
 def divergence(model: nn.Module, dense: Iterable[Tensor], batches: Iterable[Mapping[str, Tensor]]) -> float:
     """Mean KL(dense || model) over the rows of the batches, in nats; ``dense`` has their logits (B, C)."""
@@ -232,6 +201,13 @@ def divergence(model: nn.Module, dense: Iterable[Tensor], batches: Iterable[Mapp
     return float(torch.cat(found).double().mean())
 
 
-def _tail(values: np.ndarray) -> np.ndarray:
-    """(K,) -> (K + 1,): what lies at or beyond every index."""
-    return np.append(np.cumsum(values[::-1])[::-1], 0.0)
+def scaled(damage: np.ndarray, ranks: Sequence[int], measured: Sequence[float]) -> np.ndarray:
+    """Bend a predicted curve (K + 1,) so that it goes through what was measured at some ranks.
+
+    Between them the logarithm of the factor is interpolated, outside it is that of the nearest; the result
+    is falling, and 0 at rank K.
+    """
+    least = 1e-9  # nats: below it a divergence of float32 logits is rounding
+    factors = [max(m, least) / max(float(damage[r]), least) for r, m in zip(ranks, measured, strict=True)]
+    bent = damage * np.exp(np.interp(np.arange(len(damage)), ranks, np.log(factors)))
+    return np.maximum.accumulate(bent[::-1])[::-1]

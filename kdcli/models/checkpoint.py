@@ -183,6 +183,9 @@ def _load_own(path: Path, log: TransformLog) -> nn.Module:
         raise InputError(f"{path / WEIGHTS} cannot be read: {error}") from error
     if log.quantised is not None:
         state = dequantise(state, log.quantised)
+    for name, kept in transforms.shared_weights(log).items():
+        if kept in state:
+            state[name] = state[kept]
     try:
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     except RuntimeError as error:
@@ -279,6 +282,8 @@ def save(
     config.architectures = [type(model).__name__]
     config.dtype = "float32"
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    for name in transforms.shared_weights(checkpoint.log):
+        del state[name]
     for name, (values, scale) in (integers or {}).items():
         state[name] = values.detach().cpu().contiguous()
         state[name + SCALE_SUFFIX] = scale.detach().cpu().contiguous()

@@ -20,6 +20,7 @@ from kdcli.models.layers import (
     BiasOnly,
     EmptyAttention,
     FirstFeature,
+    LowRankEmbedding,
     LowRankLinear,
     Projection,
     keep_columns,
@@ -119,7 +120,8 @@ def family_of(model_type: str) -> Family:
         raise InputError(
             f"a model of type '{model_type}' has no heads, neurons or encoder matrices that kdcli could take out",
             "make it smaller by kdcli prune --structure vocab, by kdcli quantize, or by another width, such as "
-            "--student static-64",
+            "--student static-64"
+            + ("; its convolutions by kdcli lowrank --method tucker2" if model_type == "kdcli-cnn" else ""),
         )
     if model_type not in FAMILIES:
         raise InputError(
@@ -304,7 +306,9 @@ def keep_features(model: nn.Module, family: Family, kept: Sequence[int]) -> None
     if isinstance(first, nn.LayerNorm):
         embeddings = model.get_submodule(f"{family.base}.embeddings")
         for table in embeddings.children():
-            if isinstance(table, nn.Embedding):
+            if isinstance(table, LowRankEmbedding):
+                keep_outputs(table.second, kept)
+            elif isinstance(table, nn.Embedding):
                 keep_columns(table, kept)
         keep_normalised(first, kept)
     else:

@@ -48,6 +48,51 @@ class LowRankLinear(nn.Module):
         return self.second(self.first(x))
 
 
+class LowRankEmbedding(nn.Module):
+    """``y = second(table[id])``: a table of V tokens of D features, stored as V tokens of R and one map to D.
+
+    Source: Lan et al. 2020, "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations",
+    ICLR 2020, arXiv:1909.11942, section 3.1 (factorised embedding parameterisation).
+    Differs: the map has a bias, so that the mean of the tokens costs no rank.
+
+    Args:
+        tokens: V.
+        features: D.
+        rank: R, at least 1.
+        padding_idx: As of ``nn.Embedding``; decides gradients alone.
+    """
+
+    def __init__(self, tokens: int, features: int, rank: int, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.token_embeddings = nn.Embedding(tokens, rank, padding_idx=padding_idx)
+        self.second = nn.Linear(rank, features)
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.token_embeddings.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.second.out_features
+
+    @property
+    def padding_idx(self) -> int | None:
+        return self.token_embeddings.padding_idx
+
+    @property
+    def rank(self) -> int:
+        return self.token_embeddings.embedding_dim
+
+    @property
+    def weight(self) -> Tensor:
+        """The table (V, D) that the factors stand for."""
+        return self.second(self.token_embeddings.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map (...) integers to (..., D)."""
+        return self.second(self.token_embeddings(ids))
+
+
 class BiasOnly(nn.Module):
     """What is left of an output projection whose inputs are all gone: its bias, for every token.
 

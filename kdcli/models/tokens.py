@@ -18,7 +18,7 @@ import numpy as np
 from torch import nn
 
 from kdcli.errors import InputError
-from kdcli.models.layers import keep_rows
+from kdcli.models.layers import LowRankEmbedding, keep_rows
 
 _ALGORITHMS = ("WordPiece", "BPE", "WordLevel")
 
@@ -28,6 +28,7 @@ def token_tables(model: nn.Module) -> list[nn.Embedding]:
     kind: Any = model
     named = getattr(kind, "token_tables", None)
     found = list(named()) if named is not None else [kind.get_input_embeddings()]
+    found = [table.token_embeddings if isinstance(table, LowRankEmbedding) else table for table in found]
     return [table for table in found if isinstance(table, nn.Embedding)]
 
 

@@ -7,6 +7,7 @@ model from the configuration, the log replayed on it in order, then the weights 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from kdcli.errors import InputError
-from kdcli.models import families
+from kdcli.models import conv_factors, families
 from kdcli.models.families import encoder_layers, family_of
-from kdcli.models.layers import LowRankLinear
+from kdcli.models.layers import LowRankEmbedding, LowRankLinear
 
 FILE = "kdcli.json"
 
@@ -36,10 +37,20 @@ class Cut(_Transform):
 
 
 class Factorise(_Transform):
-    """Linear layers that became two factors: dotted name -> rank."""
+    """Linear layers and embedding tables that became two factors: dotted name -> rank."""
 
     op: Literal["factorise"] = "factorise"
     ranks: dict[str, int]
+    #: Linear layers that have one right factor together; the weights are stored under the first name.
+    shared: list[list[str]] = Field(default_factory=list)
+
+
+class FactoriseConv(_Transform):
+    """Convolutions that became several: dotted name -> ranks."""
+
+    op: Literal["factorise_conv"] = "factorise_conv"
+    kind: str
+    ranks: dict[str, list[int]]
 
 
 class Layers(_Transform):
@@ -87,7 +98,9 @@ class Quantise(_Transform):
     tensors: list[str]  # names of the integer tensors; each has its scale in "<name>_scale"
 
 
-Transform = Annotated[Cut | Layers | Width | Vocab | Factorise | Zero | Quantise, Field(discriminator="op")]
+Transform = Annotated[
+    Cut | Layers | Width | Vocab | Factorise | FactoriseConv | Zero | Quantise, Field(discriminator="op")
+]
 
 
 class TransformLog(BaseModel):
@@ -150,8 +163,16 @@ def apply(model: nn.Module, transform: Transform) -> None:
         _check_kept("features", transform.keep, families.width_of(model, family))
         families.keep_features(model, family, transform.keep)
     elif isinstance(transform, Factorise):
+        together = {name: group for group in transform.shared for name in group}
         for name, rank in transform.ranks.items():
-            factorise(model, name, rank)
+            group = together.get(name)
+            if group is None:
+                factorise(model, name, rank)
+            elif name == group[0]:
+                factorise_linears(model, group, rank)
+    elif isinstance(transform, FactoriseConv):
+        for name, sizes in transform.ranks.items():
+            factorise_conv(model, name, transform.kind, tuple(sizes))
 
 
 def replay(model: nn.Module, log: TransformLog) -> None:
@@ -189,16 +210,15 @@ def _cut(model: nn.Module, cut: Cut) -> None:
                 layers[index].keep_neurons(kept)
 
 
-def factorise(model: nn.Module, name: str, rank: int) -> LowRankLinear:
-    """Replace the linear layer ``name`` by an uninitialised factor pair of the given rank and return it.
+def factorise(model: nn.Module, name: str, rank: int) -> LowRankLinear | LowRankEmbedding:
+    """Replace the linear layer or table ``name`` by an uninitialised factor pair of the given rank and return it.
 
     Raises:
-        InputError: There is no such linear layer, or the rank is out of range.
+        InputError: There is no such layer, or the rank is out of range.
     """
-    try:
-        layer = model.get_submodule(name)
-    except AttributeError as error:
-        raise InputError(f"{FILE} factorises '{name}', which the model does not have") from error
+    if isinstance(_named(model, name), nn.Embedding):
+        return factorise_table(model, name, rank)
+    layer = _named(model, name)
     if not isinstance(layer, nn.Linear) or not 1 <= rank <= min(layer.in_features, layer.out_features):
         raise InputError(f"{FILE} factorises '{name}' to rank {rank}, which does not fit that layer")
     pair = LowRankLinear(layer.in_features, layer.out_features, rank, bias=layer.bias is not None)
@@ -208,6 +228,86 @@ def factorise(model: nn.Module, name: str, rank: int) -> LowRankLinear:
     return pair
 
 
+def shared_weights(log: TransformLog) -> dict[str, str]:
+    """Weights that are stored under another name only: name in the model -> name in the file."""
+    return {
+        f"{name}.first.weight": f"{group[0]}.first.weight"
+        for transform in log.transforms
+        if isinstance(transform, Factorise)
+        for group in transform.shared
+        for name in group[1:]
+    }
+
+
+def factorise_linears(model: nn.Module, names: Sequence[str], rank: int) -> list[LowRankLinear]:
+    """Replace linear layers by uninitialised factor pairs of one rank; several get one right factor together.
+
+    Raises:
+        InputError: As for :func:`factorise`, or their inputs are not of one size.
+    """
+    pairs: list[LowRankLinear] = []
+    for name in names:
+        pair = factorise(model, name, rank)
+        assert isinstance(pair, LowRankLinear)
+        if pair.in_features != (pairs[0] if pairs else pair).in_features:
+            raise InputError(f"{FILE} joins '{name}' with layers of other inputs")
+        pairs.append(pair)
+    for pair in pairs[1:]:
+        pair.first = pairs[0].first
+    return pairs
+
+
+def factorise_table(model: nn.Module, name: str, rank: int) -> LowRankEmbedding:
+    """Replace the embedding table ``name`` by an uninitialised factor pair and return it.
+
+    Raises:
+        InputError: As for :func:`factorise`.
+    """
+    table = _named(model, name)
+    if not isinstance(table, nn.Embedding) or not 1 <= rank <= table.embedding_dim:
+        raise InputError(f"{FILE} factorises '{name}' to rank {rank}, which does not fit that table")
+    pair = LowRankEmbedding(table.num_embeddings, table.embedding_dim, rank, table.padding_idx)
+    pair.to(device=table.weight.device, dtype=table.weight.dtype)
+    pair.train(table.training)
+    model.set_submodule(name, pair)
+    return pair
+
+
+def factorise_conv(model: nn.Module, name: str, kind: str, ranks: tuple[int, ...]) -> nn.Module:
+    """Replace the convolution ``name`` by uninitialised factors and return them.
+
+    Raises:
+        InputError: There is no such convolution, or the ranks do not fit it.
+    """
+    layer = _named(model, name)
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
+        raise InputError(f"{FILE} factorises '{name}', which is no convolution")
+    built = conv_factors.build(layer, kind, ranks)
+    built.train(layer.training)
+    model.set_submodule(name, built)
+    return built
+
+
+def _named(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise InputError(f"{FILE} factorises '{name}', which the model does not have") from error
+
+
+def merged(log: TransformLog, names: Collection[str]) -> None:
+    """Take layers whose factors were multiplied back out of the log: a fresh model has them dense already."""
+    for transform in log.transforms:
+        if isinstance(transform, Factorise):
+            transform.ranks = {n: r for n, r in transform.ranks.items() if n not in names}
+            transform.shared = [
+                kept for g in transform.shared if len(kept := [n for n in g if n not in names]) > 1
+            ]
+        elif isinstance(transform, FactoriseConv):
+            transform.ranks = {n: r for n, r in transform.ranks.items() if n not in names}
+    log.transforms = [t for t in log.transforms if not isinstance(t, Factorise | FactoriseConv) or t.ranks]
+
+
 def settle_in_config(model: nn.Module, log: TransformLog) -> None:
     """Move cuts that ``config.json`` can express into it, so that plain transformers loads the result.
 
@@ -215,7 +315,7 @@ def settle_in_config(model: nn.Module, log: TransformLog) -> None:
     residual stream has its width.
     """
     cuts = [t for t in log.transforms if isinstance(t, Cut | Layers)]
-    if not cuts or any(isinstance(t, Factorise | Width) for t in log.transforms):
+    if not cuts or any(isinstance(t, Factorise | FactoriseConv | Width) for t in log.transforms):
         return
     config: Any = model.config
     family = family_of(config.model_type)

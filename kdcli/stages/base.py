@@ -156,10 +156,12 @@ class PruneOptions:
 class LowRankOptions:
     """``kdcli lowrank``."""
 
-    method: str = "whitening"
+    method: str = "two-sided"
     budget: float | None = None
     energy: float | None = None
-    rank: int | None = None
+    rank: int | str | None = None  # a number, or "evbmf"
+    target_speedup: float | None = None
+    merge: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     epochs: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from kdcli.methods import rank_budget
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import transforms
 from kdcli.models.families import encoder_linears
-from kdcli.models.layers import LowRankLinear
+from kdcli.models.layers import LowRankEmbedding, LowRankLinear
 from kdcli.models.transforms import Cut, Factorise
 from kdcli.progress import Progress
-from kdcli.stages import lowrank
-from kdcli.stages.base import Common, LowRankOptions, Request
+from kdcli.stages import calibration, lowrank, lowrank_linear, lowrank_merge
+from kdcli.stages.base import Common, Gates, LowRankOptions, Request
 from kdcli.stages.context import Context
 from tests import tiny
 
@@ -53,13 +54,18 @@ def context_of(made, work: Path, *, settings=None, seed: int = 0, **options) -> 
     )
 
 
+def without_clock(method) -> list[dict]:
+    """The table without what the machine's load decides."""
+    return [{k: v for k, v in row.items() if not k.startswith("latency")} for row in method.layers]
+
+
 def logits(made, family: str) -> torch.Tensor:
     with torch.no_grad():
         return made.model(**tiny.batch(family, rows=20)).logits
 
 
 def check_table(applied, budget: float | None = None) -> None:
-    """What the table says is what the model is, and what was predicted is what was measured."""
+    """What the table says is what the model is; a layer behind factorised ones errs more than was predicted."""
     model = applied.checkpoint.model
     for row in applied.method.layers:
         layer = model.get_submodule(row["name"])
@@ -72,7 +78,10 @@ def check_table(applied, budget: float | None = None) -> None:
         else:
             assert row["rank"] == layer.rank < row["break_even"]
             assert row["parameters_after"] < row["parameters_before"]
-            assert row["error_measured"] == pytest.approx(row["error_predicted"], rel=1e-3, abs=1e-6)
+            assert 0 <= row["error_predicted"] < 1
+            assert row["error_measured"] > 0.9 * row["error_predicted"]
+        assert row["latency_before_ms"] > 0
+        assert row["latency_after_ms"] > 0
     detail = applied.method.detail
     for key in ("parameters_before", "parameters_after"):
         assert detail[key] == sum(row[key] for row in applied.method.layers)
@@ -87,7 +96,7 @@ def test_budget_on_every_family_and_back_from_disk(family: str, tmp_path: Path) 
     applied = lowrank.apply(context_of(made, tmp_path, budget=0.7))
     check_table(applied, 0.7)
     assert [row["name"] for row in applied.method.layers] == names
-    assert applied.warnings == []
+    assert {w.code for w in applied.warnings} <= {"thin-products"}
     ranks = {row["name"]: row["rank"] for row in applied.method.layers if not row["kept_dense"]}
     assert made.log.transforms == [Factorise(ranks=ranks)]
     allocation = applied.method.detail["allocation"]
@@ -95,6 +104,7 @@ def test_budget_on_every_family_and_back_from_disk(family: str, tmp_path: Path) 
         allocation["kl"][allocation["chosen"]] == min(allocation["kl"].values()) <= allocation["kl"]["even"]
     )
     assert allocation["held_rows"] == 20
+    assert set(applied.method.detail["alone"]["kl"]) == set(names)
     now = logits(made, family)
     assert float((now - dense).abs().max()) > 0
     again = tiny.reload(made, tmp_path / "out")
@@ -129,8 +139,18 @@ def test_the_share_that_diverges_least_on_held_rows_is_taken(
             return shares["weighted" if name == "by_damage" else name]
 
         monkeypatch.setattr(rank_budget, name, keep)
-    values = iter([0.1 if name == better else 0.2 for name in ("even", "weighted", "between")])
-    monkeypatch.setattr(rank_budget, "divergence", lambda *args: next(values))
+    real_divergence = rank_budget.divergence
+
+    def divergence(*args):
+        found = real_divergence(*args)
+        tried = [name for name in ("even", "weighted", "between") if name in shares]
+        if len(tried) < 2:  # each layer alone, before there are shares
+            return found
+        divergence.calls += 1
+        return 0.1 if ("even", "weighted", "between")[divergence.calls - 1] == better else 0.2
+
+    divergence.calls = 0
+    monkeypatch.setattr(rank_budget, "divergence", divergence)
     applied = lowrank.apply(context_of(made, tmp_path, budget=0.6))
     shares["even"] = rank_budget.even(sizes, 0.6)
     assert applied.method.detail["allocation"]["chosen"] == better
@@ -139,7 +159,7 @@ def test_the_share_that_diverges_least_on_held_rows_is_taken(
 
 def test_none_of_the_three_means_budget(tmp_path: Path) -> None:
     applied = lowrank.apply(context_of(tiny.checkpoint(), tmp_path))
-    assert applied.method.name == "whitening"
+    assert applied.method.name == LowRankOptions.method
     assert applied.method.params["budget"] == lowrank.BUDGET
     check_table(applied, lowrank.BUDGET)
 
@@ -157,7 +177,7 @@ def test_rank_keeps_layers_dense_from_break_even_on(tmp_path: Path) -> None:
 
 
 def test_energy_keeps_the_fewest_directions_with_that_share(tmp_path: Path) -> None:
-    few = lowrank.apply(context_of(tiny.checkpoint(), tmp_path, energy=0.8))
+    few = lowrank.apply(context_of(tiny.checkpoint(), tmp_path, method="whitening", energy=0.8))
     check_table(few)
     errors = [row["error_predicted"] for row in few.method.layers]
     assert any(errors)
@@ -165,7 +185,13 @@ def test_energy_keeps_the_fewest_directions_with_that_share(tmp_path: Path) -> N
     for row in few.method.layers:
         if row["rank"] is not None and row["rank"] > 1:
             fewer = lowrank.apply(
-                context_of(tiny.checkpoint(), tmp_path, rank=row["rank"] - 1, include=(row["name"],))
+                context_of(
+                    tiny.checkpoint(),
+                    tmp_path,
+                    method="whitening",
+                    rank=row["rank"] - 1,
+                    include=(row["name"],),
+                )
             )
             assert fewer.method.layers[0]["error_predicted"] > 0.2
 
@@ -239,9 +265,9 @@ def test_same_seed_same_weights_and_the_samples_setting(tmp_path: Path) -> None:
         assert applied.method.detail["rows"] == 32
         assert applied.method.params["samples"] == 32
         found.append((made.model.state_dict(), applied.method))
-    assert found[0][1] == found[1][1]
+    assert without_clock(found[0][1]) == without_clock(found[1][1])
     assert all(torch.equal(v, found[1][0][k]) for k, v in found[0][0].items())
-    assert found[2][1].layers != found[0][1].layers
+    assert without_clock(found[2][1]) != without_clock(found[0][1])
 
 
 def test_recovery_follows_the_surgery(tmp_path: Path) -> None:
@@ -266,6 +292,15 @@ def test_recovery_follows_the_surgery(tmp_path: Path) -> None:
         ({"energy": 1.1}, r"--energy 1.1 is outside \(0, 1\]"),
         ({"budget": float("nan")}, "--budget nan is outside"),
         ({"rank": 0}, "--rank 0 is below 1"),
+        ({"rank": "evbf"}, "--rank 'evbf' is neither a whole number nor evbmf"),
+        ({"target_speedup": 1.0}, r"--target-speedup 1.0 is not above 1"),
+        ({"target_speedup": 2.0, "budget": 0.5}, "--budget and --target-speedup exclude each other"),
+        (
+            {"merge": True, "rank": 5},
+            "--merge multiplies factors back and factorises nothing; leave out --rank",
+        ),
+        ({"merge": True, "epochs": 1}, "leave out --epochs"),
+        ({"method": "tucker2"}, "--method tucker2 factorises convolutions, and the model has none"),
         ({"rank": 4, "epochs": -1}, "--epochs -1 is negative"),
         ({"method": "whitenin"}, "did you mean 'whitening'"),
         ({"include": ("*quary*",)}, "--include '.quary.' matches no dense linear layer"),
@@ -280,3 +315,256 @@ def test_bad_options_are_refused_before_anything_runs(options: dict, message: st
         lowrank.prepare(context_of(tiny.checkpoint(), tmp_path, **options))
     if "quary" in message:
         assert "bert.encoder.layer.0.attention.self.query" in str(caught.value.hint)
+
+
+def alone(name: str, tmp_path: Path, method: str, **options):
+    """One layer factorised by itself."""
+    made = tiny.checkpoint()
+    applied = lowrank.apply(context_of(made, tmp_path, method=method, include=(name,), **options))
+    return made, applied
+
+
+@pytest.mark.parametrize("method", ["svd", "fwsvd", "asvd", "whitening", "two-sided"])
+@pytest.mark.parametrize("part", ["attention.self.key", "intermediate.dense", "output.dense"])
+def test_of_a_layer_alone_the_predicted_error_is_the_measured_one(
+    method: str, part: str, tmp_path: Path
+) -> None:
+    name = f"bert.encoder.layer.1.{part}"
+    _, applied = alone(name, tmp_path, method, rank=5)
+    row = applied.method.layers[0]
+    # With nothing factorised before it a fit has nothing to change. Ridge and float32 sums leave 1e-3.
+    assert row["error_measured"] == pytest.approx(row["error_predicted"], rel=2e-3)
+
+
+def kl(made, dense: torch.Tensor) -> float:
+    now = logits(made, "bert").log_softmax(-1)
+    return float(torch.nn.functional.kl_div(now, dense, reduction="batchmean", log_target=True))
+
+
+def test_methods_that_see_more_diverge_less(tmp_path: Path) -> None:
+    dense = logits(tiny.checkpoint(), "bert").log_softmax(-1)
+    found = {}
+    for method in ("svd", "asvd", "whitening", "two-sided"):
+        made = tiny.checkpoint()
+        lowrank.apply(context_of(made, tmp_path, method=method, rank=7))
+        found[method] = kl(made, dense)
+    assert found["whitening"] < found["asvd"] < found["svd"]
+    assert found["two-sided"] < found["whitening"]
+
+
+def test_fitting_behind_the_factorised_layers_helps(tmp_path: Path) -> None:
+    dense = logits(tiny.checkpoint(), "bert").log_softmax(-1)
+    found = {}
+    for mode in ("targets", "inputs", "off"):
+        made = tiny.checkpoint()
+        lowrank.apply(
+            context_of(
+                made, tmp_path, method="whitening", rank=6, settings={"sequential": mode, "ridge": "0.01"}
+            )
+        )
+        found[mode] = kl(made, dense)
+    assert found["targets"] < 0.8 * found["off"]
+    assert found["targets"] < found["inputs"]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_table_of_the_tokens(family: str, tmp_path: Path) -> None:
+    made = tiny.checkpoint(family)
+    name = f"{made.family.base}.embeddings.word_embeddings"
+    dense = logits(made, family)
+    applied = lowrank.apply(context_of(made, tmp_path, rank=13, include=("embeddings", "*.1.*")))
+    table = made.model.get_submodule(name)
+    assert isinstance(table, LowRankEmbedding)
+    row = applied.method.layers[0]
+    assert (row["name"], row["rank"]) == (name, 13)
+    assert row["parameters_after"] == sum(p.numel() for p in table.parameters()) < row["parameters_before"]
+    # On the training rows' tokens, each once more than it occurs.
+    made_again = tiny.checkpoint(family)
+    original = made_again.model.get_submodule(name).weight.detach().double()
+    counts = (
+        torch.bincount(
+            torch.from_numpy(context_of(made_again, tmp_path).encoded["train"].ids), minlength=len(original)
+        )
+        + 1.0
+    )
+    centred = original - (counts[:, None] * original).sum(0) / counts.sum()
+    wrong = (table.weight.detach().double() - original).square().sum(1)
+    share = float((counts * wrong).sum() / (counts * centred.square().sum(1)).sum())
+    assert row["error_measured"] == pytest.approx(share, rel=1e-3)
+    assert [r["name"].startswith(made.family.layers + ".1.") for r in applied.method.layers[1:]] == [True] * 6
+    now = logits(made, family)
+    assert float((now - dense).abs().max()) > 0
+    again = tiny.reload(made, tmp_path / "out")
+    torch.testing.assert_close(logits(again, family), now, rtol=0, atol=TOLERANCE)
+    assert isinstance(again.model.get_submodule(name), LowRankEmbedding)
+    only = lowrank.apply(
+        context_of(tiny.checkpoint(family), tmp_path, rank=13, include=("embeddings",), exclude=("*",))
+    )
+    assert [r["name"] for r in only.method.layers] == [name]
+    with pytest.raises(UsageError, match="factorised already"):
+        lowrank.prepare(context_of(made, tmp_path, include=("embeddings",)))
+
+
+def test_one_right_factor_for_query_key_and_value(tmp_path: Path) -> None:
+    made = tiny.checkpoint()
+    applied = lowrank.apply(
+        context_of(made, tmp_path, rank=20, settings={"share_right": "true"}, method="whitening")
+    )
+    attention = made.model.get_submodule("bert.encoder.layer.0.attention.self")
+    assert attention.query.first is attention.key.first is attention.value.first
+    row = applied.method.layers[0]
+    # Three 32 x 32 stacked break even at 24, where each alone does at 16.
+    assert (row["shape"], row["rank"], row["break_even"]) == ([96, 32], 20, 24)
+    assert row["with"] == [f"bert.encoder.layer.0.attention.self.{part}" for part in ("key", "value")]
+    assert row["parameters_after"] == 20 * (32 + 96) + 96
+    now = logits(made, "bert")
+    again = tiny.reload(made, tmp_path / "out")
+    torch.testing.assert_close(logits(again, "bert"), now, rtol=0, atol=TOLERANCE)
+    back = again.model.get_submodule("bert.encoder.layer.1.attention.self")
+    assert back.query.first is back.key.first is back.value.first
+    assert sum(p.numel() for p in again.model.parameters()) == sum(p.numel() for p in made.model.parameters())
+
+
+def test_rank_by_evbmf_is_that_of_the_matrix(tmp_path: Path) -> None:
+    made = tiny.checkpoint()
+    layers = encoder_linears(made.model, made.family)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in layers.values():  # three directions that stand out of noise
+            parts = torch.randn(layer.out_features, 3), torch.randn(3, layer.in_features)
+            layer.weight.copy_(parts[0] @ parts[1] + 0.1 * torch.randn_like(layer.weight))
+    applied = lowrank.apply(context_of(made, tmp_path, rank="evbmf"))
+    assert {row["rank"] for row in applied.method.layers} == {3}
+
+
+def test_merge_multiplies_back_what_does_not_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tiny.checkpoint()
+    lowrank.apply(context_of(made, tmp_path, rank=5))
+    factorised = logits(made, "bert")
+    log = [t.model_copy(deep=True) for t in made.log.transforms]
+    # Slow factors only in layers of 48: 32 x 32 at rank 5 are smaller and faster.
+    clock = {48: (2.0, 1.0), 32: (1.0, 2.0)}
+    monkeypatch.setattr(
+        lowrank_merge.Clock,
+        "product",
+        lambda self, outputs, inputs, rank: clock[max(outputs, inputs)][rank is None],
+    )
+    applied = lowrank.apply(context_of(made, tmp_path, merge=True))
+    merged = {row["name"] for row in applied.method.layers if row["merged"]}
+    assert len(merged) == applied.method.detail["merged"] == 4
+    assert all("attention" not in name for name in merged)
+    assert set(made.log.transforms[0].ranks) == set(log[0].ranks) - merged
+    now = logits(made, "bert")
+    torch.testing.assert_close(now, factorised, rtol=0, atol=TOLERANCE)
+    again = tiny.reload(made, tmp_path / "out")
+    torch.testing.assert_close(logits(again, "bert"), now, rtol=0, atol=TOLERANCE)
+    clock[32] = (2.0, 1.0)
+    lowrank.apply(context_of(made, tmp_path, merge=True))
+    assert made.log.transforms == []  # plain transformers can load it again
+    assert made.model.get_submodule("bert.encoder.layer.0.attention.self.query").weight.shape == (32, 32)
+    with pytest.raises(UsageError, match="no factors"):
+        lowrank.apply(context_of(made, tmp_path, merge=True))
+
+
+def test_factors_that_grew_by_pruning_are_merged_because_they_are_larger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tiny.checkpoint()
+    lowrank.apply(context_of(made, tmp_path, rank=15))
+    cut = Cut(neurons={0: list(range(8))})
+    transforms.apply(made.model, cut)
+    made.log.transforms.append(cut)
+    monkeypatch.setattr(lowrank_merge.Clock, "product", lambda self, outputs, inputs, rank: 1.0)
+    before = logits(made, "bert")
+    applied = lowrank.apply(context_of(made, tmp_path, merge=True))
+    merged = {row["name"] for row in applied.method.layers if row["merged"]}
+    assert merged == {f"bert.encoder.layer.0.{part}.dense" for part in ("intermediate", "output")}
+    assert applied.method.detail["parameters_after"] < applied.method.detail["parameters_before"]
+    torch.testing.assert_close(logits(made, "bert"), before, rtol=0, atol=TOLERANCE)
+    again = tiny.reload(made, tmp_path / "out")
+    torch.testing.assert_close(logits(again, "bert"), before, rtol=0, atol=TOLERANCE)
+
+
+def with_drop(context: Context, max_drop: float) -> Context:
+    common = dataclasses.replace(context.request.common, gates=Gates(max_drop=max_drop))
+    context.request = dataclasses.replace(context.request, common=common)
+    return context
+
+
+def test_max_drop_searches_the_smallest_budget_that_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tiny.checkpoint()
+    whole = sum(layer.weight.numel() for layer in encoder_linears(made.model, made.family).values())
+
+    def accuracy(context: Context, rows) -> float:
+        """0.9 of a dense model, and a point less for every tenth that is missing."""
+        kept = sum(
+            p.numel()
+            for name, p in context.checkpoint.model.named_parameters()
+            if ".layer." in name and p.ndim == 2
+        )
+        return 0.9 - 0.1 * (1 - kept / whole)
+
+    monkeypatch.setattr(calibration, "accuracy", accuracy)
+    applied = lowrank.apply(with_drop(context_of(made, tmp_path), 0.05))
+    assert applied.method.params["max_drop"] == 0.05
+    steps = applied.method.detail["search"]["steps"]
+    kept = [step["budget"] for step in steps if step["kept"]]
+    lost = [step["budget"] for step in steps if not step["kept"]]
+    assert min(kept) > max(lost)
+    assert accuracy(context_of(made, tmp_path), None) >= 0.85
+    assert applied.method.detail["parameters_kept"] == pytest.approx(min(kept), abs=0.05)
+    # Half is allowed to go, and six halvings of 0.9 leave 0.03.
+    assert 0.45 < min(kept) < 0.56
+
+
+def test_max_drop_that_nothing_keeps_leaves_the_model_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tiny.checkpoint()
+    before = logits(made, "bert")
+    answers = iter([0.9, 0.5])
+    monkeypatch.setattr(calibration, "accuracy", lambda context, rows: next(answers))
+    applied = lowrank.apply(with_drop(context_of(made, tmp_path), 0.01))
+    assert [w.code for w in applied.warnings] == ["nothing-factorised"]
+    assert "no budget below 1 keeps the accuracy within 0.01" in applied.warnings[0].message
+    assert torch.equal(logits(made, "bert"), before)
+    assert made.log.transforms == []
+
+
+def test_target_speedup_by_a_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = lowrank_linear.Clock
+    monkeypatch.setattr(clock, "model", lambda self, context: 20.0)
+
+    def product(self, outputs: int, inputs: int, rank: int | None) -> float:
+        return 1.0 if rank is None else 0.2 + 0.08 * rank  # slower than the matrix from rank 10 on
+
+    monkeypatch.setattr(clock, "product", product)
+    made = tiny.checkpoint()
+    applied = lowrank.apply(context_of(made, tmp_path, target_speedup=1.25))
+    latency = applied.method.detail["latency"]
+    assert latency["model_ms"] == 20
+    assert latency["products_ms"] == 12
+    spent = sum(row["latency_after_ms"] for row in applied.method.layers)
+    assert latency["allowed_ms"] == pytest.approx(8)  # 20 / 1.25 - (20 - 12)
+    assert spent == pytest.approx(latency["predicted_ms"] - 8)
+    assert 7.5 < spent <= 8
+    assert all(row["rank"] is None or row["rank"] < 10 for row in applied.method.layers)
+    with pytest.raises(UsageError, match=r"--target-speedup 3.0 cannot be met: rank 1 everywhere is 1\.76"):
+        lowrank.apply(context_of(tiny.checkpoint(), tmp_path, target_speedup=3.0))
+
+
+def test_thin_products_that_are_slower_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        lowrank_linear.Clock, "product", lambda self, outputs, inputs, rank: 1.0 if rank is None else 2.0
+    )
+    applied = lowrank.apply(context_of(tiny.checkpoint(), tmp_path, rank=5))
+    assert [w.code for w in applied.warnings] == ["thin-products"]
+    assert applied.warnings[0].message.startswith("12 of 12 factor pairs are slower")
+
+
+def test_long_texts_give_fewer_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "MOST_TOKENS", 100)
+    applied = lowrank.apply(context_of(tiny.checkpoint(), tmp_path, rank=5))
+    assert 80 < applied.method.detail["tokens"] <= 100

@@ -13,6 +13,7 @@ from torch import nn
 
 from kdcli.data import batching
 from kdcli.data.text import Encoded
+from kdcli.models import transforms
 from kdcli.models.tokens import token_tables
 from kdcli.progress import Progress
 from kdcli.training import loop
@@ -221,3 +222,22 @@ def test_a_table_that_other_modules_read_stays_whole() -> None:
     outside = logits(rows)
     with compacted(model, [rows], 1) as (mapped,):
         assert torch.equal(logits(mapped), outside)
+
+
+def test_a_factorised_table_is_shrunk_by_its_tokens_and_comes_back_whole() -> None:
+    made = tiny.checkpoint()
+    table = transforms.factorise_table(made.model, "bert.embeddings.word_embeddings", 5)
+    before = table.token_embeddings.weight.detach().clone()
+    rows = texts(8, USED)
+    batch = model_inputs(made.model, batching.collate(rows, range(8), made.pad_id), CPU)
+    with torch.no_grad():
+        dense = made.model(**batch).logits
+    with compacted(made.model, [rows], made.pad_id) as (small,):
+        assert table.num_embeddings < SIZE
+        few = model_inputs(made.model, batching.collate(small, range(8), made.pad_id), CPU)
+        with torch.no_grad():
+            torch.testing.assert_close(made.model(**few).logits, dense)
+        table.token_embeddings.weight.data += 1
+    used = np.union1d(rows.ids, np.arange(made.pad_id + 1))
+    changed = (table.token_embeddings.weight.detach() - before).abs().sum(1) > 0
+    assert set(np.flatnonzero(changed.numpy())) == set(used)

@@ -12,8 +12,7 @@ from torch import nn
 
 from kdcli.errors import UsageError
 from kdcli.methods import rank_budget
-from kdcli.methods.lowrank.whitening import Spectrum
-from kdcli.methods.rank_budget import Size
+from kdcli.methods.rank_budget import Choices, Size
 
 SIZES = {
     "square": Size(40, 40, 40),
@@ -35,6 +34,11 @@ def test_break_even() -> None:
     assert square.break_even == 192
     assert [square.settle(r) for r in (1, 191, 192, 384)] == [1, 191, None, None]
     assert square.parameters(191) < square.parameters(192) == square.dense == square.parameters(None)
+    table = rank_budget.size_of(nn.Embedding(1000, 64))  # whose factors have a bias that it has not
+    assert table.parameters(10) == 10 * 1064 + 64
+    assert table.dense == 64000
+    rank = int(table.break_even)
+    assert table.parameters(rank) < table.dense <= table.parameters(rank + 1)
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.6, 0.95])
@@ -107,25 +111,6 @@ class Classifier(nn.Module):
         return SimpleNamespace(logits=self.fc(x)[:, 0])
 
 
-def test_predicted_damage_is_the_second_order_divergence() -> None:
-    model = Classifier()
-    row = torch.randn(1, 2, 5)
-    batch = {"x": row.repeat(20000, 1, 1), "attention_mask": torch.ones(20000, 2, dtype=torch.long)}
-    directions = torch.linalg.qr(torch.randn(4, 4)).Q
-    energies = np.array([4.0, 2.0, 1.0, 0.5])
-    spectrum = Spectrum(directions, energies, torch.zeros(4))
-    layers = {"fc": model.fc}
-    found = rank_budget.predicted_damage(model, layers, {"fc": spectrum}, [batch], 0)["fc"]
-    p = model.fc(row[0, 0]).softmax(-1).detach().double().numpy()
-    u = directions.double().numpy()
-    worth = energies * np.einsum("ok,op,pk->k", u, np.diag(p) - np.outer(p, p), u) / 2
-    # The second token has no influence and so no gradient. Sampling noise: sqrt(2 / 20000) = 1%, six of them.
-    np.testing.assert_allclose(found, [*np.cumsum(worth[::-1])[::-1], 0.0], rtol=0.06)
-    again = rank_budget.predicted_damage(model, layers, {"fc": spectrum}, [batch], 0)["fc"]
-    np.testing.assert_array_equal(found, again)
-    assert model.fc.weight.grad is None
-
-
 def test_divergence() -> None:
     model = Classifier()
     batches = [{"x": torch.randn(n, 2, 5), "attention_mask": torch.ones(n, 2)} for n in (3, 7)]
@@ -136,3 +121,24 @@ def test_divergence() -> None:
     assert rank_budget.divergence(model, dense, batches) == pytest.approx(expected, rel=1e-5)
     own = [model(**b).logits.detach() for b in batches]
     assert rank_budget.divergence(model, own, batches) == pytest.approx(0, abs=1e-7)
+
+
+def test_scaled_goes_through_what_was_measured() -> None:
+    predicted = np.array([16.0, 8.0, 4.0, 2.0, 1.0, 0.0])
+    twice = rank_budget.scaled(predicted, [2], [8.0])
+    np.testing.assert_allclose(twice, 2 * predicted)
+    bent = rank_budget.scaled(predicted, [1, 3], [8.0, 32.0])
+    np.testing.assert_allclose(bent[[1, 3]], [32.0, 32.0])  # falling: no rank is worse than a lower one
+    assert (np.diff(bent) <= 0).all()
+    assert bent[-1] == 0
+
+
+def test_least_under_any_cost() -> None:
+    """Milliseconds instead of parameters; the cheapest where nothing fits."""
+    choices = {
+        "a": Choices([1, 2, None], np.array([0.01, 0.02, 0.03]), np.array([5.0, 1.0, 0.0])),
+        "b": Choices([1, 2, None], np.array([0.01, 0.02, 0.03]), np.array([0.5, 0.1, 0.0])),
+    }
+    assert rank_budget.least(choices, 0.031) == {"a": 1, "b": 0}
+    assert rank_budget.least(choices, 1.0) == {"a": 2, "b": 2}
+    assert rank_budget.least(choices, 0.001) == {"a": 0, "b": 0}

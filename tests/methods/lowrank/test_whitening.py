@@ -7,67 +7,42 @@ import pytest
 import torch
 from torch import nn
 
-from kdcli.methods.lowrank import whitening
-from kdcli.methods.lowrank.whitening import Moments
-from kdcli.models.families import encoder_linears
-from tests import tiny
-
-SHAPES = [(6, 10), (10, 6), (8, 8)]  # (O, I): fewer outputs than inputs, more, and as many
-
-
-def inputs(count: int, width: int, *, seed: int = 0, rank: int | None = None) -> torch.Tensor:
-    """Anisotropic vectors with a large mean, (N, I); ``rank`` limits the space they span around it."""
-    rng = np.random.default_rng(seed)
-    mixing = rng.normal(size=(width, width)) * np.geomspace(1, 0.03, width)[:, None]
-    if rank is not None:
-        mixing[rank:] = 0
-    return torch.from_numpy(rng.normal(size=(count, width)) @ mixing + 3 * rng.normal(size=width)).float()
-
-
-def layer_of(shape: tuple[int, int], *, bias: bool = True) -> nn.Linear:
-    torch.manual_seed(1)
-    return nn.Linear(shape[1], shape[0], bias=bias)
-
-
-def solved(layer: nn.Linear, x: torch.Tensor) -> whitening.Spectrum:
-    values = layer(x) if layer.out_features < layer.in_features else x
-    moments = Moments(values.shape[1], values.device)
-    for part in values.split(37):
-        moments.add(part)
-    return whitening.decompose(layer, moments)
-
-
-def pair_of(layer: nn.Linear, spectrum: whitening.Spectrum, rank: int) -> nn.Module:
-    return whitening.install(nn.Sequential(layer), "0", spectrum, rank)
-
-
-def error(layer: nn.Module, other: nn.Module, x: torch.Tensor) -> float:
-    """Mean over the rows of the squared distance of the outputs."""
-    with torch.no_grad():
-        return float((layer(x) - other(x)).double().square().sum(1).mean())
+from kdcli.methods import factors
+from kdcli.methods.lowrank import svd, whitening
+from kdcli.methods.moments import Moments
+from tests.methods.lowrank import problems
+from tests.methods.lowrank.problems import SHAPES
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_textbook_solution(shape: tuple[int, int]) -> None:
-    layer, x = layer_of(shape), inputs(500, shape[1])
-    spectrum = solved(layer, x)
+    layer, x = problems.layer_of(shape), problems.inputs(500, shape[1])
+    found = problems.solved(whitening, layer, x)
     # The textbook: S = chol(C), W S = U D V^T, W' = U_r D_r V_r^T S^-1, b' = b + (W - W') mu.
     weight, data = layer.weight.detach().double().numpy(), x.double().numpy()
     mean = data.mean(0)
     root = np.linalg.cholesky((data - mean).T @ (data - mean) / len(data))
-    u, d, vt = np.linalg.svd(weight @ root, full_matrices=False)
-    np.testing.assert_allclose(spectrum.energies, d**2, rtol=1e-5, atol=1e-6 * d[0] ** 2)
+    d = np.linalg.svd(weight @ root, compute_uv=False)
+    np.testing.assert_allclose(found.energies, d**2, rtol=1e-5, atol=1e-6 * d[0] ** 2)
     for rank in range(1, min(shape) + 1):
-        textbook = u[:, :rank] * d[:rank] @ vt[:rank] @ np.linalg.inv(root)
-        pair = pair_of(layer, spectrum, rank)
-        product = (pair.second.weight @ pair.first.weight).detach().numpy()
-        np.testing.assert_allclose(product, textbook, atol=2e-4)
+        textbook = problems.truncated(weight @ root, rank) @ np.linalg.inv(root)
+        pair = problems.pair_of(layer, found, rank)
+        np.testing.assert_allclose(problems.product(pair), textbook, atol=2e-4)
         bias = layer.bias.detach().numpy() + (weight - textbook) @ mean
         np.testing.assert_allclose(pair.bias.detach().numpy(), bias, atol=2e-3)
-        # What the spectrum says was dropped is what the factors really cost, of a total energy of sum(d^2).
-        dropped = float((d[rank:] ** 2).sum())
-        assert error(layer, pair, x) == pytest.approx(dropped, rel=1e-4, abs=1e-6 * float((d**2).sum()))
-        assert spectrum.error(rank) == pytest.approx(dropped / float((d**2).sum()), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dropped_squared_singular_values_are_the_calibration_error(shape: tuple[int, int]) -> None:
+    layer, x = problems.layer_of(shape), problems.inputs(500, shape[1])
+    found = problems.solved(whitening, layer, x)
+    everything = float(found.energies.sum())
+    for rank in range(1, min(shape) + 1):
+        measured = problems.error(layer, problems.pair_of(layer, found, rank), x)
+        dropped = float(found.energies[rank:].sum())
+        # float32 outputs of order 10, squared and summed
+        assert measured == pytest.approx(dropped, rel=1e-4, abs=1e-6 * everything)
+        assert found.errors[rank] == pytest.approx(dropped / everything, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -75,56 +50,85 @@ def test_textbook_solution(shape: tuple[int, int]) -> None:
 def test_full_rank_changes_nothing_even_off_the_calibration_inputs(
     shape: tuple[int, int], rank: int | None
 ) -> None:
-    layer = layer_of(shape)
-    spectrum = solved(layer, inputs(200, shape[1], rank=rank))
-    pair = pair_of(layer, spectrum, min(shape))
+    layer = problems.layer_of(shape)
+    found = problems.solved(whitening, layer, problems.inputs(200, shape[1], rank=rank))
+    pair = problems.pair_of(layer, found, min(shape))
     elsewhere = torch.randn(50, shape[1])
     torch.testing.assert_close(pair(elsewhere), layer(elsewhere), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rank_deficient_inputs_need_no_more_directions_than_they_have(shape: tuple[int, int]) -> None:
-    layer, x = layer_of(shape), inputs(300, shape[1], rank=3)
-    spectrum = solved(layer, x)
-    assert spectrum.error(3) < 1e-6 < spectrum.error(2)
-    torch.testing.assert_close(pair_of(layer, spectrum, 3)(x), layer(x), rtol=0, atol=1e-4)
+    layer, x = problems.layer_of(shape), problems.inputs(300, shape[1], rank=3)
+    found = problems.solved(whitening, layer, x)
+    assert found.errors[3] < 1e-6 < found.errors[2]
+    torch.testing.assert_close(problems.pair_of(layer, found, 3)(x), layer(x), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("constant", [torch.zeros, torch.ones, torch.randn])
 def test_constant_inputs_and_a_zero_matrix(shape: tuple[int, int], constant) -> None:
-    layer, x = layer_of(shape), constant(1, shape[1]).repeat(60, 1)
-    spectrum = solved(layer, x)
-    assert spectrum.energies.sum() < 1e-10
-    torch.testing.assert_close(pair_of(layer, spectrum, 1)(x), layer(x), rtol=0, atol=1e-5)
+    layer, x = problems.layer_of(shape), constant(1, shape[1]).repeat(60, 1)
+    found = problems.solved(whitening, layer, x)
+    assert found.energies.sum() < 1e-6
+    torch.testing.assert_close(problems.pair_of(layer, found, 1)(x), layer(x), rtol=0, atol=1e-5)
     nn.init.zeros_(layer.weight)
-    x = inputs(60, shape[1])
-    pair = pair_of(layer, solved(layer, x), 2)
+    x = problems.inputs(60, shape[1])
+    pair = problems.pair_of(layer, problems.solved(whitening, layer, x), 2)
     torch.testing.assert_close(pair(x), layer(x), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_all_zero_rows_and_columns(shape: tuple[int, int]) -> None:
+    layer, x = problems.layer_of(shape), problems.inputs(200, shape[1])
+    with torch.no_grad():
+        layer.weight[3:] = 0
+        layer.weight[:, 2] = 0
+    found = problems.solved(whitening, layer, x)
+    torch.testing.assert_close(problems.pair_of(layer, found, 3)(x), layer(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_never_worse_than_plain_svd(shape: tuple[int, int]) -> None:
-    layer, x = layer_of(shape), inputs(500, shape[1])
-    spectrum = solved(layer, x)
-    u, d, v = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
-    gains = []
-    for rank in range(1, min(shape)):
-        plain = layer_of(shape)
-        plain.weight = nn.Parameter(u[:, :rank] * d[:rank] @ v[:rank])
-        gains.append(error(layer, plain, x) / error(layer, pair_of(layer, spectrum, rank), x))
+    layer, x = problems.layer_of(shape), problems.inputs(500, shape[1])
+    ours = problems.solved(whitening, layer, x)
+    theirs = problems.solved(svd, layer, x, svd.Config(centred=True))
+    gains = [
+        problems.error(layer, problems.pair_of(layer, theirs, rank), x)
+        / problems.error(layer, problems.pair_of(layer, ours, rank), x)
+        for rank in range(1, min(shape))
+    ]
     assert min(gains) >= 1
     assert max(gains) > 3
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_layer_without_bias_approximates_its_mean_too(shape: tuple[int, int]) -> None:
-    layer, x = layer_of(shape, bias=False), inputs(500, shape[1])
+@pytest.mark.parametrize("bias", [True, False])
+def test_without_a_place_for_the_mean_it_is_approximated_too(shape: tuple[int, int], bias: bool) -> None:
+    layer, x = problems.layer_of(shape, bias=bias), problems.inputs(500, shape[1])
     data, weight = x.double().numpy(), layer.weight.detach().double().numpy()
     d = np.linalg.svd(weight @ np.linalg.cholesky(data.T @ data / len(data)), compute_uv=False)
-    pair = pair_of(layer, solved(layer, x), 3)
-    assert pair.bias is None
-    assert error(layer, pair, x) == pytest.approx(float((d[3:] ** 2).sum()), rel=1e-3)
+    found = problems.solved(whitening, layer, x, whitening.Config(centred=False))
+    pair = problems.pair_of(layer, found, 3)
+    assert problems.error(layer, pair, x) == pytest.approx(float((d[3:] ** 2).sum()), rel=1e-3)
+    if bias:
+        torch.testing.assert_close(pair.bias, layer.bias)
+        centred = problems.pair_of(layer, problems.solved(whitening, layer, x), 3)
+        assert problems.error(layer, centred, x) < problems.error(layer, pair, x)
+    else:
+        assert pair.bias is None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_of_tokens_are_repetitions(shape: tuple[int, int]) -> None:
+    layer, x = problems.layer_of(shape), problems.inputs(100, shape[1])
+    times = torch.arange(100) % 4
+    repeated = problems.moments_of(layer, x.repeat_interleave(times, dim=0))
+    weighed = problems.moments_of(layer, x, weights=0.5 * times.float())
+    # float32 products of numbers around 10, summed in another order
+    torch.testing.assert_close(weighed.covariance, repeated.covariance, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(weighed.mean, repeated.mean, rtol=1e-5, atol=1e-5)
+    assert weighed.weight == repeated.weight / 2
 
 
 def test_moments_of_small_spread_around_a_large_mean() -> None:
@@ -141,42 +145,51 @@ def test_moments_of_small_spread_around_a_large_mean() -> None:
 
 
 def test_energy_gives_the_lowest_rank_that_keeps_it() -> None:
-    spectrum = whitening.Spectrum(torch.eye(4), np.array([5.0, 3.0, 1.5, 0.5]), torch.zeros(4))
-    assert [spectrum.rank(e) for e in (0.1, 0.5, 0.51, 0.95, 1.0)] == [1, 1, 2, 3, 4]
-    assert spectrum.error(2) == pytest.approx(0.2)
+    layer, x = problems.layer_of((8, 8)), problems.inputs(100, 8)
+    found = problems.solved(whitening, layer, x)
+    object.__setattr__(found, "energies", np.array([5.0, 3.0, 1.5, 0.5]))
+    assert [found.rank(e) for e in (0.1, 0.5, 0.51, 0.95, 1.0)] == [1, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_padding_does_not_count(family: str) -> None:
-    made = tiny.checkpoint(family)
-    layers = encoder_linears(made.model, made.family)
-    batch = tiny.batch(family)
-    wide = {
-        "input_ids": nn.functional.pad(batch["input_ids"], (0, 9), value=made.pad_id),
-        "attention_mask": nn.functional.pad(batch["attention_mask"], (0, 9)),
-    }
-    found: list[dict[str, Moments]] = [{}, {}]
-    logits = [
-        whitening.collect(made.model, layers, [b], m)[0] for b, m in zip((batch, wide), found, strict=True)
-    ]
-    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
-    for name in layers:
-        assert found[0][name].count == found[1][name].count == int(batch["attention_mask"].sum())
-        one, two = (m[name].covariance for m in found)
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5 * float(one.diagonal().max()))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_refit_is_the_best_map_to_the_targets(shape: tuple[int, int]) -> None:
+    layer, x = problems.layer_of(shape), problems.inputs(400, shape[1])
+    # What the layer gets now is a distorted copy of what it got, its target what it gave.
+    now = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * x.std(0)
+    target = layer(x).detach()
+    moments = problems.moments_of(layer, now, target)
+    problem = factors.refit(factors.problem_of(layer, moments), moments, ridge=1e-9)
+    config = whitening.Config()
+    fitted = factors.solve(problem, *whitening.metrics(problem, config))
+    only_inputs = problems.solved(whitening, layer, now)
+
+    def loss(found: factors.Factors, rank: int) -> float:
+        pair = problems.pair_of(layer, found, rank)
+        return float((pair(now) - target).detach().double().square().sum(1).mean())
+
+    # At full rank: ordinary least squares on u, by NumPy.
+    u = now.double().numpy()
+    if shape[0] < shape[1]:
+        u = u @ layer.weight.detach().double().numpy().T
+    design = np.column_stack([u, np.ones(len(u))])
+    residual = (
+        target.double().numpy() - design @ np.linalg.lstsq(design, target.double().numpy(), rcond=None)[0]
+    )
+    best = float((residual**2).sum(1).mean())
+    assert loss(fitted, min(shape)) == pytest.approx(best, rel=1e-3)
+    for rank in range(1, min(shape) + 1):
+        assert best * (1 - 1e-4) <= loss(fitted, rank) < loss(only_inputs, rank)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_query_key_and_value_share_statistics_counted_once(family: str) -> None:
-    made = tiny.checkpoint(family)
-    layers = encoder_linears(made.model, made.family)
-    batches = [tiny.batch(family, seed=s) for s in (0, 1)]
-    moments: dict[str, Moments] = {}
-    whitening.collect(made.model, layers, batches, moments)
-    prefix = f"{made.family.layers}.1."
-    paths = (made.family.query, made.family.key, made.family.value, made.family.attention_output)
-    query, key, value, output = (moments[prefix + path] for path in paths)
-    assert query is key is value
-    assert query is not output
-    assert query is not moments[prefix.replace(".1.", ".0.") + made.family.query]
-    assert query.count == sum(int(b["attention_mask"].sum()) for b in batches)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_refit_to_the_same_inputs_and_a_stiff_one_change_nothing(shape: tuple[int, int], bias: bool) -> None:
+    layer, x = problems.layer_of(shape, bias=bias), problems.inputs(400, shape[1])
+    plain = problems.pair_of(layer, problems.solved(whitening, layer, x), 3)
+    for targets, ridge in ((layer(x).detach(), 1e-6), (layer(x.flip(0)).detach(), 1e9)):
+        moments = problems.moments_of(layer, x, targets)
+        problem = factors.refit(factors.problem_of(layer, moments), moments, ridge=ridge)
+        pair = problems.pair_of(
+            layer, factors.solve(problem, *whitening.metrics(problem, whitening.Config())), 3
+        )
+        np.testing.assert_allclose(problems.product(pair), problems.product(plain), atol=2e-3)

@@ -1,0 +1,487 @@
+"""Replacing the matrices of an encoder one after the other, each behind those that are replaced already.
+
+A :class:`Unit` is what is factorised as one: a linear layer, the query, key and value layers of one attention
+when they share a right factor, or an embedding table. Letters: B rows, T tokens, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.methods import factors
+from kdcli.methods.factors import Factors, Problem, narrow_by_outputs
+from kdcli.methods.moments import Moments, watching
+from kdcli.models import transforms
+from kdcli.models.families import Family
+from kdcli.models.layers import LowRankLinear
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is factorised as one: its name, the names of its layers, and the dense layer (stacked by outputs)."""
+
+    name: str
+    members: tuple[str, ...]
+    dense: nn.Linear | nn.Embedding
+
+    @property
+    def table(self) -> bool:
+        """Whether it is an embedding table."""
+        return isinstance(self.dense, nn.Embedding)
+
+
+@torch.no_grad()
+def unit_of(model: nn.Module, members: Sequence[str]) -> Unit:
+    """Make a unit of one layer, or of several with the same inputs and with biases."""
+    layers = [model.get_submodule(name) for name in members]
+    if len(layers) == 1:
+        assert isinstance(layers[0], nn.Linear | nn.Embedding)
+        return Unit(members[0], tuple(members), layers[0])
+    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    stacked = nn.Linear(linears[0].in_features, sum(x.out_features for x in linears), device="meta")
+    stacked.weight = nn.Parameter(torch.cat([x.weight for x in linears]))
+    stacked.bias = nn.Parameter(torch.cat([x.bias for x in linears]))
+    return Unit(members[0], tuple(members), stacked)
+
+
+@torch.no_grad()
+def install(model: nn.Module, unit: Unit, found: Factors, rank: int) -> None:
+    """Put the factors of ``rank`` in the place of the unit's layers."""
+    if unit.table:
+        table = transforms.factorise_table(model, unit.name, rank)
+        left, right = found.left[:, :rank], found.right[:rank]
+        table.token_embeddings.weight.copy_(right.T)
+        table.second.weight.copy_(left)
+        table.second.bias.copy_(found.centre - left.double() @ found.mean[:rank])
+        return
+    pairs = transforms.factorise_linears(model, unit.members, rank)
+    assert isinstance(unit.dense, nn.Linear)
+    inputs, outputs = unit.dense.in_features, unit.dense.out_features
+    whole = LowRankLinear(inputs, outputs, rank, bias=unit.dense.bias is not None)
+    whole.to(unit.dense.weight.device)
+    factors.fill(whole, found, rank)
+    pairs[0].first.weight.copy_(whole.first.weight)
+    at = 0
+    for pair in pairs:
+        pair.second.weight.copy_(whole.second.weight[at : at + pair.out_features])
+        if pair.second.bias is not None:
+            pair.second.bias.copy_(whole.second.bias[at : at + pair.out_features])
+        at += pair.out_features
+
+
+def restore(model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
+    """Put modules back under their names."""
+    for name, module in dense.items():
+        model.set_submodule(name, module)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A batch of calibration rows: what the model is called with, and how much each token counts for a layer.
+
+    ``weights``: layer -> (B, T), 0 or more; a layer that is not there counts every real token alike.
+    """
+
+    inputs: Batch
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def of(self, unit: Unit) -> tuple[Tensor, Tensor | None]:
+        """Which tokens count for a unit, (B, T) bool, and how much each of them does."""
+        real = self.inputs["attention_mask"].bool()
+        parts = [self.weights[m] for m in unit.members if m in self.weights]
+        if not parts:
+            return real, None
+        weights = torch.stack(parts).sum(0) * real
+        counted = weights > 0
+        return counted, weights[counted]
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    units: Mapping[str, Unit],
+    samples: Sequence[Sample],
+    moments: dict[str, Moments],
+    *,
+    magnitudes: dict[str, Tensor] | None = None,
+    done: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the model and add the statistics of every linear unit to ``moments``.
+
+    Units that read the very same tensor (query, key and value) share one :class:`Moments`. A layer with fewer
+    outputs than inputs is described by its outputs without bias, any other by its inputs.
+
+    Args:
+        model: Dense, in eval mode.
+        units: By name; tables are left out, their statistics are the tokens' own.
+        samples: Calibration rows; tokens whose ``attention_mask`` (B, T) is 0 do not count.
+        moments: Extended in place; start with an empty one.
+        magnitudes: Filled with the sum of |x| (I,) over the tokens of ``moments``, where given.
+        done: Called after every batch.
+    """
+    watched = {u.members[0]: u for u in units.values() if not u.table}
+    for sample in samples:
+        # The tensors are kept until the batch is over, so that no identity is used twice.
+        added: dict[int, tuple[Tensor, Moments]] = {}
+
+        def see(name: str, x: Tensor, y: Tensor, sample: Sample = sample, added: dict = added) -> None:
+            unit = watched[name]
+            counted, weights = sample.of(unit)
+            values = _inner(unit, x)
+            if id(values) not in added or weights is not None:
+                own = moments.get(unit.name) or Moments(values.shape[-1], values.device)
+                own.add(values[counted], weights=weights)
+                added[id(values)] = (values, own)
+            moments[unit.name] = added[id(values)][1]
+            if magnitudes is not None:
+                size = x[counted].abs().sum(0).double()
+                magnitudes[unit.name] = magnitudes[unit.name] + size if unit.name in magnitudes else size
+
+        with watching({name: model.get_submodule(name) for name in watched}, see):
+            model(**sample.inputs)
+        done()
+
+
+def _inner(unit: Unit, x: Tensor) -> Tensor:
+    """The narrow side's features u = Q x, (B, T, m); x itself where the inputs are the narrow side."""
+    assert isinstance(unit.dense, nn.Linear)
+    return nn.functional.linear(x, unit.dense.weight) if narrow_by_outputs(unit.dense) else x
+
+
+@torch.no_grad()
+def table_moments(table: nn.Embedding, counts: Tensor) -> Moments:
+    """Moments of the table's rows (D,), each as often as its token occurs and once more.
+
+    The one more keeps tokens in mind that the training rows do not have.
+
+    Args:
+        table: (V, D).
+        counts: (V,) occurrences of every token.
+    """
+    made = Moments(table.embedding_dim, table.weight.device)
+    weights = (counts.to(made.mean.device) + 1).float()
+    for part, share in zip(table.weight.detach().split(8192), weights.split(8192), strict=True):
+        made.add(part, weights=share)
+    return made
+
+
+class _Stop(Exception):
+    """The rest of the layer is not needed."""
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
+class _Call:
+    """How one batch calls an encoder layer: the hidden state comes first, the rest is the same for all layers."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        return _first(layer(hidden, *self.args, **self.kwargs))
+
+
+def _calls(model: nn.Module, family: Family, samples: Sequence[Sample]) -> tuple[list[_Call], list[Tensor]]:
+    """How the first encoder layer is called, and its hidden state (B, T, D), batch by batch."""
+    layers: Any = model.get_submodule(family.layers)
+    made: list[_Call] = []
+    states: list[Tensor] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        made.append(_Call(args[1:], kwargs))
+        states.append(hidden)
+        raise _Stop
+
+    handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for sample in samples:
+            with suppress(_Stop):
+                model(**sample.inputs)
+    finally:
+        handle.remove()
+    return made, states
+
+
+def _reaching(
+    layer: nn.Module, call: _Call, hidden: Tensor, path: str, also: str | None
+) -> dict[str, Tensor]:
+    """Run ``layer`` until its part ``path`` is reached; the inputs of it and of ``also``."""
+    found: dict[str, Tensor] = {}
+
+    def note(key: str, stop: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            found[key] = args[0]
+            if stop:
+                raise _Stop
+
+        return hook
+
+    handles = [layer.get_submodule(path).register_forward_pre_hook(note(path, True))]
+    if also is not None:
+        handles.append(layer.get_submodule(also).register_forward_pre_hook(note(also, False)))
+    try:
+        with suppress(_Stop):
+            call(layer, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _watched(
+    layer: nn.Module, paths: Iterable[str], call: _Call, hidden: Tensor
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Run ``layer``; its output, and inputs and outputs of its parts ``paths``."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor, y: Tensor) -> None:
+        inputs[name], outputs[name] = x, y
+
+    with watching({path: layer.get_submodule(path) for path in paths}, see):
+        return call(layer, hidden), inputs, outputs
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How units are fitted behind others: ``targets``, ``inputs`` or ``off``, and with which ridge."""
+
+    mode: str
+    ridge: float
+
+
+@torch.no_grad()
+def replace_all(
+    model: nn.Module,
+    family: Family,
+    units: Mapping[str, Unit],
+    ranks: Mapping[str, int],
+    found: Mapping[str, Factors],
+    problem: Callable[[Unit, Moments], Problem],
+    solve: Callable[[Problem, int], Factors],
+    samples: Sequence[Sample],
+    fit: Fit,
+    *,
+    done: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Install every unit of ``ranks`` in the order in which the model runs them.
+
+    With ``targets`` a unit's factors are solved again for the inputs that it now gets, against what the dense
+    layer gives on the dense model's inputs; the projections that end in the residual stream also make up
+    for what the stream has lost so far. With ``inputs`` only the inputs are new. With ``off`` ``found`` is used.
+
+    Args:
+        model: Dense; changed in place.
+        family: Of the model.
+        units: All by name.
+        ranks: Name -> rank of those to replace.
+        found: Factors from the dense model's own inputs.
+        problem: Makes the problem of a unit from moments (with what else is known about it).
+        solve: Solves a problem up to a rank.
+        samples: Calibration rows.
+        fit: The mode.
+        done: Called once an encoder layer.
+
+    Returns:
+        Name -> E |y' - y|^2 / E |y - mean y|^2 over the tokens that count: y what the unit gives in the dense model,
+        y' what it gives in the model where everything of ``ranks`` is replaced.
+    """
+    wanted = {member: units[name] for name in ranks for member in units[name].members}
+    calls, exact = _calls(model, family, samples)
+    errors: dict[str, float] = {}
+    for name in [name for name in ranks if units[name].table]:
+        install(model, units[name], found[name], ranks[name])
+        errors[name] = float(found[name].errors[ranks[name]])
+    given = _calls(model, family, samples)[1] if errors else exact
+    modules: Any = model.get_submodule(family.layers)
+    for index, layer in enumerate(modules):
+        prefix = f"{family.layers}.{index}."
+        own = {m.removeprefix(prefix): u for m, u in wanted.items() if m.startswith(prefix)}
+        if not own:
+            changed = given is not exact
+            for at, call in enumerate(calls):
+                if changed:
+                    given[at] = call(layer, given[at])
+                exact[at] = call(layer, exact[at])
+            done()
+            continue
+        if given is exact:
+            given = list(exact)
+        # The dense layer runs once; what its parts get is kept until the layer is done.
+        kept: list[dict[str, Tensor]] = []
+        after: list[Tensor] = []
+        for call, right in zip(calls, exact, strict=True):
+            output, inputs, _ = _watched(layer, {*own, family.ffn_in}, call, right)
+            after.append(output)
+            kept.append(inputs)
+        for group in _groups(family):
+            todo = list({own[path].name: own[path] for path in group if path in own}.values())
+            new = {unit.name: found[unit.name] for unit in todo}
+            if todo and fit.mode != "off":
+                moments = _moments(
+                    layer, family, group, todo, prefix, calls, exact, given, kept, samples, fit
+                )
+                for unit in todo:
+                    here = problem(unit, moments[unit.name])
+                    if fit.mode == "targets":
+                        here = factors.refit(here, moments[unit.name], ridge=fit.ridge)
+                    new[unit.name] = solve(here, ranks[unit.name])
+            for unit in todo:
+                install(model, unit, new[unit.name], ranks[unit.name])
+        sums = {unit.name: torch.zeros(2, dtype=torch.float64) for unit in own.values()}
+        for at, call in enumerate(calls):
+            given[at], _, outputs = _watched(layer, own, call, given[at])
+            for name in sums:
+                sums[name] += _difference(units[name], prefix, found[name], kept[at], outputs, samples[at])
+        exact = after
+        errors |= {n: float(wrong / spread) if spread else 0.0 for n, (wrong, spread) in sums.items()}
+        done()
+    return errors
+
+
+def _difference(
+    unit: Unit,
+    prefix: str,
+    found: Factors,
+    inputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    sample: Sample,
+) -> Tensor:
+    """(2,) float64: squared distance of a unit's outputs from the dense ones, and of those from their mean."""
+    assert isinstance(unit.dense, nn.Linear)
+    paths = [member.removeprefix(prefix) for member in unit.members]
+    counted, weights = sample.of(unit)
+    y = nn.functional.linear(inputs[paths[0]][counted], unit.dense.weight, unit.dense.bias)
+    now = torch.cat([outputs[path][counted] for path in paths], dim=1)
+    both = torch.stack([(now - y).square().sum(1), (y - found.output.to(y)).square().sum(1)]).double()
+    return (both if weights is None else both * weights).sum(1).cpu()
+
+
+def _groups(family: Family) -> list[tuple[str, ...]]:
+    return [
+        (family.query, family.key, family.value),
+        (family.attention_output,),
+        (family.ffn_in,),
+        (family.ffn_out,),
+    ]
+
+
+def _moments(
+    layer: nn.Module,
+    family: Family,
+    group: tuple[str, ...],
+    todo: Sequence[Unit],
+    prefix: str,
+    calls: Sequence[_Call],
+    exact: Sequence[Tensor],
+    given: Sequence[Tensor],
+    kept: Sequence[Mapping[str, Tensor]],
+    samples: Sequence[Sample],
+    fit: Fit,
+) -> dict[str, Moments]:
+    """Moments of the units of one group, which all read the same tensor, on the inputs they get now.
+
+    ``exact`` and ``given`` are the inputs of the layer in the dense model and now, ``kept`` what the parts of the
+    dense layer got.
+    """
+    first = todo[0].members[0].removeprefix(prefix)
+    # What the residual stream carries past the group has an error already; its projection can take it back.
+    past = family.ffn_in if group == (family.ffn_out,) else None
+    moments: dict[str, Moments] = {}
+    for sample, call, right, ours, old in zip(samples, calls, exact, given, kept, strict=True):
+        new = _reaching(layer, call, ours, first, past)
+        for unit in todo:
+            assert isinstance(unit.dense, nn.Linear)
+            u = _inner(unit, new[first])
+            counted, weights = sample.of(unit)
+            targets = None
+            if fit.mode == "targets":
+                targets = nn.functional.linear(old[first][counted], unit.dense.weight, unit.dense.bias)
+                if group == (family.attention_output,):
+                    targets = targets + (right - ours)[counted]
+                elif past is not None:
+                    targets = targets + (old[past] - new[past])[counted]
+            if unit.name not in moments:
+                size = 0 if targets is None else targets.shape[1]
+                moments[unit.name] = Moments(u.shape[-1], u.device, size)
+            moments[unit.name].add(u[counted], targets, weights)
+    return moments
+
+
+@dataclass(frozen=True)
+class States:
+    """``logits`` (B, C) of every batch, ``inputs`` of every encoder layer: (B, T, D) of every batch."""
+
+    logits: list[Tensor]
+    inputs: list[list[Tensor]]
+    tuples: bool  # whether layers return a tuple
+
+
+@contextmanager
+def run_from(model: nn.Module, family: Family, index: int, states: States) -> Iterator[None]:
+    """Inside the block the model starts at its encoder layer ``index``: those before it hand on ``states``.
+
+    Args:
+        model: Any whose encoder passes a hidden state from layer to layer.
+        family: Of the model.
+        index: Of the first layer that runs.
+        states: Of the batches that will run, in that order.
+    """
+    layers: Any = model.get_submodule(family.layers)
+    before = [layers[at] for at in range(index)]
+    for at in range(index):
+        layers[at] = _Given(states, at + 1 if at == index - 1 else None)
+    try:
+        yield
+    finally:
+        for at, layer in enumerate(before):
+            layers[at] = layer
+
+
+class _Given(nn.Module):
+    """Stands where an encoder layer was; gives what layer ``at`` got of the next batch, or what it is given."""
+
+    def __init__(self, states: States, at: int | None) -> None:
+        super().__init__()
+        self.as_tuple = states.tuples
+        self.states = None if at is None else iter(states.inputs[at])
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        state = hidden_states if self.states is None else next(self.states)
+        return (state,) if self.as_tuple else state
+
+
+@torch.no_grad()
+def states_of(model: nn.Module, family: Family, batches: Sequence[Batch]) -> States:
+    """Run the batches and keep what :func:`run_from` needs."""
+    layers: Any = model.get_submodule(family.layers)
+    found: list[list[Tensor]] = [[] for _ in layers]
+    tuples = []
+
+    def note(at: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            found[at].append(args[0] if args else kwargs["hidden_states"])
+            tuples.append(isinstance(output, tuple))
+
+        return hook
+
+    handles = [layer.register_forward_hook(note(at), with_kwargs=True) for at, layer in enumerate(layers)]
+    try:
+        logits = [model(**batch).logits for batch in batches]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return States(logits, found, any(tuples))

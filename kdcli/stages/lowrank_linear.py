@@ -1,0 +1,380 @@
+"""Factorising the matrices of an encoder: statistics, ranks, and the table of what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdcli.data.text import Encoded
+from kdcli.errors import UsageError
+from kdcli.methods import curvature, evbmf, factors, rank_budget, sequential
+from kdcli.methods.curvature import Sensitivity
+from kdcli.methods.factors import Factors, Problem
+from kdcli.methods.moments import Moments
+from kdcli.methods.rank_budget import Choices, Ranks, Size
+from kdcli.methods.sequential import Fit, Sample, Unit
+from kdcli.stages import calibration
+from kdcli.stages.budget_search import JUDGED_ROWS, search
+from kdcli.stages.context import Context
+from kdcli.stages.products import Clock
+from kdcli.training.losses import UNLABELLED
+
+_HELD = 4  # one row in four of the calibration rows judges the shares of a budget
+_ALONE_ROWS = 64  # held rows on which each layer is factorised alone
+_ALLOCATION = ("even", "weighted", "between")
+
+
+class Work:
+    """One factorisation: what is known about the units of a model, and what is decided from it."""
+
+    def __init__(self, context: Context, module: Any, config: Any, units: Mapping[str, Unit]) -> None:
+        self.context, self.module, self.config, self.units = context, module, config, units
+        self.model = context.checkpoint.model
+        self.sizes: dict[str, Size] = {n: rank_budget.size_of(unit.dense) for n, unit in units.items()}
+        self.dense: dict[str, Any] = {
+            m: self.model.get_submodule(m) for unit in units.values() for m in unit.members
+        }
+        self.rows = calibration.sample(context, config.samples)
+        self.samples: list[Sample] = []
+        self.moments: dict[str, Moments] = {}
+        self.magnitudes: dict[str, Tensor] = {}
+        self.felt = Sensitivity({}, [])
+        self.fisher: dict[str, tuple[Tensor, Tensor]] = {}
+        self.found: dict[str, Factors] = {}
+        self.clock = Clock(max(1, round(float(context.encoded["train"].lengths.mean()))))
+
+    # --- what is known ----------------------------------------------------------------------------
+
+    def problem(self, unit: Unit, moments: Moments) -> Problem:
+        """The problem of a unit, with all that its method may read."""
+        size = self.magnitudes.get(unit.name)
+        return factors.problem_of(
+            unit.dense,
+            moments,
+            centred=self.config.centred,
+            magnitude=None if size is None else size / (self.moments[unit.name].weight or 1.0),
+            sensitivity=self._joined(unit),
+            fisher=self._joined_fisher(unit),
+        )
+
+    def solve(self, problem: Problem, largest: int, *, curves: bool = False) -> Factors:
+        """Solve a problem as the method weighs it."""
+        metric, flow = self.module.metrics(problem, self.config)
+        return factors.solve(problem, metric, flow, largest=largest, curves=curves)
+
+    def _joined(self, unit: Unit) -> Tensor | None:
+        """P^T G P of a unit: that of several layers with the same inputs is the sum of theirs."""
+        parts = [self.felt.matrices[m] for m in unit.members if m in self.felt.matrices]
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def _joined_fisher(self, unit: Unit) -> tuple[Tensor, Tensor] | None:
+        parts = [self.fisher[m] for m in unit.members if m in self.fisher]
+        if not parts:
+            return None
+        return torch.cat([p[0] for p in parts]), torch.stack([p[1] for p in parts]).sum(0)
+
+    def _collect(self, samples: list[Sample], title: str) -> None:
+        """Add rows to the statistics and decompose every unit anew."""
+        with self.context.progress.task(title, len(samples)) as task:
+            sequential.collect(
+                self.model,
+                self.units,
+                samples,
+                self.moments,
+                magnitudes=self.magnitudes if "magnitude" in self.module.NEEDS else None,
+                done=task.advance,
+            )
+        for unit in self.units.values():
+            if unit.table and unit.name not in self.moments:
+                self._table(unit)
+        largest = {n: int(np.ceil(size.break_even)) - 1 for n, size in self.sizes.items()}
+        with self.context.progress.task("decomposition", len(self.units)) as task:
+            for name, unit in self.units.items():
+                self.found[name] = self.solve(
+                    self.problem(unit, self.moments[name]), largest[name], curves=True
+                )
+                task.advance()
+
+    def _table(self, unit: Unit) -> None:
+        assert isinstance(unit.dense, nn.Embedding)
+        train = self.context.encoded["train"]
+        counts = torch.from_numpy(np.bincount(train.ids, minlength=unit.dense.num_embeddings))
+        self.moments[unit.name] = sequential.table_moments(unit.dense, counts)
+        if "magnitude" in self.module.NEEDS:
+            self.magnitudes[unit.name] = (counts + 1) / float(counts.sum() + len(counts))
+
+    def _feel(self, rows: Encoded, samples: list[Sample]) -> list[Sample]:
+        """Sensitivity of every layer's outputs, and the Fisher information where the method reads it.
+
+        Returns:
+            The samples, their tokens weighed where the method weighs them.
+        """
+        # The rows are in random order, their batches are not: a share of the batches would be the longest rows.
+        needed = "sensitivity" in self.module.NEEDS
+        some = samples
+        if not needed and len(rows) > rank_budget.GRADIENT_ROWS:
+            part = rows.take(np.arange(rank_budget.GRADIENT_ROWS))
+            some = [Sample(batch) for batch in calibration.batches(self.context, part)]
+        inputs = [sample.inputs for sample in some]
+        with self.context.progress.task("sensitivity", len(inputs)) as task:
+            self.felt = curvature.sensitivity(
+                self.model, self.dense, _counted(inputs, task.advance), self.context.seed
+            )
+        if "fisher" in self.module.NEEDS:
+            labelled = [
+                (batch, self._targets(rows, at, batch))
+                for at, batch in calibration.indexed(self.context, rows)
+            ]
+            with self.context.progress.task("Fisher information", len(labelled)) as task:
+                self.fisher = curvature.fisher(self.model, self.dense, _counted(labelled, task.advance))
+        power = getattr(self.config, "token_power", 0.0)
+        if not needed or not power:
+            return samples
+        return [
+            Sample(one.inputs, {name: size**power for name, size in sizes.items()})
+            for one, sizes in zip(samples, self.felt.tokens, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _targets(self, rows: Encoded, at: np.ndarray, batch: Mapping[str, Tensor]) -> Tensor:
+        """Labels (B,) of a batch; a row without one gets the model's own answer."""
+        labels = np.full(len(at), UNLABELLED) if rows.labels is None else rows.labels[at]
+        targets = torch.from_numpy(labels.astype(np.int64)).to(self.context.device)
+        if bool((targets < 0).any()):
+            targets = torch.where(targets < 0, self.model(**batch).logits.argmax(1), targets)
+        return targets
+
+    # --- how many directions ----------------------------------------------------------------------
+
+    def decide(self, amount: Mapping[str, Any], detail: dict[str, Any]) -> Ranks:
+        """Collect statistics and settle every unit's rank; None where it stays dense."""
+        detail |= {"rows": len(self.rows), "tokens": int(self.rows.lengths.sum())}
+        if not self.units:
+            return {}
+        shared = bool({"budget", "target_speedup", "max_drop"} & set(amount))
+        count = max(1, len(self.rows) // _HELD) if shared else 0
+        held, fit = (self.rows.take(part) for part in np.split(np.arange(len(self.rows)), [count]))
+        samples = [Sample(batch) for batch in calibration.batches(self.context, fit)]
+        trial = calibration.batches(self.context, held)
+        if shared or {"sensitivity", "fisher"} & set(self.module.NEEDS):
+            samples = self._feel(fit, samples)
+        self.samples = samples
+        self._collect(samples, "calibration")
+        if not shared:
+            return {n: self.sizes[n].settle(max(1, self._wanted(n, amount))) for n in self.units}
+        damage = self._damage(held, detail)
+        if "target_speedup" in amount:
+            return self._for_speedup(damage, amount["target_speedup"], detail)
+        dense = calibration.logits(self.model, trial)
+        if "max_drop" in amount:
+            return self._search(damage, amount["max_drop"], dense, trial, detail)
+        return self._shared(damage, amount["budget"], dense, trial, detail)
+
+    def _wanted(self, name: str, amount: Mapping[str, Any]) -> int:
+        if "energy" in amount:
+            return self.found[name].rank(amount["energy"])
+        if amount["rank"] != "evbmf":
+            return int(amount["rank"])
+        return evbmf.rank(self.units[name].dense.weight.detach())
+
+    def _damage(self, held: Encoded, detail: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Divergence of the model with each unit alone factorised, at every rank: predicted, then measured."""
+        rows = held.take(np.arange(min(_ALONE_ROWS, len(held))))
+        batches = calibration.batches(self.context, rows)
+        family = self.context.checkpoint.family
+        states = sequential.states_of(self.model, family, batches)
+        damage = {}
+        measured: dict[str, dict[int, float]] = {}
+        with self.context.progress.task("each layer alone", len(self.units)) as task:
+            for name, unit in self.units.items():
+                curve = self.found[name].damage
+                assert curve is not None
+                rank = max(1, int(self.sizes[name].break_even / 2))
+                inside = name.removeprefix(family.layers + ".")
+                layer = 0 if unit.table else int(inside.partition(".")[0])
+                sequential.install(self.model, unit, self.found[name], rank)
+                with sequential.run_from(self.model, family, layer, states):
+                    found = rank_budget.divergence(self.model, states.logits, batches)
+                self._dense(unit)
+                measured[name] = {rank: found}
+                damage[name] = rank_budget.scaled(curve, [rank], [found])
+                task.advance()
+        detail["alone"] = {"rows": len(rows), "kl": measured}
+        return damage
+
+    def _shared(
+        self,
+        damage: Mapping[str, np.ndarray],
+        budget: float,
+        dense: list[Tensor],
+        trial: list[dict[str, Tensor]],
+        detail: dict[str, Any],
+    ) -> Ranks:
+        """The best of three shares of a budget, judged on held rows by the factors before they are fitted."""
+        even = rank_budget.even(self.sizes, budget)
+        weighed = rank_budget.by_damage(self.sizes, damage, budget)
+        middle = rank_budget.between(self.sizes, even, weighed)
+        shares = dict(zip(_ALLOCATION, (even, weighed, middle), strict=True))
+        divergence: dict[str, float] = {}
+        with self.context.progress.task("shares of the budget", len(shares)) as task:
+            for name, ranks in shares.items():
+                self._install(ranks)
+                divergence[name] = rank_budget.divergence(self.model, dense, trial)
+                self._dense()
+                task.advance()
+        best = min(divergence, key=divergence.__getitem__)  # the first of equals, so the even one
+        rows = sum(len(batch["input_ids"]) for batch in trial)
+        detail["allocation"] = {"chosen": best, "held_rows": rows, "kl": divergence}
+        return shares[best]
+
+    def _for_speedup(self, damage: Mapping[str, np.ndarray], target: float, detail: dict[str, Any]) -> Ranks:
+        """The least damage among the ranks whose products take so much less time.
+
+        Raises:
+            UsageError: Rank 1 everywhere is not that fast.
+        """
+        whole = self.clock.model(self.context)
+        choices: dict[str, Choices] = {}
+        with self.context.progress.task("latencies", len(self.units)) as task:
+            for name, unit in self.units.items():
+                size = self.sizes[name]
+                before = self._milliseconds(unit, None)
+                ranks = np.arange(1, int(np.ceil(size.break_even)))
+                grid = (
+                    ranks[np.unique(np.linspace(0, len(ranks) - 1, 9).astype(int))] if len(ranks) else ranks
+                )
+                times = [self._milliseconds(unit, int(rank)) for rank in grid]
+                cost = np.maximum.accumulate(np.interp(ranks, grid, times)) if len(ranks) else np.zeros(0)
+                faster = cost < before  # a slower pair is never chosen
+                options: list[int | None] = [*ranks[faster].tolist(), None]
+                choices[name] = Choices(
+                    options, np.append(cost[faster], before), np.append(damage[name][ranks[faster]], 0.0)
+                )
+                task.advance()
+        before = sum(float(c.cost[-1]) for c in choices.values())
+        allowed = whole / target - (whole - before)
+        fastest = sum(float(c.cost.min()) for c in choices.values())
+        detail["latency"] = {"model_ms": whole, "products_ms": before, "allowed_ms": allowed}
+        if fastest > allowed:
+            reached = whole / (whole - before + fastest)
+            raise UsageError(
+                f"--target-speedup {target} cannot be met: rank 1 everywhere is {reached:.2f} times as fast",
+                "give a lower one, or shorten the model first: kdcli prune",
+            )
+        picked = rank_budget.least(choices, allowed)
+        detail["latency"]["predicted_ms"] = (
+            whole - before + sum(float(choices[n].cost[i]) for n, i in picked.items())
+        )
+        return {name: choices[name].options[i] for name, i in picked.items()}
+
+    def _search(
+        self,
+        damage: Mapping[str, np.ndarray],
+        max_drop: float,
+        dense: list[Tensor],
+        trial: list[dict[str, Tensor]],
+        detail: dict[str, Any],
+    ) -> Ranks:
+        """The smallest budget that loses at most ``max_drop`` of the accuracy on validation rows."""
+        validation = self.context.encoded["validation"]
+        judged = validation.take(np.arange(min(JUDGED_ROWS, len(validation))))
+        full = calibration.accuracy(self.context, judged)
+        best: Ranks = dict.fromkeys(self.units)
+        latest = best
+
+        def attempt(budget: float) -> float | None:
+            nonlocal latest
+            try:
+                latest = self._shared(damage, budget, dense, trial, {})
+            except UsageError:  # rank 1 everywhere is more than that
+                return None
+            self.replace({n: r for n, r in latest.items() if r is not None})
+            found = calibration.accuracy(self.context, judged)
+            self._dense()
+            return found
+
+        def keep() -> None:
+            nonlocal best
+            best = latest
+
+        steps = search(attempt, full - max_drop, keep)
+        detail["search"] = {"rows": len(judged), "accuracy": full, "max_drop": max_drop, "steps": steps}
+        return best
+
+    # --- putting factors in -----------------------------------------------------------------------
+
+    def replace(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """Install the units of ``ranks`` one behind the other; returns their measured errors."""
+        if not ranks:
+            return {}
+        fit = Fit(getattr(self.config, "sequential", "off"), getattr(self.config, "ridge", 1.0))
+        family = self.context.checkpoint.family
+        with self.context.progress.task("replacing", len(self.model.get_submodule(family.layers))) as task:  # type: ignore[arg-type]
+            return sequential.replace_all(
+                self.model,
+                family,
+                self.units,
+                ranks,
+                self.found,
+                self.problem,
+                self.solve,
+                self.samples,
+                fit,
+                done=task.advance,
+            )
+
+    def _install(self, ranks: Ranks) -> None:
+        for name, rank in ranks.items():
+            if rank is not None:
+                sequential.install(self.model, self.units[name], self.found[name], rank)
+
+    def _dense(self, unit: Unit | None = None) -> None:
+        names = self.dense if unit is None else unit.members
+        sequential.restore(self.model, {name: self.dense[name] for name in names})
+
+    # --- what came of it --------------------------------------------------------------------------
+
+    def parameters(self, ranks: Mapping[str, int]) -> int:
+        """Parameters of all units, those of ``ranks`` factorised."""
+        return sum(size.parameters(ranks.get(name)) for name, size in self.sizes.items())
+
+    def table(self, ranks: Ranks, measured: Mapping[str, float]) -> list[dict[str, Any]]:
+        """One row a unit, for the report."""
+        rows = []
+        with self.context.progress.task("latencies", len(self.units)) as task:
+            for name, unit in self.units.items():
+                rank, size, found = ranks[name], self.sizes[name], self.found[name]
+                row: dict[str, Any] = {
+                    "name": name,
+                    "shape": [size.outputs, size.inputs],
+                    "rank": rank,
+                    "break_even": size.break_even,
+                    "parameters_before": size.dense,
+                    "parameters_after": size.parameters(rank),
+                    "error_predicted": 0.0 if rank is None else float(found.errors[rank]),
+                    "error_measured": measured.get(name, 0.0),
+                    "latency_before_ms": (before := self._milliseconds(unit, None)),
+                    "latency_after_ms": before if rank is None else self._milliseconds(unit, rank),
+                    "kept_dense": rank is None,
+                }
+                if len(unit.members) > 1:
+                    row["with"] = list(unit.members[1:])
+                rows.append(row)
+                task.advance()
+        return rows
+
+    def _milliseconds(self, unit: Unit, rank: int | None) -> float:
+        size = self.sizes[unit.name]
+        if unit.table:
+            return self.clock.table(size.outputs, rank)
+        return self.clock.product(size.outputs, size.inputs, rank)
+
+
+def _counted(items: list[Any], done: Any) -> Any:
+    for item in items:
+        yield item
+        done()
