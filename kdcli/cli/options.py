@@ -267,8 +267,8 @@ SchemeOpt = Annotated[
     _option(
         "--scheme",
         help="Number format of weights and activations.",
-        parse=values.one_of("scheme", values.methods("quantize")),
-        names=values.methods("quantize"),
+        parse=values.one_of("scheme", lambda: base.SCHEMES),
+        names=lambda: base.SCHEMES,
         metavar="NAME",
     ),
 ]
@@ -283,12 +283,12 @@ KeepFp32Opt = Annotated[
     _option("--keep-fp32", help="Leave layers of this glob alone; repeatable.", metavar="PATTERN"),
 ]
 EmbeddingsOpt = Annotated[
-    str,
+    str | None,
     _option(
         "--embeddings",
-        help="Format of the embedding tables: int8 or fp32.",
-        parse=values.one_of("embedding format", lambda: values.EMBEDDINGS),
-        names=lambda: values.EMBEDDINGS,
+        help="Format of the embedding tables: int8, int4, fp16 or fp32; by default the scheme's own.",
+        parse=values.one_of("embedding format", lambda: base.EMBEDDINGS),
+        names=lambda: base.EMBEDDINGS,
         metavar="NAME",
     ),
 ]

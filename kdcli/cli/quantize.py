@@ -21,7 +21,7 @@ def command(
     calibration: o.CalibrationOpt = None,
     calibration_samples: o.CalibrationSamplesOpt = QuantizeOptions.calibration_samples,
     keep_fp32: o.KeepFp32Opt = None,
-    embeddings: o.EmbeddingsOpt = QuantizeOptions.embeddings,
+    embeddings: o.EmbeddingsOpt = None,
     epochs: o.QatEpochsOpt = QuantizeOptions.epochs,
     dequantize: o.DequantizeOpt = False,
     max_drop: o.MaxDropOpt = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -14,19 +15,27 @@ from kdcli.export.quiet import quiet
 _PARTS = frozenset({"Softmax", "LayerNormalization", "Erf"})
 
 
+Fusion = Literal["packed", "separate", "none"]
+"""How attention is fused: with the products of query, key and value inside, with these outside, or not at all
+(then nothing else is either)."""
+
+
 def possible(source: Path) -> bool:
     """Whether a graph holds anything that :func:`fuse` is for; convolutions and LSTMs are single operators."""
     graph = onnx.load(str(source), load_external_data=False).graph
     return any(node.op_type in _PARTS for node in graph.node)
 
 
-def fuse(source: Path, target: Path, *, embeddings: bool = True) -> dict[str, int]:
+def fuse(
+    source: Path, target: Path, *, embeddings: bool = True, attention: Fusion = "packed"
+) -> dict[str, int]:
     """Write ``source`` with attention, layer norms and GELUs as single operators of onnxruntime.
 
     Args:
         source: A float graph in plain ONNX.
         target: Where the fused graph goes; it runs in onnxruntime only.
         embeddings: Also fuse the embedding layer (an operator that cannot hold per-row scales).
+        attention: Whether query, key and value become part of the attention operator.
 
     Returns:
         How often each fused operator occurs, zeros left out.
@@ -39,6 +48,7 @@ def fuse(source: Path, target: Path, *, embeddings: bool = True) -> dict[str, in
     with quiet():
         options = FusionOptions("bert")
         options.enable_embed_layer_norm = embeddings
+        options.use_multi_head_attention = attention == "separate"
         # opt_level 0: no session is made here; onnxruntime does its own constant folding when it loads.
         optimised = optimizer.optimize_model(
             model, model_type="bert", num_heads=0, hidden_size=0, opt_level=0, optimization_options=options

@@ -15,7 +15,7 @@ from torch import nn
 
 from kdcli.errors import InputError
 from kdcli.models.families import encoder_layers, family_of
-from kdcli.models.layers import LowRankLinear
+from kdcli.models.layers import LowRankLinear, SmoothLinear
 
 FILE = "kdcli.json"
 
@@ -49,17 +49,37 @@ class Zero(_Transform):
     tensors: dict[str, int]  # name -> number of zeros
 
 
+class Layout(_Transform):
+    """How some tensors lie in the file."""
+
+    bits: int
+    group: int | None = None  # columns that share a scale; None: a row has one
+    symmetric: bool = True  # False: zero points are stored too
+    tensors: list[str]
+
+
 class Quantise(_Transform):
     """Tensors stored as integers with scales; loading multiplies them out."""
 
     op: Literal["quantise"] = "quantise"
     scheme: str
-    bits: int
-    reduce_range: bool
+    bits: int  # of most weights
+    reduce_range: bool = False
     tensors: list[str]  # names of the integer tensors; each has its scale in "<name>_scale"
+    #: How they are stored. Tensors that are in none of them are int8 with a scale a row.
+    layouts: list[Layout] = Field(default_factory=list)
+    #: Fixed ranges of activations: input of this layer -> (scale, zero point as uint8).
+    activations: dict[str, tuple[float, int]] = Field(default_factory=dict)
 
 
-Transform = Annotated[Cut | Factorise | Zero | Quantise, Field(discriminator="op")]
+class Smooth(_Transform):
+    """Linear layers that multiply their input by a vector of their own first."""
+
+    op: Literal["smooth"] = "smooth"
+    layers: list[str]
+
+
+Transform = Annotated[Cut | Factorise | Zero | Quantise | Smooth, Field(discriminator="op")]
 
 
 class TransformLog(BaseModel):
@@ -77,6 +97,11 @@ class TransformLog(BaseModel):
         """The quantisation in force, if any."""
         found = [t for t in self.transforms if isinstance(t, Quantise)]
         return found[-1] if found else None
+
+    @property
+    def smoothed(self) -> bool:
+        """Whether some layers multiply their input first, which config.json cannot say."""
+        return any(isinstance(t, Smooth) for t in self.transforms)
 
 
 def read_log(directory: Path) -> TransformLog | None:
@@ -101,7 +126,7 @@ def write_log(log: TransformLog, directory: Path) -> None:
     (directory / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def apply(model: nn.Module, transform: Cut | Factorise | Zero | Quantise) -> None:
+def apply(model: nn.Module, transform: Cut | Factorise | Zero | Quantise | Smooth) -> None:
     """Change the shapes of ``model`` as ``transform`` says, in place.
 
     Raises:
@@ -113,6 +138,9 @@ def apply(model: nn.Module, transform: Cut | Factorise | Zero | Quantise) -> Non
     elif isinstance(transform, Factorise):
         for name, rank in transform.ranks.items():
             factorise(model, name, rank)
+    elif isinstance(transform, Smooth):
+        for name in transform.layers:
+            smooth(model, name)
 
 
 def replay(model: nn.Module, log: TransformLog) -> None:
@@ -160,13 +188,32 @@ def factorise(model: nn.Module, name: str, rank: int) -> LowRankLinear:
     return pair
 
 
+def smooth(model: nn.Module, name: str) -> SmoothLinear:
+    """Let the linear layer ``name`` multiply its input by a vector of ones, to be set by the caller; return it.
+
+    Raises:
+        InputError: There is no such linear layer.
+    """
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError as error:
+        raise InputError(f"{FILE} smooths the input of '{name}', which the model does not have") from error
+    if not isinstance(layer, nn.Linear):
+        raise InputError(f"{FILE} smooths the input of '{name}', which is no linear layer")
+    if isinstance(layer, SmoothLinear):
+        return layer
+    made = SmoothLinear.of(layer)
+    model.set_submodule(name, made)
+    return made
+
+
 def settle_in_config(model: nn.Module, log: TransformLog) -> None:
     """Move cuts that ``config.json`` can express into it, so that plain transformers loads the result.
 
     Possible when no layer lost a head, nothing is factorised and all layers have equally many neurons.
     """
     cuts = [t for t in log.transforms if isinstance(t, Cut)]
-    if not cuts or any(isinstance(t, Factorise) for t in log.transforms):
+    if not cuts or any(isinstance(t, Factorise | Smooth) for t in log.transforms):
         return
     config: Any = model.config
     family = family_of(config.model_type)

@@ -39,6 +39,20 @@ STRUCTURES: dict[str, str] = {
 }
 """Structure that ``prune`` can remove -> the method it uses unless ``--method`` says otherwise."""
 
+SCHEMES: dict[str, str] = {
+    "dynamic-int8": "dynamic",
+    "static-int8": "static",
+    "int8-qat": "qat",
+    "int4": "int4",
+    "fp16": "half",
+    "ternary": "qat",
+    "binary": "qat",
+    "auto": "auto",
+}
+"""Scheme of ``quantize`` -> the file of ``stages/quantizing/`` that does it."""
+
+EMBEDDINGS: tuple[str, ...] = ("int8", "int4", "fp16", "fp32")
+
 INITS: tuple[str, ...] = ("auto", "teacher", "hub", "random")
 
 
@@ -131,7 +145,7 @@ class QuantizeOptions:
     calibration: str | None = None
     calibration_samples: int = 128
     keep_fp32: tuple[str, ...] = ()
-    embeddings: str = "int8"
+    embeddings: str | None = None  # None: the scheme's own
     epochs: int = 0
 
 

@@ -16,6 +16,7 @@ from kdcli.data import batching
 from kdcli.data.text import Encoded
 from kdcli.errors import ParityError
 from kdcli.export import fusion, onnx, parity, sessions
+from kdcli.export.fusion import Fusion
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
@@ -62,13 +63,15 @@ def build(
     timings: Timings,
     progress: Progress,
     rewrite: Callable[[Path, Path], dict[str, Any]] | None = None,
+    attention: Fusion = "packed",
+    exact: bool = False,
     properties: Mapping[str, str] | None = None,
 ) -> Graph:
     """Export ``checkpoint`` to ``target`` and prove that it answers as the checkpoint does.
 
     The plain graph is checked first; the fused one replaces it only where it agrees as well. With
     ``rewrite`` (quantisation) the float graph is an intermediate step, and the integer graph must
-    give the same answers.
+    give the same answers, or with ``exact`` the same logits.
 
     Raises:
         ParityError: The exported graph does not agree with the checkpoint.
@@ -92,12 +95,14 @@ def build(
             )
         chosen = plain
         with timings.phase("fusion"):
-            counts = fusion.fuse(plain, fused, embeddings=rewrite is None)
+            counts = {}
+            if attention != "none":
+                counts = fusion.fuse(plain, fused, embeddings=rewrite is None, attention=attention)
         with timings.phase("parity"):
             fused_result = _check(reference, fused, batches, threads) if counts else None
         if fused_result is not None and fused_result.passed:
             chosen, result, detail["fused"] = fused, fused_result, counts
-        elif fusion.possible(plain):
+        elif attention != "none" and fusion.possible(plain):
             reason = (
                 "nothing fused"
                 if not counts
@@ -108,8 +113,13 @@ def build(
             with timings.phase("rewrite"):
                 detail |= rewrite(chosen, target)
             with timings.phase("parity"):
-                result = _check(reference, target, _many(encoded, checkpoint.pad_id), threads, exact=False)
+                result = _check(reference, target, _many(encoded, checkpoint.pad_id), threads, exact=exact)
             if not result.passed:
+                if exact:
+                    raise ParityError(
+                        f"the integer graph is off by {result.max_abs_diff} from the checkpoint, "
+                        f"allowed are {result.tolerance}"
+                    )
                 raise ParityError(
                     f"the integer graph gives the checkpoint's answer for {result.top1_agreement:.1%} of the rows only"
                 )

@@ -169,7 +169,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
             params=applied.method.params,
         )
         applied.checkpoint.log.lineage = [e.model_dump(mode="json") for e in (*lineage, entry)]
-        checkpoints.save(applied.checkpoint, work, integers=applied.integers)
+        checkpoints.save(applied.checkpoint, work, integers=applied.integers, half=applied.half)
     with timings.phase("reload"):
         after_model = checkpoints.load(work, device=context.device)
 
@@ -182,6 +182,8 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         timings=timings,
         progress=progress,
         rewrite=applied.rewrite_onnx,
+        attention=applied.fusion,
+        exact=applied.exact,
         properties={"stage": request.stage, "lineage": " > ".join(e.stage for e in (*lineage, entry))},
     )
     progress.phase("measure after")

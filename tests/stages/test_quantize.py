@@ -104,8 +104,8 @@ def test_checkpoint_is_integers_on_disk_and_the_rounded_model_when_loaded(
     assert (logits(loaded.model, family) - before).abs().max() < 0.15  # of order 1
     # What was loaded quantises to the very integers that are on the disk.
     again = quantize.apply(context_of(loaded, tmp_path))
-    for name, (values, _) in again.integers.items():
-        assert torch.equal(values, state[name])
+    for name, matrix in again.integers.items():
+        assert torch.equal(matrix.values, state[name])
     assert [type(t) for t in again.checkpoint.log.transforms].count(Quantise) == 1
 
 
@@ -139,7 +139,7 @@ def test_report_counts_weights_and_the_largest_sum(tmp_path: Path) -> None:
     assert detail["integer_weights"] + detail["float_weights"] == sum(
         p.numel() for p in made.model.parameters()
     )
-    assert detail["integer_weights"] == sum(v.numel() for v, _ in applied.integers.values())
+    assert detail["integer_weights"] == sum(m.values.numel() for m in applied.integers.values())
     assert detail["largest"] == 64
     assert detail["largest_pair_sum"] == 32640 <= 32767
     assert applied.warnings == []
@@ -147,7 +147,10 @@ def test_report_counts_weights_and_the_largest_sum(tmp_path: Path) -> None:
         "scheme": "dynamic-int8",
         "embeddings": "int8",
         "keep_fp32": [],
+        "bits": 8,
         "reduce_range": True,
+        "unsigned": False,
+        "smooth": 0.0,
     }
     rows = {row["name"]: row for row in applied.method.layers}
     assert {f"{name}.weight" for name in rows} == set(applied.integers)
@@ -210,14 +213,14 @@ def test_relative_position_biases_stay_in_float(tmp_path: Path) -> None:
     ("options", "settings", "message"),
     [
         ({"scheme": "dynamic-int7"}, {}, "did you mean 'dynamic-int8'"),
-        ({"embeddings": "int4"}, {}, "int8"),
+        ({"embeddings": "int5"}, {}, "int8"),
         ({"epochs": 1}, {}, "--epochs 1"),
         ({"calibration": "rows.csv"}, {}, "--calibration"),
         ({"keep_fp32": ("encoder.*",)}, {}, r"'encoder\.\*' matches none of the 17"),
         ({"keep_fp32": ("classifier", "pooler")}, {}, "'pooler'"),
         ({"keep_fp32": ("*_embeddings",), "embeddings": "fp32"}, {}, "matches none of the 14"),
         ({"keep_fp32": ("*",)}, {}, "nothing to quantise"),
-        ({}, {"bits": "4"}, "bits"),
+        ({}, {"bits": "9"}, "bits"),
     ],
 )
 def test_bad_options_are_refused_before_anything_changes(
