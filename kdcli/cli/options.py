@@ -292,6 +292,12 @@ EmbeddingsOpt = Annotated[
         metavar="NAME",
     ),
 ]
+SensitivityOpt = Annotated[
+    bool,
+    _option(
+        "--sensitivity", help="Measure what each layer loses when it alone is quantised, and when it is kept."
+    ),
+]
 QatEpochsOpt = Annotated[
     int,
     _option("--epochs", help="Passes of quantisation-aware training.", parse=values.whole(0), metavar="N"),

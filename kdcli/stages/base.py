@@ -146,6 +146,7 @@ class QuantizeOptions:
     calibration_samples: int = 128
     keep_fp32: tuple[str, ...] = ()
     embeddings: str | None = None  # None: the scheme's own
+    sensitivity: bool = False  # measure every layer by itself
     epochs: int = 0
 
 

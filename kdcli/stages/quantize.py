@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from kdcli.stages.base import SCHEMES
 from kdcli.stages.context import Applied, Context
+from kdcli.stages.quantizing import guarding
 from kdcli.stages.quantizing import plan as plans
 
 
@@ -25,10 +24,9 @@ def apply(context: Context) -> Applied:
     plan = plans.of(context)
     module = scheme(plan.scheme)
     module.check(context, plan)
-    applied: Applied = module.apply(context, plan)
-    return applied
+    return guarding.apply(context, plan, module)
 
 
 def scheme(name: str) -> Any:
     """The file of ``stages/quantizing/`` that a scheme is in."""
-    return importlib.import_module(f"kdcli.stages.quantizing.{SCHEMES[name]}")
+    return plans.stage_file(name)

@@ -23,6 +23,9 @@ _HESSIAN_BYTES = 128 << 20
 _BATCH = 8
 
 
+ROUNDS = "none"
+
+
 def check(context: Context, plan: Plan) -> None:
     """Refuse options that this scheme has no use for."""
     refuse_training(plan)

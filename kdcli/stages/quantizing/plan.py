@@ -31,6 +31,7 @@ class Plan:
     options: QuantizeOptions
     layers: Mapping[str, Layer]  # what is quantised; what is kept in fp32 is not among them
     embeddings: str  # format of the tables, one of EMBEDDINGS
+    settings: Mapping[str, str]  # as they were given
     inner: Any = None  # the Config of the method that ``config.rounding`` names
 
     @property
@@ -77,7 +78,8 @@ def of(context: Context, *, scheme: str | None = None, settings: Mapping[str, st
     scheme = scheme or options.scheme
     if scheme not in SCHEMES:
         raise UsageError(f"unknown scheme '{scheme}': {did_you_mean(scheme, SCHEMES)}")
-    module, config, inner = settle(scheme, context.request.common.settings if settings is None else settings)
+    settings = context.request.common.settings if settings is None else settings
+    module, config, inner = settle(scheme, settings)
     embeddings = str(options.embeddings or getattr(module, "EMBEDDINGS", "int8"))
     if embeddings not in EMBEDDINGS:
         raise UsageError(f"unknown --embeddings '{embeddings}': {did_you_mean(embeddings, EMBEDDINGS)}")
@@ -88,7 +90,12 @@ def of(context: Context, *, scheme: str | None = None, settings: Mapping[str, st
     convolutions = getattr(module, "CONVOLUTIONS", False)
     model, tables = context.checkpoint.model, embeddings != "fp32"
     layers = choose(model, options.keep_fp32, tables=tables, convolutions=convolutions)
-    return Plan(scheme, module, config, options, layers, embeddings, inner)
+    return Plan(scheme, module, config, options, layers, embeddings, settings, inner)
+
+
+def stage_file(scheme: str) -> Any:
+    """The file of this folder that does a scheme."""
+    return importlib.import_module(f"kdcli.stages.quantizing.{SCHEMES[scheme]}")
 
 
 def settle(scheme: str, settings: Mapping[str, str]) -> tuple[ModuleType, Any, Any]:
@@ -98,7 +105,7 @@ def settle(scheme: str, settings: Mapping[str, str]) -> tuple[ModuleType, Any, A
         UsageError: An unknown setting or a bad value.
     """
     if scheme not in methods.names("quantize"):
-        module = importlib.import_module(f"kdcli.stages.quantizing.{SCHEMES[scheme]}")
+        module = stage_file(scheme)
         return module, methods.parse_settings(module, settings), None
     module = methods.load("quantize", scheme)
     fields = module.Config.model_fields
