@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from kdcli.export import fusion
+
 
 def halve_graph(source: Path, target: Path) -> dict[str, Any]:
     """Write ``source`` with a Cast in front of every matrix that half precision holds without loss.
@@ -19,7 +21,7 @@ def halve_graph(source: Path, target: Path) -> dict[str, Any]:
     Returns:
         ``stored`` and ``executed``: in words, how many weights.
     """
-    model = onnx.load(str(source))
+    model = fusion.load(source)
     graph = model.graph
     halved, casts = 0, []
     for tensor in graph.initializer:

@@ -19,6 +19,8 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from kdcli.export import fusion
+
 Kernel = Literal["integer", "blocks"]
 """``integer``: products of integers, activations rounded to uint8. ``blocks``: MatMulNBits, float activations."""
 
@@ -89,7 +91,7 @@ def quantise_graph(
         inside one that also holds a float weight, or not at all; ``largest``: the largest magnitude of an
         integer that is multiplied by activations; ``stored`` and ``executed``: in words, how many weights.
     """
-    model = onnx.load(str(source))
+    model = fusion.load(source)
     rewriter = Rewriter(model.graph, integers, kernel, ranges or {}, unsigned, accuracy_level)
     rewriter.smooth_by(smooth or {})
     rewriter.run()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdcli.errors import InputError
-from kdcli.models import safety, transforms
+from kdcli.models import activations, safety, transforms
 from kdcli.models.families import FAMILIES, Family, family_of
 from kdcli.models.integers import Integers, pack, unpack
 from kdcli.models.transforms import Layout, Quantise, TransformLog
@@ -147,6 +147,8 @@ def load(
     if not has_head and labels is not None:
         names = list(labels)
     model.eval().to(device)
+    if log is not None and log.quantised is not None:
+        activations.attach(model, log.quantised)
     return Checkpoint(model, tokenizer, names, log or TransformLog(), path, has_head, log is not None)
 
 
@@ -185,14 +187,31 @@ def _load_own(path: Path, log: TransformLog) -> nn.Module:
         state = load_file(path / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path / WEIGHTS} cannot be read: {error}") from error
-    if log.quantised is not None:
-        state = dequantise(state, log.quantised)
     try:
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        with torch.no_grad():
+            _fill(model, state, log.quantised)
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise InputError(f"{path / WEIGHTS} does not fit config.json and kdcli.json: {problem}") from error
     return model
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], log: Quantise | None) -> None:
+    """Load a state strictly. Integers are multiplied out into their places one by one: no second model is made.
+
+    Raises:
+        RuntimeError: Names or shapes do not fit.
+        InputError: A tensor that the log names is missing or is not an integer one.
+    """
+    own = dict(model.named_parameters())
+    for layout in [] if log is None else layouts_of(log):
+        for name in layout.tensors:
+            dense = dequantise(state, name, layout)
+            if name not in own or own[name].shape != dense.shape:
+                raise RuntimeError(f"there is no weight '{name}' of shape {tuple(dense.shape)} in the model")
+            own[name].copy_(dense)
+            state[name] = own[name].detach()
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
 
 
 def _load_plain(
@@ -423,22 +442,18 @@ def layouts_for(integers: Mapping[str, Integers]) -> list[Layout]:
     return [Layout(bits=b, group=g, symmetric=s, tensors=names) for (b, g, s), names in found.items()]
 
 
-def dequantise(state: Mapping[str, Tensor], log: Quantise) -> dict[str, Tensor]:
-    """Multiply integer tensors by their scales; only the float weights are in the result.
+def dequantise(state: dict[str, Tensor], name: str, layout: Layout) -> Tensor:
+    """Take a quantised weight out of ``state`` and multiply its integers by their scales.
 
     Raises:
-        InputError: A tensor that the log names is missing or is not an integer one.
+        InputError: It is missing, or is not what the log promises.
     """
-    dense = dict(state)
-    for layout in layouts_of(log):
-        for name in layout.tensors:
-            try:
-                dense[name] = _take(dense, name, layout).dense()
-            except (KeyError, ValueError, RuntimeError) as error:
-                raise InputError(
-                    f"{WEIGHTS} holds no integers with scales for '{name}', which kdcli.json promises"
-                ) from error
-    return dense
+    try:
+        return _take(state, name, layout).dense()
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{WEIGHTS} holds no integers with scales for '{name}', which kdcli.json promises"
+        ) from error
 
 
 def weights_digest(path: Path) -> str:

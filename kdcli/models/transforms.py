@@ -68,6 +68,8 @@ class Quantise(_Transform):
     tensors: list[str]  # names of the integer tensors; each has its scale in "<name>_scale"
     #: How they are stored. Tensors that are in none of them are int8 with a scale a row.
     layouts: list[Layout] = Field(default_factory=list)
+    #: Whether activations are rounded, and with which range: that of each row, or the ones below.
+    rounds: Literal["none", "dynamic", "fixed"] = "none"
     #: Fixed ranges of activations: input of this layer -> (scale, zero point as uint8).
     activations: dict[str, tuple[float, int]] = Field(default_factory=dict)
 

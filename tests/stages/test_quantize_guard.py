@@ -15,6 +15,7 @@ from kdcli.errors import UsageError
 from kdcli.export import onnx as exporter
 from kdcli.measure import environment
 from kdcli.models import checkpoint as checkpoints
+from kdcli.models.activations import round_fixed, round_rows
 from kdcli.progress import Progress
 from kdcli.report.schema import Gate
 from kdcli.stages import quantize, runner
@@ -22,7 +23,7 @@ from kdcli.stages.base import Common, Gates, QuantizeOptions, Request
 from kdcli.stages.quantizing import auto, dynamic, sensitivity
 from kdcli.stages.quantizing.auto import Candidate, Tried
 from kdcli.stages.quantizing.sensitivity import Unit
-from kdcli.stages.quantizing.simulating import Answers, Simulation, answer, round_fixed, round_rows
+from kdcli.stages.quantizing.simulating import Answers, Simulation, answer
 from kdcli.training.batches import model_inputs
 from tests import tiny
 from tests.stages.test_quantize_weights import context_of

@@ -13,6 +13,7 @@ from torch import nn
 
 from kdcli.data import sources
 from kdcli.errors import InputError, UsageError
+from kdcli.models import activations
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import layouts_of
 from kdcli.progress import Progress
@@ -69,7 +70,7 @@ def stored(made, work: Path, options: dict, settings: dict):
 
 
 def logits(model, family: str) -> torch.Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), activations.paused(model):  # weights alone
         return model(**tiny.batch(family)).logits
 
 

@@ -47,6 +47,7 @@ def apply(context: Context, plan: Plan) -> Applied:
         context,
         plan,
         integers,
+        rounds="dynamic",
         detail={"largest": largest, "largest_pair_sum": 2 * 255 * largest, "hardware": hardware},
         warnings=[] if config.unsigned else saturation(largest),
     )

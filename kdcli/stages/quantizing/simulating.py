@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,30 +17,12 @@ from torch import Tensor, nn
 
 from kdcli.data import batching
 from kdcli.data.text import Encoded
+from kdcli.models import activations
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.integers import Integers
-from kdcli.models.layers import SmoothLinear
 from kdcli.training.batches import model_inputs
 
 _BATCH = 32
-
-
-def round_rows(x: Tensor) -> Tensor:
-    """Round each row of (B, T, I) or (B, I) to 256 steps over its own range, zero among them.
-
-    This is ONNX's DynamicQuantizeLinear on a batch of one.
-    """
-    dims = tuple(range(1, x.ndim))
-    low, high = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
-    scale = (high - low) / 255
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    zero = (-low / scale).round_().clamp_(0, 255)
-    return ((x / scale).round_() + zero).clamp_(0, 255).sub_(zero).mul_(scale)
-
-
-def round_fixed(x: Tensor, scale: float, zero: int) -> Tensor:
-    """Round to uint8 with a given scale and zero point, as QuantizeLinear does."""
-    return ((x / scale).round_() + zero).clamp_(0, 255).sub_(zero).mul_(scale)
 
 
 @dataclass
@@ -92,7 +75,9 @@ class Simulation:
             layer = name.removesuffix(".weight")
             module = model.get_submodule(layer)
             if layer in self.ranges or (self.rounds == "dynamic" and isinstance(module, nn.Linear)):
-                self._handles.append(module.register_forward_pre_hook(self._hook(layer)))
+                active = partial(self._is_active, layer)
+                hook = activations.rounding_of(self.ranges.get(layer), active)
+                self._handles.append(module.register_forward_pre_hook(hook))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,6 +97,9 @@ class Simulation:
         self._set(set(quantised))
         return answer(self.checkpoint, rows)
 
+    def _is_active(self, layer: str) -> bool:
+        return layer in self.active
+
     @torch.no_grad()
     def _set(self, wanted: set[str]) -> None:
         for layer in wanted ^ self.active:
@@ -121,20 +109,6 @@ class Simulation:
             else:
                 weight.copy_(self.dense[f"{layer}.weight"])
         self.active = wanted
-
-    def _hook(self, layer: str) -> Any:
-        fixed = self.ranges.get(layer)
-
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if layer not in self.active:
-                return None
-            x = inputs[0]
-            factors = module.smooth if isinstance(module, SmoothLinear) else None
-            x = x if factors is None else x * factors
-            x = round_rows(x) if fixed is None else round_fixed(x, *fixed)
-            return (x if factors is None else x / factors, *inputs[1:])
-
-        return hook
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from kdcli.report.schema import Method, Warning_
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.quantizing.plan import Plan
 
+Rounds = Literal["none", "dynamic", "fixed"]
 Rewrite = Callable[[Path, Path], dict[str, Any]]
 
 
@@ -47,6 +48,7 @@ def finish(
     kernel: Kernel = "integer",
     rewrite: Rewrite | None = None,
     activations: Mapping[str, tuple[float, int]] | None = None,
+    rounds: Rounds | None = None,
     detail: Mapping[str, Any] | None = None,
     warnings: list[Warning_] | None = None,
     **options: Any,
@@ -60,6 +62,7 @@ def finish(
         kernel: How the graph multiplies by matrices, where no ``rewrite`` of the scheme's own does it.
         rewrite: The scheme's own way from the float graph to the final one.
         activations: Fixed ranges, for the log: layer -> (scale, zero point).
+        rounds: How the graph rounds activations: ``fixed`` where there are ranges, else ``none`` by default.
         detail: What else the report should hold.
         warnings: For the report.
         **options: Further fields of :class:`Applied`.
@@ -86,6 +89,7 @@ def finish(
             reduce_range=bool(getattr(plan.config, "reduce_range", False)),
             tensors=sorted(kept),
             layouts=checkpoints.layouts_for(kept),
+            rounds=rounds or ("fixed" if activations else "none"),
             activations=dict(activations or {}),
         )
     )
