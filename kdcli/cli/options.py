@@ -269,15 +269,6 @@ RankOpt = Annotated[
     str | None,
     _option("--rank", help="The same rank everywhere, or evbmf.", parse=values.rank, metavar="N|evbmf"),
 ]
-TargetSpeedupOpt = Annotated[
-    float | None,
-    _option(
-        "--target-speedup",
-        help="Ranks that make the model so many times as fast, by latencies measured here.",
-        parse=values.real(1, above=True),
-        metavar="F",
-    ),
-]
 MergeOpt = Annotated[bool, _option("--merge", help="Multiply factors back where that is smaller or faster.")]
 IncludeOpt = Annotated[
     list[str] | None, _option("--include", help="Only layers of this glob; repeatable.", metavar="PATTERN")
@@ -293,8 +284,8 @@ SchemeOpt = Annotated[
     _option(
         "--scheme",
         help="Number format of weights and activations.",
-        parse=values.one_of("scheme", values.methods("quantize")),
-        names=values.methods("quantize"),
+        parse=values.one_of("scheme", lambda: base.SCHEMES),
+        names=lambda: base.SCHEMES,
         metavar="NAME",
     ),
 ]
@@ -309,13 +300,19 @@ KeepFp32Opt = Annotated[
     _option("--keep-fp32", help="Leave layers of this glob alone; repeatable.", metavar="PATTERN"),
 ]
 EmbeddingsOpt = Annotated[
-    str,
+    str | None,
     _option(
         "--embeddings",
-        help="Format of the embedding tables: int8 or fp32.",
-        parse=values.one_of("embedding format", lambda: values.EMBEDDINGS),
-        names=lambda: values.EMBEDDINGS,
+        help="Format of the embedding tables: int8, int4, fp16 or fp32; by default the scheme's own.",
+        parse=values.one_of("embedding format", lambda: base.EMBEDDINGS),
+        names=lambda: base.EMBEDDINGS,
         metavar="NAME",
+    ),
+]
+SensitivityOpt = Annotated[
+    bool,
+    _option(
+        "--sensitivity", help="Measure what each layer loses when it alone is quantised, and when it is kept."
     ),
 ]
 QatEpochsOpt = Annotated[

@@ -21,7 +21,8 @@ def command(
     calibration: o.CalibrationOpt = None,
     calibration_samples: o.CalibrationSamplesOpt = QuantizeOptions.calibration_samples,
     keep_fp32: o.KeepFp32Opt = None,
-    embeddings: o.EmbeddingsOpt = QuantizeOptions.embeddings,
+    embeddings: o.EmbeddingsOpt = None,
+    sensitivity: o.SensitivityOpt = False,
     epochs: o.QatEpochsOpt = QuantizeOptions.epochs,
     dequantize: o.DequantizeOpt = False,
     max_drop: o.MaxDropOpt = None,
@@ -53,6 +54,7 @@ def command(
         calibration_samples=calibration_samples,
         keep_fp32=tuple(keep_fp32 or ()),
         embeddings=embeddings,
+        sensitivity=sensitivity,
         epochs=epochs,
     )
     stage.execute(ctx, "quantize", options, model=model, dequantize=dequantize)

@@ -19,7 +19,6 @@ Check = Callable[[str], str]
 DEVICES = ("auto", "cpu", "cuda", "mps")
 RUNTIMES = ("onnx", "torch", "both")
 SCHEDULES = ("iterative", "one-shot", "gradual")
-EMBEDDINGS = ("int8", "fp32")
 LISTS = ("data", "methods", "models", "students")
 
 

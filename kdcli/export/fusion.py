@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import mmap
+import tempfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
+from onnx.external_data_helper import load_external_data_for_model, set_external_data
 
 from kdcli.export.quiet import quiet
 
 # One of these is at the heart of whatever can be fused: attention, layer norm, GELU.
 _PARTS = frozenset({"Softmax", "LayerNormalization", "Erf"})
+
+
+_LARGE = 128 << 20  # bytes of a file; smaller ones are not worth a detour over the disk
+_SMALL_TENSOR = 1024
+_WEIGHTS = "weights"
+
+Fusion = Literal["packed", "separate", "none"]
+"""How attention is fused: with the products of query, key and value inside, with these outside, or not at all
+(then nothing else is either)."""
 
 
 def possible(source: Path) -> bool:
@@ -20,13 +35,16 @@ def possible(source: Path) -> bool:
     return any(node.op_type in _PARTS for node in graph.node)
 
 
-def fuse(source: Path, target: Path, *, embeddings: bool = True) -> dict[str, int]:
+def fuse(
+    source: Path, target: Path, *, embeddings: bool = True, attention: Fusion = "packed"
+) -> dict[str, int]:
     """Write ``source`` with attention, layer norms and GELUs as single operators of onnxruntime.
 
     Args:
         source: A float graph in plain ONNX.
         target: Where the fused graph goes; it runs in onnxruntime only.
         embeddings: Also fuse the embedding layer (an operator that cannot hold per-row scales).
+        attention: Whether query, key and value become part of the attention operator.
 
     Returns:
         How often each fused operator occurs, zeros left out.
@@ -34,23 +52,59 @@ def fuse(source: Path, target: Path, *, embeddings: bool = True) -> dict[str, in
     from onnxruntime.transformers import optimizer
     from onnxruntime.transformers.fusion_options import FusionOptions
 
-    model = onnx.load(str(source))
+    model = load(source)
     make_head_counts_explicit(model.graph)
-    with quiet():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet())
+        folder = None
+        if source.stat().st_size >= _LARGE:
+            # The optimiser copies the graph again and again, so the weights wait in a file beside it.
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent)))
+            model = _put_aside(model, folder)
+            stack.enter_context(contextlib.chdir(folder))  # where references to external data start
         options = FusionOptions("bert")
         options.enable_embed_layer_norm = embeddings
+        options.use_multi_head_attention = attention == "separate"
         # opt_level 0: no session is made here; onnxruntime does its own constant folding when it loads.
         optimised = optimizer.optimize_model(
             model, model_type="bert", num_heads=0, hidden_size=0, opt_level=0, optimization_options=options
         )
         counts = optimised.get_fused_operator_statistics()
         merged = optimised.model
+        del optimised, model
+        gc.collect()
+        if folder is not None:
+            load_external_data_for_model(merged, str(folder))
     if any(node.domain == "com.microsoft" for node in merged.graph.node):
         domains = {entry.domain for entry in merged.opset_import}
         if "com.microsoft" not in domains:
             merged.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     onnx.save(merged, str(target))
     return {name: int(count) for name, count in counts.items() if count}
+
+
+def load(source: Path) -> onnx.ModelProto:
+    """Read a graph that has no external data, without holding the file's bytes beside it."""
+    with source.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        model = onnx.ModelProto()
+        with memoryview(content) as view:
+            model.ParseFromString(view)
+    return model
+
+
+def _put_aside(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """The graph with the data of large initialisers in a file in ``folder``."""
+    offset = 0
+    with (folder / _WEIGHTS).open("wb") as stream:
+        for tensor in model.graph.initializer:
+            if len(tensor.raw_data) < _SMALL_TENSOR:
+                continue
+            size = stream.write(tensor.raw_data)
+            set_external_data(tensor, _WEIGHTS, offset, size)
+            tensor.ClearField("raw_data")
+            offset += size
+    # A message gives memory back only as a whole.
+    return onnx.ModelProto.FromString(model.SerializeToString())
 
 
 def make_head_counts_explicit(graph: GraphProto) -> int:

@@ -11,74 +11,136 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
-from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-Integers = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""Name of a weight -> its integers (O, I) int8 and its scales (O, 1) float32."""
+from kdcli.export import fusion
+
+Kernel = Literal["integer", "blocks"]
+"""``integer``: products of integers, activations rounded to uint8. ``blocks``: MatMulNBits, float activations."""
+
+Range = tuple[float, int]
+"""Scale and zero point of activations as uint8: x ~ scale * (q - zero)."""
+
+
+class Stored(NamedTuple):
+    """A quantised weight: W_oi = (q_oi - z_og) * s_og, with g the group of column i."""
+
+    values: np.ndarray  # q, (O, I) int8
+    scale: np.ndarray  # s, (O, G) float32
+    zero: np.ndarray | None = None  # z, (O, G) int8
+    bits: int = 8
+
+    def dense(self) -> np.ndarray:
+        """(O, I) float32, bit for bit what the checkpoint multiplies out."""
+        rows, columns = self.values.shape
+        grouped = self.values.astype(np.float32).reshape(rows, self.scale.shape[1], -1)
+        if self.zero is not None:
+            grouped -= self.zero.astype(np.float32)[..., None]
+        grouped *= self.scale[..., None]
+        return grouped.reshape(rows, columns)
+
+
+# Smaller blocks cost more time and space than they are worth, and onnxruntime has none below 16.
+_WIDEST, _NARROWEST = 128, 16
+# Bits of an integer in the checkpoint -> in the operators of onnxruntime that read packed weights.
+_PACKED_BITS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
 # What QAttention can do of what Attention can; anything else stays a float operator.
 _ATTENTION_ATTRIBUTES = frozenset({"num_heads", "unidirectional", "mask_filter_value", "scale", "do_rotary"})
 _ATTENTION_INPUTS = 4  # input, weights, bias, mask
 
 
-def quantise_graph(source: Path, target: Path, integers: Integers) -> dict[str, Any]:
+def quantise_graph(
+    source: Path,
+    target: Path,
+    integers: Mapping[str, Stored],
+    *,
+    kernel: Kernel = "integer",
+    ranges: Mapping[str, tuple[float, int]] | None = None,
+    unsigned: bool = False,
+    accuracy_level: int = 0,
+    smooth: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, Any]:
     """Write ``source`` with integers for weights; names, dimensions and metadata stay as they are.
 
-    MatMul and Gemm become MatMulInteger, Attention becomes QAttention (both on activations rounded by
-    DynamicQuantizeLinear: uint8, one scale and zero point a tensor), and a lookup becomes a lookup of
-    integers times a lookup of scales.
+    With the kernel ``integer``, MatMul and Gemm become MatMulInteger and Attention becomes QAttention, both on
+    activations rounded to uint8, one scale and zero point a tensor. A matrix with groups, and every matrix with
+    the kernel ``blocks``, becomes MatMulNBits. A lookup of 8 bits becomes a lookup of integers times a lookup of
+    scales, one of fewer bits a GatherBlockQuantized.
 
     Args:
         source: A float graph, fused by onnxruntime or not.
         target: The file to write.
         integers: The quantised weights of the checkpoint that ``source`` was exported from.
+        kernel: For matrices.
+        ranges: Weight -> fixed scale and zero point of the activations that it is multiplied by; those of other
+            weights are found at run time.
+        unsigned: Integers of matrices as uint8 with zero point 128.
+        smooth: Weight -> what its input (..., I) is multiplied by first. ``source`` holds the product of both.
+        accuracy_level: Of MatMulNBits: 0 keeps activations in float, 4 rounds them to 8 bits block by block.
 
     Returns:
         ``int8``: operator -> how many of them hold integers now; ``float``: names of the weights that
         are integers in the checkpoint but stay float here, because the graph uses them in another operator,
         inside one that also holds a float weight, or not at all; ``largest``: the largest magnitude of an
-        integer that is multiplied by activations.
+        integer that is multiplied by activations; ``stored`` and ``executed``: in words, how many weights.
     """
-    model = onnx.load(str(source))
-    rewriter = _Rewriter(model.graph, integers)
+    model = fusion.load(source)
+    rewriter = Rewriter(model.graph, integers, kernel, ranges or {}, unsigned, accuracy_level)
+    rewriter.smooth_by(smooth or {})
     rewriter.run()
-    onnx.save(model, str(target))
-    return {
-        "int8": dict(sorted(rewriter.counts.items())),
-        "float": sorted(set(integers) - rewriter.placed),
-        "largest": rewriter.largest,
-    }
+    return rewriter.save(model, target)
 
 
-class _Rewriter:
-    def __init__(self, graph: GraphProto, integers: Integers) -> None:
+class Rewriter:
+    """One graph that is being rewritten; see :func:`quantise_graph` for what its parts mean."""
+
+    def __init__(
+        self,
+        graph: GraphProto,
+        integers: Mapping[str, Stored],
+        kernel: Kernel,
+        ranges: Mapping[str, tuple[float, int]],
+        unsigned: bool,
+        accuracy_level: int,
+    ) -> None:
         self.graph = graph
         self.integers = integers
+        self.kernel, self.ranges, self.unsigned = kernel, ranges, unsigned
+        self.accuracy_level = accuracy_level
         self.floats = {t.name: t for t in graph.initializer if t.data_type == TensorProto.FLOAT}
         self.names: dict[bytes, list[str]] = {}
-        for name, (values, scale) in integers.items():
-            self.names.setdefault(_digest(values.astype(np.float32) * scale), []).append(name)
+        for name, weight in integers.items():
+            self.names.setdefault(_digest(weight.dense()), []).append(name)
         self.counts: Counter[str] = Counter()
+        self.stored: Counter[str] = Counter()
+        self.executed: Counter[str] = Counter()
         self.placed: set[str] = set()
         self.largest = 0
+        self.foreign = False
         self.nodes: list[NodeProto] = []
-        self._rounded: dict[str, list[str]] = {}  # activation -> its integers, scale and zero point
-        self._stored: dict[tuple[str, bool], tuple[str, str]] = {}
+        self._rounded: dict[tuple[str, tuple[float, int] | None], list[str]] = {}
+        self._made: dict[tuple[str, str], tuple[str, ...]] = {}
+        self.smooth: Mapping[str, np.ndarray] = {}
+
+    def smooth_by(self, smooth: Mapping[str, np.ndarray]) -> None:
+        """Look for these weights times their vectors (I,), and multiply what they read instead."""
+        self.smooth = smooth
+        for name, vector in smooth.items():
+            if name in self.integers:
+                dense = self.integers[name].dense()
+                self.names[_digest(dense)].remove(name)
+                self.names.setdefault(_digest(dense * vector), []).append(name)
 
     def run(self) -> None:
         """Rewrite every node that can be; the nodes keep their order, so the graph stays sorted."""
-        rewrite = {
-            "MatMul": self._matmul,
-            "Gemm": self._gemm,
-            "Attention": self._attention,
-            "Gather": self._gather,
-        }
+        rewrite = self.rewrites()
         for node in self.graph.node:
             if node.op_type not in rewrite or not rewrite[node.op_type](node):
                 self.nodes.append(node)
@@ -88,11 +150,33 @@ class _Rewriter:
         self.graph.node.extend(self.nodes)
         self.graph.initializer.extend(kept)
 
+    def rewrites(self) -> dict[str, Callable[[NodeProto], bool]]:
+        """Operator -> what rewrites it; it returns False for a node that stays as it is."""
+        return {
+            "MatMul": self._matmul,
+            "Gemm": self._gemm,
+            "Attention": self._attention,
+            "Gather": self._gather,
+        }
+
+    def save(self, model: ModelProto, target: Path) -> dict[str, Any]:
+        """Write the model whose graph was rewritten; returns what :func:`quantise_graph` does."""
+        if self.foreign and "com.microsoft" not in {entry.domain for entry in model.opset_import}:
+            model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+        onnx.save(model, str(target))
+        return {
+            "int8": dict(sorted(self.counts.items())),
+            "float": sorted(set(self.integers) - self.placed),
+            "largest": self.largest,
+            "stored": dict(sorted(self.stored.items())),
+            "executed": dict(sorted(self.executed.items())),
+        }
+
     def _matmul(self, node: NodeProto) -> bool:
-        weight = self._weight(node.input[1], transposed=True)
-        if weight is None:
+        found = self._find(node.input[1], transposed=True)
+        if found is None:
             return False
-        self._product(node, node.input[0], weight, node.output[0])
+        self._product(node, node.input[0], node.input[1], found, node.output[0])
         self.counts["matmul"] += 1
         return True
 
@@ -101,12 +185,12 @@ class _Rewriter:
         plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
         if not plain or attributes.get("transA"):
             return False
-        weight = self._weight(node.input[1], transposed=not attributes.get("transB"))
-        if weight is None:
+        found = self._find(node.input[1], transposed=not attributes.get("transB"))
+        if found is None:
             return False
         bias = node.input[2] if len(node.input) > 2 else ""
         product = f"{node.output[0]}_product" if bias else node.output[0]
-        self._product(node, node.input[0], weight, product)
+        self._product(node, node.input[0], node.input[1], found, product)
         if bias:
             self._add("Add", [product, bias], node.output[0])
         self.counts["gemm"] += 1
@@ -120,93 +204,232 @@ class _Rewriter:
         if tensor is None or len(node.input) < 3 or not node.input[2]:
             return False
         # Query, key and value stand side by side in (I, 3 O).
-        found = [self._find(part.T) for part in np.split(numpy_helper.to_array(tensor), 3, axis=1)]
+        thirds = np.split(numpy_helper.to_array(tensor), 3, axis=1)
+        found = [self.names.get(_digest(part.T), []) for part in thirds]
         parts = [self.integers[names[0]] for names in found if names]
-        if len(parts) < 3:
+        if len(parts) < 3 or any(not self._plain(part) for part in parts):
             return False
-        for names in found:
-            self.placed.update(names)
-        values, scale = (np.concatenate(rows) for rows in zip(*parts, strict=True))
-        stored = self._store(node.input[1], values, scale)
-        rounded, scale_in, zero = self._round(node.input[0])
+        vectors = [self.smooth.get(names[0]) for names in found]
+        if any(not np.array_equal(_or_empty(v), _or_empty(vectors[0])) for v in vectors):
+            return False
+        weight = Stored(
+            np.concatenate([part.values for part in parts]),
+            np.concatenate([part.scale for part in parts]),
+        )
+        stored = self._matrix(node.input[1], weight)
+        rounded, scale_in, zero = self._round(
+            self._smoothed(node.input[0], found[0][0]), self.ranges.get(found[0][0])
+        )
         mask = node.input[3] if len(node.input) > 3 else ""
-        inputs = [rounded, stored[0], node.input[2], scale_in, stored[1], mask, zero]
+        inputs = [rounded, stored[0], node.input[2], scale_in, stored[1], mask, zero, *stored[2:]]
         made = self._add("QAttention", inputs, node.output[0], domain="com.microsoft")
         made.attribute.extend(node.attribute)
+        for names in found:
+            self.placed.update(names)
+        self._count("int8", f"{self._input_kind(found[0][0])} by 8-bit products", weight)
         self.counts["attention"] += 1
         return True
 
     def _gather(self, node: NodeProto) -> bool:
         axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-        weight = self._weight(node.input[0], transposed=False, table=True) if axis == 0 else None
-        if weight is None:
+        name = self._find(node.input[0], transposed=False) if axis == 0 else None
+        if name is None:
             return False
-        output, index = node.output[0], node.input[1]
-        self._add("Gather", [weight[0], index], f"{output}_integers")
-        self._add("Cast", [f"{output}_integers"], f"{output}_cast", to=TensorProto.FLOAT)
-        self._add("Gather", [weight[1], index], f"{output}_scales")
-        self._add("Mul", [f"{output}_cast", f"{output}_scales"], output)
+        weight, output, index = self.integers[name], node.output[0], node.input[1]
+        if weight.values.shape[1] % (8 // _PACKED_BITS[weight.bits]):
+            self.placed.discard(name)  # rows that fill no whole bytes have no operator
+            return False
+        if self._plain(weight) and weight.bits > 4:
+            table = self._table(node.input[0], weight)
+            self._add("Gather", [table[0], index], f"{output}_integers")
+            self._add("Cast", [f"{output}_integers"], f"{output}_cast", to=TensorProto.FLOAT)
+            self._add("Gather", [table[1], index], f"{output}_scales")
+            self._add("Mul", [f"{output}_cast", f"{output}_scales"], output)
+            self._count("int8", "float, looked up", weight)
+        else:
+            stored, bits, block = self._blocks(node.input[0], weight, table=True)
+            self._add(
+                "GatherBlockQuantized",
+                [stored[0], index, *stored[1:]],
+                output,
+                domain="com.microsoft",
+                gather_axis=0,
+                quantize_axis=1,
+                block_size=block,
+                bits=bits,
+            )
+            self._count(f"int{bits} in blocks of {block}", "float, looked up", weight)
         self.counts["gather"] += 1
         return True
 
-    def _product(self, node: NodeProto, activation: str, weight: tuple[str, str], output: str) -> None:
-        """(..., I) times (I, O); the pattern that onnxruntime merges into one DynamicQuantizeMatMul."""
-        rounded, scale, zero = self._round(activation)
-        name = node.output[0]
-        self._add("MatMulInteger", [rounded, weight[0], zero], f"{name}_sum")
-        self._add("Cast", [f"{name}_sum"], f"{name}_cast", to=TensorProto.FLOAT)
-        self._add("Mul", [scale, weight[1]], f"{name}_scale")
-        self._add("Mul", [f"{name}_cast", f"{name}_scale"], output)
-
-    def _round(self, activation: str) -> list[str]:
-        """Round an activation once, however many products use it."""
-        if activation not in self._rounded:
-            names = [f"{activation}_{part}" for part in ("uint8", "uint8_scale", "uint8_zero")]
-            self.nodes.append(
-                helper.make_node("DynamicQuantizeLinear", [activation], names, name=f"{activation}_round")
+    def _product(self, node: NodeProto, activation: str, initialiser: str, found: str, output: str) -> None:
+        """(..., I) times (I, O)."""
+        weight, name = self.integers[found], node.output[0]
+        activation = self._smoothed(activation, found)
+        if self.kernel == "blocks" or not self._plain(weight):
+            stored, bits, block = self._blocks(initialiser, weight, table=False)
+            self._add(
+                "MatMulNBits",
+                [activation, *stored],
+                output,
+                domain="com.microsoft",
+                K=weight.values.shape[1],
+                N=weight.values.shape[0],
+                bits=bits,
+                block_size=block,
+                accuracy_level=self.accuracy_level,
             )
-            self._rounded[activation] = names
-        return self._rounded[activation]
+            how = "8 bits block by block" if self.accuracy_level == 4 else "float"
+            self._count(f"int{bits} in blocks of {block}", f"{how}, MatMulNBits", weight)
+            return
+        # The pattern that onnxruntime merges into one DynamicQuantizeMatMul.
+        stored = self._matrix(initialiser, weight)
+        rounded, scale, zero = self._round(activation, self.ranges.get(found))
+        self._add("MatMulInteger", [rounded, stored[0], zero, *stored[2:]], f"{name}_sum")
+        self._add("Cast", [f"{name}_sum"], f"{name}_cast", to=TensorProto.FLOAT)
+        self._add("Mul", [scale, stored[1]], f"{name}_scale")
+        self._add("Mul", [f"{name}_cast", f"{name}_scale"], output)
+        self._count("int8", f"{self._input_kind(found)} by 8-bit products", weight)
 
-    def _weight(self, name: str, *, transposed: bool, table: bool = False) -> tuple[str, str] | None:
-        """Names of the integers and scales that replace a float weight; None when it stays float.
+    def _smoothed(self, activation: str, found: str) -> str:
+        """Name of an activation times the vector of the weight that reads it, once for all who share it."""
+        if (vector := self.smooth.get(found)) is None:
+            return activation
+        key = ("smooth", f"{activation} {hashlib.blake2b(vector.tobytes()).hexdigest()}")
+        if key not in self._made:
+            output = f"{activation}_smooth_{len(self._made)}"
+            self._initialise(f"{output}_by", vector.astype(np.float32))
+            self._add("Mul", [activation, f"{output}_by"], output)
+            self._made[key] = (output,)
+        return self._made[key][0]
+
+    def _input_kind(self, name: str) -> str:
+        return "fixed ranges," if name in self.ranges else "ranges found at run time,"
+
+    def _round(self, activation: str, fixed: tuple[float, int] | None) -> list[str]:
+        """Round an activation once, however many products use it; names of integers, scale and zero point."""
+        if (activation, fixed) not in self._rounded:
+            suffix = "" if fixed is None else f"_{len(self._rounded)}"
+            names = [f"{activation}_{part}{suffix}" for part in ("uint8", "uint8_scale", "uint8_zero")]
+            if fixed is None:
+                self.nodes.append(
+                    helper.make_node("DynamicQuantizeLinear", [activation], names, name=f"{activation}_round")
+                )
+            else:
+                self._initialise(names[1], np.array(fixed[0], dtype=np.float32))
+                self._initialise(names[2], np.array(fixed[1], dtype=np.uint8))
+                self._add("QuantizeLinear", [activation, names[1], names[2]], names[0])
+            self._rounded[activation, fixed] = names
+        return self._rounded[activation, fixed]
+
+    def _find(self, name: str, *, transposed: bool) -> str | None:
+        """The quantised weight that equals a float one; None when it stays float.
 
         Args:
             name: An input of a node.
             transposed: The graph holds (I, O) where the checkpoint holds (O, I).
-            table: A lookup: the integers stay (O, I) and the scales (O, 1).
         """
         tensor = self.floats.get(name)
         if tensor is None:
             return None
         dense = numpy_helper.to_array(tensor)
-        if not (names := self._find(dense.T if transposed else dense)):
+        names = self.names.get(_digest(dense.T if transposed else dense))
+        if not names:
             return None
         self.placed.update(names)
-        return self._store(name, *self.integers[names[0]], table=table)
+        return names[0]
 
-    def _find(self, dense: np.ndarray) -> list[str]:
-        return self.names.get(_digest(dense), [])
+    @staticmethod
+    def _plain(weight: Stored) -> bool:
+        """Whether a row has one scale and the zero point 0, as kernels for integers want it."""
+        return weight.zero is None and weight.scale.shape[1] == 1
 
-    def _store(
-        self, name: str, values: np.ndarray, scale: np.ndarray, *, table: bool = False
-    ) -> tuple[str, str]:
-        """Add integers and scales of (O, I) as initialisers in the layout of their operator, once."""
-        if (name, table) not in self._stored:
-            suffix = "int8_table" if table else "int8"
-            names = (f"{name}_{suffix}", f"{name}_{suffix}_scale")
-            matrix, scales = (values, scale) if table else (values.T, scale[:, 0])
-            self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(matrix), names[0]))
-            self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(scales), names[1]))
-            self._stored[name, table] = names
+    def _matrix(self, name: str, weight: Stored) -> tuple[str, ...]:
+        """Integers (I, O), scales (O,), and with ``unsigned`` a zero point, as initialisers, once."""
+        if ("matrix", name) not in self._made:
+            made = [f"{name}_int8", f"{name}_int8_scale"]
+            values = np.ascontiguousarray(weight.values.T)
+            if self.unsigned:
+                values = (values.view(np.uint8)) ^ 0x80
+                made.append(f"{name}_int8_zero")
+                self._initialise(made[2], np.array(128, dtype=np.uint8))
+            self._initialise(made[0], values)
+            self._initialise(made[1], np.ascontiguousarray(weight.scale[:, 0]))
+            self._made["matrix", name] = tuple(made)
+            largest = int(np.abs(weight.values.astype(np.int16)).max(initial=0))
+            self.largest = max(self.largest, largest)
+        return self._made["matrix", name]
+
+    def _table(self, name: str, weight: Stored) -> tuple[str, ...]:
+        """Integers (V, D) and scales (V, 1) as initialisers, once."""
+        if ("table", name) not in self._made:
+            made = (f"{name}_int8_table", f"{name}_int8_table_scale")
+            self._initialise(made[0], weight.values)
+            self._initialise(made[1], weight.scale)
+            self._made["table", name] = made
+        return self._made["table", name]
+
+    def _blocks(self, name: str, weight: Stored, *, table: bool) -> tuple[tuple[str, ...], int, int]:
+        """Packed integers, scales and zero points as initialisers, once; with their bits and block size."""
+        bits, columns = _PACKED_BITS[weight.bits], weight.values.shape[1]
+        block = _block_of(columns, weight.scale.shape[1])
+        key = ("blocks-table" if table else "blocks", name)
+        if key not in self._made:
+            made = [f"{name}_int{bits}", f"{name}_int{bits}_scale"]
+            blocks = -(-columns // block)
+            offset = 1 << (bits - 1)
+            raw = (weight.values.astype(np.int16) + offset).astype(np.uint8)
             if not table:
-                self.largest = max(self.largest, int(np.abs(values.astype(np.int16)).max(initial=0)))
-        return self._stored[name, table]
+                # The product reads whole blocks: what pads the last one is multiplied by nothing.
+                raw = np.pad(raw, ((0, 0), (0, blocks * block - columns)), constant_values=offset)
+            packed = _pack(raw, bits)
+            self._initialise(made[0], packed if table else packed.reshape(len(raw), blocks, -1))
+            repeats = blocks // weight.scale.shape[1]
+            self._initialise(made[1], np.repeat(weight.scale, repeats, axis=1))
+            if weight.zero is not None:
+                zero = np.repeat((weight.zero.astype(np.int16) + offset).astype(np.uint8), repeats, axis=1)
+                per_byte = 8 // bits
+                zero = np.pad(zero, ((0, 0), (0, -zero.shape[1] % per_byte)), constant_values=offset)
+                made.append(f"{name}_int{bits}_zero")
+                self._initialise(made[2], _pack(zero, bits))
+            self._made[key] = tuple(made)
+        return self._made[key], bits, block
+
+    def _count(self, stored: str, executed: str, weight: Stored) -> None:
+        self.stored[stored] += weight.values.size
+        self.executed[executed] += weight.values.size
+
+    def _initialise(self, name: str, array: np.ndarray) -> None:
+        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
 
     def _add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
         node = helper.make_node(kind, inputs, [output], name=f"{output}_{kind}", **attributes)
+        self.foreign = self.foreign or node.domain == "com.microsoft"
         self.nodes.append(node)
         return node
+
+
+def _block_of(columns: int, groups: int) -> int:
+    """Columns of a block: those of a group, or when a row has one scale, the widest block that wastes little."""
+    if groups > 1:
+        return columns // groups
+    block = _WIDEST
+    while block > _NARROWEST and columns % block:
+        block //= 2
+    return block
+
+
+def _pack(raw: np.ndarray, bits: int) -> np.ndarray:
+    """Pack unsigned integers (O, I) of 2, 4 or 8 bits into bytes, the first in the lowest bits."""
+    parts = raw.reshape(len(raw), -1, 8 // bits)
+    packed = np.zeros(parts.shape[:2], dtype=np.uint8)
+    for i in range(parts.shape[2]):
+        packed |= parts[:, :, i] << (bits * i)
+    return packed
+
+
+def _or_empty(vector: np.ndarray | None) -> np.ndarray:
+    return np.empty(0) if vector is None else vector
 
 
 def _digest(dense: np.ndarray) -> bytes:

@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdcli.errors import InputError
-from kdcli.models import safety, tokens, transforms
+from kdcli.models import activations, safety, tokens, transforms
 from kdcli.models.families import FAMILIES, Family, family_of
-from kdcli.models.transforms import Quantise, TransformLog, Vocab
+from kdcli.models.integers import Integers, pack, unpack
+from kdcli.models.transforms import Layout, Quantise, TransformLog, Vocab
 
 WEIGHTS = "model.safetensors"
 SCALE_SUFFIX = "_scale"
+ZERO_SUFFIX = "_zero_point"
+PACKED_SUFFIX = "_packed"
+SHAPE_SUFFIX = "_shape"
+_FORMATS = {True: "int-quantized", False: "pack-quantized"}  # by whether an integer fills its byte
 
 # What belongs to a tokenizer, by name: nothing else is copied out of a foreign directory.
 TOKENIZER_FILES = (
@@ -143,6 +148,8 @@ def load(
     if not has_head and labels is not None:
         names = list(labels)
     model.eval().to(device)
+    if log is not None and log.quantised is not None:
+        activations.attach(model, log.quantised)
     return Checkpoint(model, tokenizer, names, log or TransformLog(), path, has_head, log is not None)
 
 
@@ -181,17 +188,34 @@ def _load_own(path: Path, log: TransformLog) -> nn.Module:
         state = load_file(path / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path / WEIGHTS} cannot be read: {error}") from error
-    if log.quantised is not None:
-        state = dequantise(state, log.quantised)
-    for name, kept in transforms.shared_weights(log).items():
-        if kept in state:
-            state[name] = state[kept]
     try:
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        with torch.no_grad():
+            _fill(model, state, log)
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise InputError(f"{path / WEIGHTS} does not fit config.json and kdcli.json: {problem}") from error
     return model
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], log: TransformLog) -> None:
+    """Load a state strictly. Integers are multiplied out into their places one by one: no second model is made.
+
+    Raises:
+        RuntimeError: Names or shapes do not fit.
+        InputError: A tensor that the log names is missing or is not an integer one.
+    """
+    own = dict(model.named_parameters())
+    for layout in [] if log.quantised is None else layouts_of(log.quantised):
+        for name in layout.tensors:
+            dense = dequantise(state, name, layout)
+            if name not in own or own[name].shape != dense.shape:
+                raise RuntimeError(f"there is no weight '{name}' of shape {tuple(dense.shape)} in the model")
+            own[name].copy_(dense)
+            state[name] = own[name].detach()
+    for name, kept in transforms.shared_weights(log).items():
+        if kept in state:
+            state[name] = state[kept]
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
 
 
 def _load_plain(
@@ -262,15 +286,20 @@ def _load_tokenizer(path: Path) -> Any:
 
 
 def save(
-    checkpoint: Checkpoint, directory: Path, *, integers: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    checkpoint: Checkpoint,
+    directory: Path,
+    *,
+    integers: Mapping[str, Integers] | None = None,
+    half: Collection[str] = (),
 ) -> None:
     """Write config.json, model.safetensors, the tokenizer and kdcli.json into an existing directory.
 
     Args:
         checkpoint: What to write; its configuration gets the label names and, where possible, the sizes.
         directory: Where; files of the same name are replaced.
-        integers: Quantised weights, name -> (integer tensor, scale); they are stored in place of the
-            float weight of that name, the scale beside it with the suffix ``_scale``.
+        integers: Quantised weights; they are stored in place of the float weight of that name, packed when
+            they have less than 8 bits, with their scales beside them.
+        half: Names of weights to store as float16.
     """
     model, config = checkpoint.model, checkpoint.config
     if not integers:
@@ -280,13 +309,15 @@ def save(
     config.id2label = dict(enumerate(checkpoint.labels))
     config.label2id = {name: i for i, name in enumerate(checkpoint.labels)}
     config.architectures = [type(model).__name__]
-    config.dtype = "float32"
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    for name in transforms.shared_weights(checkpoint.log):
-        del state[name]
-    for name, (values, scale) in (integers or {}).items():
-        state[name] = values.detach().cpu().contiguous()
-        state[name + SCALE_SUFFIX] = scale.detach().cpu().contiguous()
+    config.dtype = "float16" if half else "float32"
+    state = {}
+    shared = transforms.shared_weights(checkpoint.log)
+    for name, tensor in model.state_dict().items():
+        if name not in (integers or {}) and name not in shared:
+            tensor = tensor.half() if name in half else tensor
+            state[name] = tensor.detach().cpu().contiguous()
+    for name, matrix in (integers or {}).items():
+        state |= _stored(name, matrix.cpu())
     save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / WEIGHTS).chmod(0o644)  # safetensors goes through a private temporary file
     config_json = json.loads(config.to_json_string(use_diff=False))
@@ -333,6 +364,45 @@ def save_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
     _write_json(config, content)
 
 
+def _stored(name: str, matrix: Integers) -> dict[str, Tensor]:
+    """The tensors that a quantised weight becomes on the disk."""
+    values, scale, zero, bits = matrix.values, matrix.scale, matrix.zero, matrix.bits
+    made = {name + SCALE_SUFFIX: scale.contiguous()}
+    if bits == 8:
+        made[name] = values.contiguous()
+        if zero is not None:
+            made[name + ZERO_SUFFIX] = zero.contiguous()
+        return made
+    if bits == 1:
+        values = (values - 1) // 2  # the two values of one bit are -1 and 0
+    made[name + PACKED_SUFFIX] = pack(values, bits)
+    made[name + SHAPE_SUFFIX] = torch.tensor(values.shape)
+    if zero is not None:
+        made[name + ZERO_SUFFIX] = pack(zero.T, bits).T.contiguous()
+    return made
+
+
+def _take(state: dict[str, Tensor], name: str, layout: Layout) -> Integers:
+    """Remove the tensors of a quantised weight from ``state`` and read them.
+
+    Raises:
+        KeyError, ValueError, RuntimeError: They are missing or do not fit together.
+    """
+    bits = layout.bits
+    scale = state.pop(name + SCALE_SUFFIX).float()
+    zero = None if layout.symmetric else state.pop(name + ZERO_SUFFIX)
+    if bits == 8:
+        values = state.pop(name)
+    else:
+        rows, columns = (int(n) for n in state.pop(name + SHAPE_SUFFIX))
+        values = unpack(state.pop(name + PACKED_SUFFIX), bits, columns)
+        values = 2 * values + 1 if bits == 1 else values
+        zero = None if zero is None else unpack(zero.T, bits, rows).T
+    if values.is_floating_point() or values.ndim < 2 or values.shape[1] % scale.shape[1]:
+        raise ValueError("the integers and their scales do not fit together")
+    return Integers(values, scale, zero, bits)
+
+
 def _quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Describe the integer weights the way compressed-tensors does.
 
@@ -341,41 +411,66 @@ def _quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     log = checkpoint.log.quantised
     assert log is not None
-    quantised = {name.removesuffix(".weight") for name in log.tensors}
+    layouts = layouts_of(log)
+    modules = dict(checkpoint.model.named_modules())
+    quantised = {name.removesuffix(".weight") for layout in layouts for name in layout.tensors}
     ignored = sorted(
         name
-        for name, module in checkpoint.model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, nn.Linear | nn.Embedding) and name not in quantised
     )
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-    kinds = {type(checkpoint.model.get_submodule(name)).__name__ for name in quantised}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
+    groups = {}
+    for number, layout in enumerate(layouts):
         # The format has to stand in the group: the one above it is not read, and packed integers are assumed.
-        "config_groups": {
-            "group_0": {"targets": sorted(kinds), "weights": weights, "format": "int-quantized"}
-        },
+        layer = {"num_bits": layout.bits, "type": "int", "symmetric": layout.symmetric, "dynamic": False}
+        layer |= {"strategy": "channel"} if layout.group is None else {"strategy": "group"}
+        layer |= {} if layout.group is None else {"group_size": layout.group}
+        names = sorted(name.removesuffix(".weight") for name in layout.tensors)
+        kinds = sorted({type(modules[name]).__name__ for name in names})
+        groups[f"group_{number}"] = {
+            "targets": kinds if len(layouts) == 1 else names,
+            "weights": layer,
+            "format": _FORMATS[layout.bits == 8],
+        }
+    formats = {group["format"] for group in groups.values()}
+    # What that format has no words for must be refused by other readers, not misread.
+    covered = all(layout.bits > 1 for layout in layouts) and not checkpoint.log.smoothed
+    return {
+        "quant_method": "compressed-tensors" if covered else "kdcli",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
         "ignore": ignored,
     }
 
 
-def dequantise(state: Mapping[str, Tensor], log: Quantise) -> dict[str, Tensor]:
-    """Multiply integer tensors by their scales; the scales disappear from the result.
+def layouts_of(log: Quantise) -> list[Layout]:
+    """Every stored layout, that of the first version of the log among them."""
+    named = {name for layout in log.layouts for name in layout.tensors}
+    rest = [name for name in log.tensors if name not in named]
+    return [*log.layouts, *([Layout(bits=8, tensors=rest)] if rest else [])]
+
+
+def layouts_for(integers: Mapping[str, Integers]) -> list[Layout]:
+    """Describe how :func:`save` stores these weights, for the log."""
+    found: dict[tuple[int, int | None, bool], list[str]] = {}
+    for name, matrix in sorted(integers.items()):
+        found.setdefault((matrix.bits, matrix.group, matrix.zero is None), []).append(name)
+    return [Layout(bits=b, group=g, symmetric=s, tensors=names) for (b, g, s), names in found.items()]
+
+
+def dequantise(state: dict[str, Tensor], name: str, layout: Layout) -> Tensor:
+    """Take a quantised weight out of ``state`` and multiply its integers by their scales.
 
     Raises:
-        InputError: A tensor that the log names is missing or is not an integer one.
+        InputError: It is missing, or is not what the log promises.
     """
-    dense = dict(state)
-    for name in log.tensors:
-        values, scale = dense.get(name), dense.pop(name + SCALE_SUFFIX, None)
-        if values is None or scale is None or values.is_floating_point():
-            raise InputError(
-                f"{WEIGHTS} holds no integers with scales for '{name}', which kdcli.json promises"
-            )
-        dense[name] = values.float() * scale.float()
-    return dense
+    try:
+        return _take(state, name, layout).dense()
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{WEIGHTS} holds no integers with scales for '{name}', which kdcli.json promises"
+        ) from error
 
 
 def weights_digest(path: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -91,6 +92,34 @@ class LowRankEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Map (...) integers to (..., D)."""
         return self.second(self.token_embeddings(ids))
+
+
+class SmoothLinear(nn.Linear):
+    """``y = W (x * m) + b``: a linear layer whose input is multiplied by a vector first.
+
+    Where the input also goes elsewhere (a residual, as in models with the layer norm behind it), the factor
+    cannot move into the layer before it. ``m`` is the buffer ``smooth``, (I,). In floats the order does not
+    matter, so the weight is multiplied here, which leaves the graph of the model as it was; in integers the
+    input is.
+    """
+
+    smooth: Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.register_buffer("smooth", torch.ones(in_features))
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> SmoothLinear:
+        """A layer that shares the parameters of ``layer`` and multiplies by ones."""
+        made = cls(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        made.weight, made.bias = layer.weight, layer.bias
+        made.smooth = torch.ones(layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
+        return made.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., I) to (..., O)."""
+        return F.linear(x, self.weight * self.smooth, self.bias)
 
 
 class BiasOnly(nn.Module):

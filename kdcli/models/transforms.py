@@ -17,7 +17,7 @@ from torch import nn
 from kdcli.errors import InputError
 from kdcli.models import conv_factors, families
 from kdcli.models.families import encoder_layers, family_of
-from kdcli.models.layers import LowRankEmbedding, LowRankLinear
+from kdcli.models.layers import LowRankEmbedding, LowRankLinear, SmoothLinear
 
 FILE = "kdcli.json"
 
@@ -88,18 +88,41 @@ class Zero(_Transform):
     tensors: dict[str, int]  # name -> number of zeros
 
 
+class Layout(_Transform):
+    """How some tensors lie in the file."""
+
+    bits: int
+    group: int | None = None  # columns that share a scale; None: a row has one
+    symmetric: bool = True  # False: zero points are stored too
+    tensors: list[str]
+
+
 class Quantise(_Transform):
     """Tensors stored as integers with scales; loading multiplies them out."""
 
     op: Literal["quantise"] = "quantise"
     scheme: str
-    bits: int
-    reduce_range: bool
+    bits: int  # of most weights
+    reduce_range: bool = False
     tensors: list[str]  # names of the integer tensors; each has its scale in "<name>_scale"
+    #: How they are stored. Tensors that are in none of them are int8 with a scale a row.
+    layouts: list[Layout] = Field(default_factory=list)
+    #: Whether activations are rounded, and with which range: that of each row, or the ones below.
+    rounds: Literal["none", "dynamic", "fixed"] = "none"
+    #: Fixed ranges of activations: input of this layer -> (scale, zero point as uint8).
+    activations: dict[str, tuple[float, int]] = Field(default_factory=dict)
+
+
+class Smooth(_Transform):
+    """Linear layers that multiply their input by a vector of their own first."""
+
+    op: Literal["smooth"] = "smooth"
+    layers: list[str]
 
 
 Transform = Annotated[
-    Cut | Layers | Width | Vocab | Factorise | FactoriseConv | Zero | Quantise, Field(discriminator="op")
+    Cut | Layers | Width | Vocab | Factorise | FactoriseConv | Zero | Quantise | Smooth,
+    Field(discriminator="op"),
 ]
 
 
@@ -118,6 +141,11 @@ class TransformLog(BaseModel):
         """The quantisation in force, if any."""
         found = [t for t in self.transforms if isinstance(t, Quantise)]
         return found[-1] if found else None
+
+    @property
+    def smoothed(self) -> bool:
+        """Whether some layers multiply their input first, which config.json cannot say."""
+        return any(isinstance(t, Smooth) for t in self.transforms)
 
 
 def read_log(directory: Path) -> TransformLog | None:
@@ -173,6 +201,9 @@ def apply(model: nn.Module, transform: Transform) -> None:
     elif isinstance(transform, FactoriseConv):
         for name, sizes in transform.ranks.items():
             factorise_conv(model, name, transform.kind, tuple(sizes))
+    elif isinstance(transform, Smooth):
+        for name in transform.layers:
+            smooth(model, name)
 
 
 def replay(model: nn.Module, log: TransformLog) -> None:
@@ -308,6 +339,25 @@ def merged(log: TransformLog, names: Collection[str]) -> None:
     log.transforms = [t for t in log.transforms if not isinstance(t, Factorise | FactoriseConv) or t.ranks]
 
 
+def smooth(model: nn.Module, name: str) -> SmoothLinear:
+    """Let the linear layer ``name`` multiply its input by a vector of ones, to be set by the caller; return it.
+
+    Raises:
+        InputError: There is no such linear layer.
+    """
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError as error:
+        raise InputError(f"{FILE} smooths the input of '{name}', which the model does not have") from error
+    if not isinstance(layer, nn.Linear):
+        raise InputError(f"{FILE} smooths the input of '{name}', which is no linear layer")
+    if isinstance(layer, SmoothLinear):
+        return layer
+    made = SmoothLinear.of(layer)
+    model.set_submodule(name, made)
+    return made
+
+
 def settle_in_config(model: nn.Module, log: TransformLog) -> None:
     """Move cuts that ``config.json`` can express into it, so that plain transformers loads the result.
 
@@ -315,7 +365,7 @@ def settle_in_config(model: nn.Module, log: TransformLog) -> None:
     residual stream has its width.
     """
     cuts = [t for t in log.transforms if isinstance(t, Cut | Layers)]
-    if not cuts or any(isinstance(t, Factorise | FactoriseConv | Width) for t in log.transforms):
+    if not cuts or any(isinstance(t, Factorise | FactoriseConv | Width | Smooth) for t in log.transforms):
         return
     config: Any = model.config
     family = family_of(config.model_type)

@@ -49,6 +49,20 @@ STRUCTURES: dict[str, str] = {
 STRUCTURE_NAMES: tuple[str, ...] = tuple("2:4" if name == "n:m" else name for name in STRUCTURES)
 """What ``--structure`` may be given as; beside 2:4 any other N:M."""
 
+SCHEMES: dict[str, str] = {
+    "dynamic-int8": "dynamic",
+    "static-int8": "static",
+    "int8-qat": "qat",
+    "int4": "int4",
+    "fp16": "half",
+    "ternary": "qat",
+    "binary": "qat",
+    "auto": "auto",
+}
+"""Scheme of ``quantize`` -> the file of ``stages/quantizing/`` that does it."""
+
+EMBEDDINGS: tuple[str, ...] = ("int8", "int4", "fp16", "fp32")
+
 INITS: tuple[str, ...] = ("auto", "teacher", "hub", "random")
 
 
@@ -177,7 +191,8 @@ class QuantizeOptions:
     calibration: str | None = None
     calibration_samples: int = 128
     keep_fp32: tuple[str, ...] = ()
-    embeddings: str = "int8"
+    embeddings: str | None = None  # None: the scheme's own
+    sensitivity: bool = False  # measure every layer by itself
     epochs: int = 0
 
 

@@ -13,11 +13,12 @@ from kdcli.stages.base import Request
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from kdcli.data.sources import Dataset
     from kdcli.data.text import Encoded
+    from kdcli.export.fusion import Fusion
     from kdcli.models.checkpoint import Checkpoint
+    from kdcli.models.integers import Integers
 
 
 @dataclass
@@ -48,8 +49,14 @@ class Applied:
 
     checkpoint: Checkpoint
     method: Method
-    #: Integer weights to store: name -> (values, scale).
-    integers: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    #: Integer weights to store: name -> integers.
+    integers: Mapping[str, Integers] | None = None
+    #: Names of weights to store as float16.
+    half: frozenset[str] = frozenset()
     #: Rewrites the float model.onnx of the new checkpoint (bytes in, bytes out), e.g. into int8.
     rewrite_onnx: Callable[[Path, Path], dict[str, Any]] | None = None
+    #: What the float graph that is rewritten has fused.
+    fusion: Fusion = "packed"
+    #: The rewritten graph rounds no activation, so its logits must be those of the checkpoint.
+    exact: bool = False
     warnings: list[Warning_] = field(default_factory=list)

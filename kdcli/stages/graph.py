@@ -16,6 +16,8 @@ from kdcli.data import batching
 from kdcli.data.text import Encoded
 from kdcli.errors import ParityError
 from kdcli.export import fusion, onnx, parity, sessions
+from kdcli.export.fusion import Fusion
+from kdcli.models import activations
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
@@ -62,13 +64,15 @@ def build(
     timings: Timings,
     progress: Progress,
     rewrite: Callable[[Path, Path], dict[str, Any]] | None = None,
+    attention: Fusion = "packed",
+    exact: bool = False,
     properties: Mapping[str, str] | None = None,
 ) -> Graph:
     """Export ``checkpoint`` to ``target`` and prove that it answers as the checkpoint does.
 
     The plain graph is checked first; the fused one replaces it only where it agrees as well. With
     ``rewrite`` (quantisation) the float graph is an intermediate step, and the integer graph must
-    give the same answers.
+    give the same answers, or with ``exact`` the same logits.
 
     Raises:
         ParityError: The exported graph does not agree with the checkpoint.
@@ -77,12 +81,18 @@ def build(
     plain = target.with_name("plain.onnx")
     fused = target.with_name("fused.onnx")
     batches = parity_batches(encoded, checkpoint.pad_id)
-    reference = torch_runner(checkpoint)
+    rounding = torch_runner(checkpoint)
+
+    def reference(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        with activations.paused(checkpoint.model):  # the float graph rounds nothing yet
+            return rounding(batch)
+
     warnings: list[Warning_] = []
     try:
         with timings.phase("export"):
             example = onnx.example(int(checkpoint.config.vocab_size), names, checkpoint.device)
-            route = onnx.export(checkpoint.model, example, plain)
+            with activations.paused(checkpoint.model):
+                route = onnx.export(checkpoint.model, example, plain)
         detail: dict[str, Any] = {"exporter": route, "opset": onnx.OPSET, "fused": {}}
         with timings.phase("parity"):
             result = _check(reference, plain, batches, threads)
@@ -92,12 +102,14 @@ def build(
             )
         chosen = plain
         with timings.phase("fusion"):
-            counts = fusion.fuse(plain, fused, embeddings=rewrite is None)
+            counts = {}
+            if attention != "none":
+                counts = fusion.fuse(plain, fused, embeddings=rewrite is None, attention=attention)
         with timings.phase("parity"):
             fused_result = _check(reference, fused, batches, threads) if counts else None
         if fused_result is not None and fused_result.passed:
             chosen, result, detail["fused"] = fused, fused_result, counts
-        elif fusion.possible(plain):
+        elif attention != "none" and fusion.possible(plain):
             reason = (
                 "nothing fused"
                 if not counts
@@ -108,8 +120,13 @@ def build(
             with timings.phase("rewrite"):
                 detail |= rewrite(chosen, target)
             with timings.phase("parity"):
-                result = _check(reference, target, _many(encoded, checkpoint.pad_id), threads, exact=False)
+                result = _check(rounding, target, _many(encoded, checkpoint.pad_id), threads, exact=exact)
             if not result.passed:
+                if exact:
+                    raise ParityError(
+                        f"the integer graph is off by {result.max_abs_diff} from the checkpoint, "
+                        f"allowed are {result.tolerance}"
+                    )
                 raise ParityError(
                     f"the integer graph gives the checkpoint's answer for {result.top1_agreement:.1%} of the rows only"
                 )

@@ -137,8 +137,11 @@ def plan(request: Request, progress: Progress) -> Plan:
         facts |= {"method": options.method}
         seconds += 1024 * 3 * cost / _FLOPS_TRAIN + options.epochs * rows["train"] * 3 * cost / _FLOPS_TRAIN
     elif isinstance(options, QuantizeOptions):
-        methods.parse_settings(methods.load("quantize", options.scheme), common.settings)
-        facts |= {"scheme": options.scheme, "embeddings": options.embeddings}
+        from kdcli.stages.quantizing import plan as quantizing
+
+        module, _, _ = quantizing.settle(options.scheme, common.settings)
+        tables = options.embeddings or getattr(module, "EMBEDDINGS", "int8")
+        facts |= {"scheme": options.scheme, "embeddings": tables}
         written = weights // 2
     out = early.place(request, found)
     if out is not None:

@@ -26,8 +26,8 @@ from kdcli.data.sources import Dataset
 from kdcli.data.text import Encoded
 from kdcli.errors import InputError, ResourceError, UsageError
 from kdcli.measure import environment, quality
+from kdcli.models import activations, placement, transforms
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models import placement, transforms
 from kdcli.models.aliases import MODELS
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
@@ -92,6 +92,8 @@ def run(request: Request, progress: Progress) -> Outcome | None:
         # A teacher that is larger than the device waits in memory, and is spread when it has to answer.
         home = device if placement.fits(found.path, device) else torch.device("cpu")
         checkpoint = checkpoints.load(found.path, labels=dataset.label_names, device=home)
+        if request.dequantize:
+            activations.detach(checkpoint.model)
         stage = importlib.import_module(f"kdcli.stages.{request.stage}")
         if not checkpoint.has_head and request.stage != "distill":
             raise InputError(
@@ -169,7 +171,10 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
             params=applied.method.params,
         )
         applied.checkpoint.log.lineage = [e.model_dump(mode="json") for e in (*lineage, entry)]
-        checkpoints.save(applied.checkpoint, work, integers=applied.integers)
+        checkpoints.save(applied.checkpoint, work, integers=applied.integers, half=applied.half)
+    if request.stage == "quantize":
+        # Its weights are on the disk, twice; from here on only its tokenizer and its graph are needed.
+        applied.checkpoint.model.to("meta")
     with timings.phase("reload"):
         after_model = checkpoints.load(work, device=context.device)
     after_encoded, after_rows = context.encoded[split], rows
@@ -187,6 +192,8 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         timings=timings,
         progress=progress,
         rewrite=applied.rewrite_onnx,
+        attention=applied.fusion,
+        exact=applied.exact,
         properties={"stage": request.stage, "lineage": " > ".join(e.stage for e in (*lineage, entry))},
     )
     progress.phase("measure after")

@@ -15,8 +15,10 @@ from torch import nn
 
 from kdcli.export import fusion, int8, sessions
 from kdcli.export import onnx as exporter
+from kdcli.export.int8 import Stored
 from kdcli.export.quiet import quiet
-from kdcli.methods.quantize.dynamic_int8 import Config, dequantise, quantise
+from kdcli.methods import rounding
+from kdcli.methods.quantize.dynamic_int8 import Config, quantise
 from kdcli.models import transforms
 from kdcli.models.transforms import Cut
 from kdcli.training.batches import model_inputs
@@ -50,10 +52,10 @@ def quantised(made, config: Config | None = None, *, tables: bool = True, keep: 
     for name, module in made.model.named_modules():
         table = name.endswith("_embeddings")
         if keep not in name and (isinstance(module, nn.Linear) or (table and tables)):
-            values, scale = quantise(module.weight, config, table=table)
+            matrix = rounding.table(module.weight, "int8") if table else quantise(module.weight, config)
             with torch.no_grad():
-                module.weight.copy_(dequantise(values, scale))
-            integers[f"{name}.weight"] = (values.numpy(), scale.numpy())
+                module.weight.copy_(matrix.dense())
+            integers[f"{name}.weight"] = Stored(matrix.values.numpy(), matrix.scale.numpy())
     return integers
 
 
@@ -118,7 +120,7 @@ def test_graph_holds_the_checkpoints_integers_and_answers_as_the_float_graph(
     assert bool(attentions) == (fused and family != "mpnet")
 
     stored = initialisers(target)
-    assert all(contains(stored, *pair) for pair in integers.values())
+    assert all(contains(stored, m.values, m.scale) for m in integers.values())
     # Saturation cannot be seen on a processor with VNNI, so the bound is checked on what the file holds.
     multiplied = {
         name
@@ -249,8 +251,8 @@ def test_the_graph_of_the_other_exporter_is_quantised_too(tmp_path: Path) -> Non
 def gemm(tmp_path: Path, **attributes: float) -> tuple[Path, dict, np.ndarray]:
     """A graph of one Gemm with bias, and the integers of its weight."""
     generator = torch.Generator().manual_seed(0)
-    values, scale = quantise(torch.randn(5, 8, generator=generator), Config())
-    dense = dequantise(values, scale).numpy()
+    matrix = quantise(torch.randn(5, 8, generator=generator), Config())
+    dense = matrix.dense().numpy()
     bias = np.arange(5, dtype=np.float32)
     if not attributes.get("transB"):
         dense = np.ascontiguousarray(dense.T)
@@ -263,7 +265,7 @@ def gemm(tmp_path: Path, **attributes: float) -> tuple[Path, dict, np.ndarray]:
     )
     path = tmp_path / "gemm.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
-    return path, {"w": (values.numpy(), scale.numpy())}, bias
+    return path, {"w": Stored(matrix.values.numpy(), matrix.scale.numpy())}, bias
 
 
 @pytest.mark.parametrize(
@@ -284,15 +286,15 @@ def test_only_a_plain_gemm_is_replaced(attributes: dict, becomes_integer: bool, 
     want, got = (sessions.open_session(p, threads=1).run(None, {"x": x})[0] for p in (path, target))
     # Half a step of the activations times the sum of a row's weights, at the most.
     step = (max(x.max(), 0) - min(x.min(), 0)) / 255
-    dense = integers["w"][0] * integers["w"][1]
+    dense = integers["w"].dense()
     assert (np.abs(want - got) <= step * np.abs(dense).sum(1) + 1e-5).all()
     assert np.array_equal(want, got) != becomes_integer
 
 
 def test_weights_that_the_graph_does_not_hold_are_named(tmp_path: Path) -> None:
     path, integers, _ = gemm(tmp_path, transB=1)
-    values, scale = integers["w"]
-    detail = int8.quantise_graph(path, tmp_path / "int8.onnx", {"other": (values, scale * 2), **integers})
+    other = integers["w"]._replace(scale=integers["w"].scale * 2)
+    detail = int8.quantise_graph(path, tmp_path / "int8.onnx", {"other": other, **integers})
     assert detail["float"] == ["other"]
 
 

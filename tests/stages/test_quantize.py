@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kdcli.errors import UsageError
-from kdcli.export import fusion
+from kdcli.export import fusion, sessions
 from kdcli.export import onnx as exporter
+from kdcli.models import activations, transforms
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models import transforms
 from kdcli.models.transforms import Cut, Factorise, Quantise
 from kdcli.progress import Progress
 from kdcli.stages import quantize
 from kdcli.stages.base import Common, QuantizeOptions, Request
 from kdcli.stages.context import Context
-from kdcli.training.batches import model_inputs
+from kdcli.training.batches import model_inputs, torch_runner
 from tests import tiny
 
 
@@ -56,7 +56,7 @@ def stored(made, work: Path, **options):
 
 
 def logits(model, family: str) -> torch.Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), activations.paused(model):  # weights alone
         return model(**tiny.batch(family)).logits
 
 
@@ -104,8 +104,8 @@ def test_checkpoint_is_integers_on_disk_and_the_rounded_model_when_loaded(
     assert (logits(loaded.model, family) - before).abs().max() < 0.15  # of order 1
     # What was loaded quantises to the very integers that are on the disk.
     again = quantize.apply(context_of(loaded, tmp_path))
-    for name, (values, _) in again.integers.items():
-        assert torch.equal(values, state[name])
+    for name, matrix in again.integers.items():
+        assert torch.equal(matrix.values, state[name])
     assert [type(t) for t in again.checkpoint.log.transforms].count(Quantise) == 1
 
 
@@ -117,7 +117,8 @@ def test_onnx_of_the_reloaded_checkpoint_holds_the_stored_integers(family: str, 
     probe = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
     names = list(model_inputs(loaded.model, probe, "cpu"))
     example = exporter.example(loaded.config.vocab_size, names, "cpu")
-    exporter.export(loaded.model, example, tmp_path / "plain.onnx")
+    with activations.paused(loaded.model):
+        exporter.export(loaded.model, example, tmp_path / "plain.onnx")
     fusion.fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", embeddings=False)
     detail = applied.rewrite_onnx(tmp_path / "fused.onnx", tmp_path / "int8.onnx")
     assert detail["float"] == []
@@ -132,6 +133,34 @@ def test_onnx_of_the_reloaded_checkpoint_holds_the_stored_integers(family: str, 
     assert sorted(a.tobytes() for a in tables) == sorted(a.tobytes() for a in expected)
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_reloaded_checkpoint_rounds_activations_as_the_graph_does(family: str, tmp_path: Path) -> None:
+    applied, out = stored(tiny.checkpoint(family), tmp_path)
+    loaded = checkpoints.load(out)
+    batch = {k: v.numpy() for k, v in tiny.batch(family, 30).items()}
+    batch["token_type_ids"] = np.zeros_like(batch["input_ids"])
+    names = list(model_inputs(loaded.model, batch, "cpu"))
+    example = exporter.example(loaded.config.vocab_size, names, "cpu")
+    with activations.paused(loaded.model):
+        exporter.export(loaded.model, example, tmp_path / "plain.onnx")
+    applied.rewrite_onnx(tmp_path / "plain.onnx", tmp_path / "int8.onnx")
+    run = sessions.runner(sessions.open_session(tmp_path / "int8.onnx", threads=1, spinning=False))
+    own = torch_runner(loaded)
+    alone = []
+    for i, length in enumerate(batch["attention_mask"].sum(1)):
+        row = {name: values[i : i + 1, :length] for name, values in batch.items()}
+        with activations.paused(loaded.model):
+            plain = own(row)
+        alone.append((run(row), own(row), plain))
+    want, got, plain = (np.concatenate(part) for part in zip(*alone, strict=True))
+    # Rounding moves logits of order 1 by up to 0.16. What is left are quotients at a half, which the two may round
+    # to different sides; each moves what follows by one step of 256.
+    assert np.abs(want - got).max() < 0.5 * np.abs(want - plain).max()
+    assert np.abs(want - got).mean() < 0.25 * np.abs(want - plain).mean()
+    activations.detach(loaded.model)
+    assert np.array_equal(own(row), plain[-1:])
+
+
 def test_report_counts_weights_and_the_largest_sum(tmp_path: Path) -> None:
     made = tiny.checkpoint("bert")
     applied = quantize.apply(context_of(made, tmp_path))
@@ -139,7 +168,7 @@ def test_report_counts_weights_and_the_largest_sum(tmp_path: Path) -> None:
     assert detail["integer_weights"] + detail["float_weights"] == sum(
         p.numel() for p in made.model.parameters()
     )
-    assert detail["integer_weights"] == sum(v.numel() for v, _ in applied.integers.values())
+    assert detail["integer_weights"] == sum(m.values.numel() for m in applied.integers.values())
     assert detail["largest"] == 64
     assert detail["largest_pair_sum"] == 32640 <= 32767
     assert applied.warnings == []
@@ -147,7 +176,10 @@ def test_report_counts_weights_and_the_largest_sum(tmp_path: Path) -> None:
         "scheme": "dynamic-int8",
         "embeddings": "int8",
         "keep_fp32": [],
+        "bits": 8,
         "reduce_range": True,
+        "unsigned": False,
+        "smooth": 0.0,
     }
     rows = {row["name"]: row for row in applied.method.layers}
     assert {f"{name}.weight" for name in rows} == set(applied.integers)
@@ -210,14 +242,14 @@ def test_relative_position_biases_stay_in_float(tmp_path: Path) -> None:
     ("options", "settings", "message"),
     [
         ({"scheme": "dynamic-int7"}, {}, "did you mean 'dynamic-int8'"),
-        ({"embeddings": "int4"}, {}, "int8"),
+        ({"embeddings": "int5"}, {}, "int8"),
         ({"epochs": 1}, {}, "--epochs 1"),
         ({"calibration": "rows.csv"}, {}, "--calibration"),
         ({"keep_fp32": ("encoder.*",)}, {}, r"'encoder\.\*' matches none of the 17"),
         ({"keep_fp32": ("classifier", "pooler")}, {}, "'pooler'"),
         ({"keep_fp32": ("*_embeddings",), "embeddings": "fp32"}, {}, "matches none of the 14"),
         ({"keep_fp32": ("*",)}, {}, "nothing to quantise"),
-        ({}, {"bits": "4"}, "bits"),
+        ({}, {"bits": "9"}, "bits"),
     ],
 )
 def test_bad_options_are_refused_before_anything_changes(

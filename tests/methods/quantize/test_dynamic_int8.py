@@ -8,8 +8,10 @@ import torch
 
 from kdcli import methods
 from kdcli.errors import UsageError
+from kdcli.methods import rounding
 from kdcli.methods.quantize import dynamic_int8
-from kdcli.methods.quantize.dynamic_int8 import Config, dequantise, quantise
+from kdcli.methods.quantize.dynamic_int8 import Config
+from kdcli.models.integers import Integers
 
 CASES = [(True, False, 64), (False, False, 127), (True, True, 127), (False, True, 127)]
 INT16_MAX = 32767
@@ -23,6 +25,20 @@ def matrix(seed: int = 0, rows: int = 37, columns: int = 53) -> torch.Tensor:
     weight[3] = 0
     weight[5, 7] = 1e4
     return weight
+
+
+def quantise(
+    weight: torch.Tensor, config: Config, *, table: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers and scales of a matrix, or of an embedding table."""
+    made = rounding.table(weight, "int8") if table else dynamic_int8.quantise(weight, config)
+    assert made.zero is None
+    assert made.bits == 8
+    return made.values, made.scale
+
+
+def dequantise(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return Integers(values, scale).dense()
 
 
 def by_hand(weight: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,51 @@
+"""Static int8: weights as 8-bit integers with a scale a row, activations rounded with ranges fixed beforehand.
+
+Weights are rounded as dynamic-int8 does. What a matrix is multiplied by gets a range (low, high) from rows of
+training data (``--calibration``, ``--calibration-samples``) and is rounded to uint8,
+
+    s = (high - low) / 255,   z = round(-low / s),   x ~ s * (clip(round(x / s) + z, 0, 255) - z)
+
+Products are sums of integers; their outputs are floats again, except those of convolutions, which have a range
+of their own. Layer norms, GELU, residual sums and softmax are computed in float.
+
+Fixed ranges save the pass over the activations that finds them at run time, and make an answer independent
+of the other rows of its batch. They cost accuracy where the rows of the calibration do not show what comes later.
+
+Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", arXiv:1712.05877, sections 2.1 and 2.2.
+Differs: ranges are found after training and not during it; outputs of products stay float, because every
+operator that follows them in an encoder is one that eight bits would ruin.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from kdcli.methods import rounding
+from kdcli.methods.calibration import PERCENTILE
+from kdcli.methods.quantize import dynamic_int8
+from kdcli.models.integers import Integers
+
+CONVOLUTIONS = True  # are quantised too: QLinearConv
+
+
+class Config(dynamic_int8.Config):
+    """Parameters of static int8 quantisation: those of dynamic-int8 and of the calibration."""
+
+    percentile: float = Field(
+        PERCENTILE, gt=50, le=100, description="--calibration percentile: share of values inside, in percent"
+    )
+
+
+def quantise(weight: Tensor, config: Config) -> Integers:
+    """Round a matrix (O, I), or the filters of a convolution (O, I, ...), each row or filter with its own scale.
+
+    Returns:
+        Integers of the weight's shape, with scales (O, 1) or (O, 1, ...).
+    """
+    found = rounding.symmetric(weight.flatten(1), config.bits, limit=dynamic_int8.limit(config))
+    if weight.ndim == 2:
+        return found
+    scale = found.scale.view(-1, *[1] * (weight.ndim - 1))
+    return Integers(found.values.view(weight.shape), scale, None, found.bits)

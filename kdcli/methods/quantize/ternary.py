@@ -1,0 +1,60 @@
+"""Ternary weights: every weight is -a, 0 or a, trained with the full-precision model as teacher.
+
+    d = 0.7 mean|w|,    q_i = sign(w_i) if |w_i| > d else 0,    a = mean of |w_i| where |w_i| > d
+
+with one a for a matrix and one for each row of the token table. The float weights are trained and rounded anew at
+every step; gradients go through the rounding as if it were not there. The loss is the cross entropy with the
+teacher's answers, plus the squared differences of attention scores and hidden states of every layer.
+
+Source: Li and Liu 2016, "Ternary Weight Networks", arXiv:1605.04711, equations 5 and 6; Zhang et al. 2020,
+"TernaryBERT: Distillation-aware Ultra-low Bit BERT", EMNLP, arXiv:2009.12812, sections 3.1 and 3.2.
+Differs: activations stay float unless ``activations`` is 8, because onnxruntime multiplies packed weights by
+floats. Matrices outside the encoder, the classifier among them, have 8 bits with a scale a row.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from kdcli.models.integers import Integers
+
+BITS = 2
+THRESHOLD = 0.7
+EPOCHS = 3
+
+
+class Config(BaseModel):
+    """Parameters of ternary quantisation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    scale: Literal["matrix", "row"] = Field("matrix", description="what shares one a in a matrix")
+    tables: bool = Field(True, description="the token table too; false: as --embeddings says")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    alpha: float = Field(1.0, ge=0, le=1, description="weight of the teacher's answers; labels have the rest")
+    temperature: float = Field(1.0, gt=0, description="T of the answers")
+    hidden: float = Field(1.0, ge=0, description="weight of the attention scores and hidden states")
+
+
+def quantise(weight: Tensor, config: Config, *, table: bool = False) -> Integers:
+    """Round a matrix to -1, 0 and 1.
+
+    Args:
+        weight: (O, I) of finite floats.
+        config: What shares a scale.
+        table: Every row has its own.
+
+    Returns:
+        Integers of 2 bits with scales (O, 1), all alike when a matrix shares one. What is all zeros has scale 1.
+    """
+    weight = weight.detach().float()
+    shared = weight if table or config.scale == "row" else weight.reshape(1, -1)
+    size = shared.abs()
+    kept = size > THRESHOLD * size.mean(1, keepdim=True)
+    scale = (size * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).expand(len(weight), 1)
+    values = (shared.sign() * kept).to(torch.int8).view(weight.shape)
+    return Integers(values, scale.contiguous(), None, BITS)

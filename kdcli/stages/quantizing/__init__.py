@@ -1,0 +1,1 @@
+"""What the quantize stage does for each scheme, one file a kind of scheme."""

@@ -1,0 +1,118 @@
+"""``--scheme static-int8``: integers for weights, activations rounded with ranges from training rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from kdcli.errors import UsageError, did_you_mean
+from kdcli.export import qdq
+from kdcli.methods.calibration import Affine, Histogram, Rule, affine, find_range
+from kdcli.models.integers import Integers
+from kdcli.report.schema import Warning_
+from kdcli.stages.context import Applied, Context
+from kdcli.stages.quantizing import smoothing, storing
+from kdcli.stages.quantizing.dynamic import largest_of, saturation
+from kdcli.stages.quantizing.observing import observe
+from kdcli.stages.quantizing.plan import Plan, refuse_training
+
+RULES: tuple[str, ...] = get_args(Rule)
+RULE = "minmax"
+ROUNDS = "fixed"
+
+
+def check(context: Context, plan: Plan) -> None:
+    """Refuse options that this scheme has no use for, and rules that do not exist."""
+    refuse_training(plan)
+    rule = plan.options.calibration or RULE
+    if rule not in RULES:
+        raise UsageError(f"unknown --calibration '{rule}': {did_you_mean(rule, RULES)}")
+    if plan.options.calibration_samples < 1:
+        raise UsageError(
+            f"--calibration-samples {plan.options.calibration_samples} is below 1: a range needs rows"
+        )
+
+
+def apply(context: Context, plan: Plan) -> Applied:
+    """Find the ranges, round the weights, and hand back how to write the graph."""
+    options, rule = plan.options, plan.options.calibration or RULE
+    detail: dict[str, Any] = {"calibration": rule, "calibration_rows": options.calibration_samples}
+    model = context.checkpoint.model
+    layers = {name: model.get_submodule(name) for name in [*plan.matrices, *plan.convolutions]}
+    ranges = _ranges(context, plan, layers, rule)
+
+    def matrix(name: str, layer: nn.Module) -> Integers:
+        weight = model.get_parameter(f"{name}.weight")
+        return plan.module.quantise(weight, plan.config)
+
+    integers = storing.quantise(plan, matrix)
+    largest = largest_of(integers, plan)
+    detail |= {"largest": largest, "largest_pair_sum": 2 * 255 * largest, "ranges": len(ranges)}
+    convolutions = {name: layers[name] for name in plan.convolutions}
+    outputs = _ranges(context, plan, convolutions, rule, outputs=True) if convolutions else {}
+    warnings = saturation(largest) if not plan.config.unsigned else []
+    return finish(context, plan, integers, ranges, outputs, detail=detail, warnings=warnings)
+
+
+def finish(
+    context: Context,
+    plan: Plan,
+    integers: Mapping[str, Integers],
+    ranges: Mapping[str, Affine],
+    outputs: Mapping[str, Affine],
+    *,
+    detail: Mapping[str, Any],
+    warnings: list[Warning_],
+) -> Applied:
+    """What :func:`storing.finish` does, for integers whose inputs have fixed ranges.
+
+    Args:
+        context: Its checkpoint is changed in place: weights and log.
+        plan: What was asked.
+        integers: Name of a weight -> what replaces it.
+        ranges: Layer -> how what it reads is rounded.
+        outputs: Convolution -> how what it gives is rounded.
+        detail: For the report.
+        warnings: For the report.
+    """
+    applied = storing.finish(
+        context, plan, integers, activations=_pairs(ranges), detail=detail, warnings=warnings
+    )
+    assert applied.integers is not None
+    stored, smooth = storing.arrays(applied.integers), smoothing.vectors(context.checkpoint.model)
+
+    def rewrite(source: Path, target: Path) -> dict[str, Any]:
+        return qdq.quantise_graph(
+            source,
+            target,
+            stored,
+            {f"{name}.weight": pair for name, pair in _pairs(ranges).items()},
+            outputs={f"{name}.weight": pair for name, pair in _pairs(outputs).items()},
+            unsigned=plan.config.unsigned,
+            smooth=smooth,
+        )
+
+    applied.rewrite_onnx = rewrite
+    return applied
+
+
+def _pairs(ranges: Mapping[str, Affine]) -> dict[str, tuple[float, int]]:
+    return {name: (found.scale, found.zero) for name, found in ranges.items()}
+
+
+def _ranges(
+    context: Context, plan: Plan, layers: dict[str, nn.Module], rule: Any, *, outputs: bool = False
+) -> dict[str, Affine]:
+    """Layer -> how what it reads, or gives, is rounded."""
+
+    def add(histogram: Histogram, values: Tensor) -> None:
+        histogram.add(values)
+
+    rows = plan.options.calibration_samples
+    found = observe(context, layers, rows, Histogram, add, outputs=outputs)
+    # Layers that share a tensor share a histogram; its range is searched once.
+    once = {id(h): affine(*find_range(h, rule, percentile=plan.config.percentile)) for h in found.values()}
+    return {name: once[id(histogram)] for name, histogram in found.items()}

@@ -1,0 +1,145 @@
+"""Trained schemes through the stage: what they learn, what is on the disk, and that the graph runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from kdcli.errors import UsageError
+from kdcli.models import checkpoint as checkpoints
+from kdcli.models.checkpoint import layouts_of
+from kdcli.stages import quantize
+from tests import tiny
+from tests.models.test_small import made as small
+from tests.stages.test_quantize_static import LOGIT_TOLERANCE, answers, batch, context_of, executed, graphs
+
+
+def on_disk(work: Path, **sizes: int):
+    """A model whose files a training can take its teacher from."""
+    return checkpoints.load(tiny.saved(work / "model", by_kdcli=True, **sizes))
+
+
+def apply(made, work: Path, scheme: str, settings: dict[str, str] | None = None, **options):
+    context = context_of(made, work, settings, scheme=scheme, **options)
+    quantize.prepare(context)
+    return quantize.apply(context)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDCLI_CACHE", str(tmp_path / "cache"))
+
+
+def test_int8_qat_gives_a_static_graph_with_the_ranges_of_the_training(tmp_path: Path) -> None:
+    made = on_disk(tmp_path)
+    dense = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+    applied = apply(made, tmp_path, "int8-qat", {"lr": "0.001"}, epochs=2)
+    assert applied.method.detail["training"]["epochs"] == 2
+    log = applied.checkpoint.log.quantised
+    matrices = {name for name, module in made.model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(log.activations) == matrices
+    assert all(0 < scale < 1 and 0 <= zero <= 255 for scale, zero in log.activations.values())
+    source, target, detail = graphs(applied, made, tmp_path)
+    assert detail["float"] == []
+    ran = executed(target, tmp_path)
+    assert ran["QAttention"] == 2
+    assert ran["DynamicQuantizeLinear"] == ran["DequantizeLinear"] == 0
+    arrays = batch(made)
+    assert 0 < np.abs(answers(source, arrays) - answers(target, arrays)).max() < LOGIT_TOLERANCE
+    loaded = checkpoints.load(tmp_path / "out")
+    moved = [
+        n
+        for n in matrices
+        if not torch.equal(loaded.model.get_parameter(f"{n}.weight"), dense[f"{n}.weight"])
+    ]
+    assert set(moved) == matrices
+
+
+@pytest.mark.parametrize("scheme", ["ternary", "binary"])
+def test_few_bits_are_packed_on_the_disk_and_in_the_graph(scheme: str, tmp_path: Path) -> None:
+    made = on_disk(tmp_path)
+    applied = apply(made, tmp_path, scheme, epochs=1)
+    bits = {"ternary": 2, "binary": 1}[scheme]
+    assert applied.method.detail["training"]["methods"] == ["response", "tinybert"]
+    inside = {
+        f"{n}.weight" for n, m in made.model.named_modules() if isinstance(m, nn.Linear) and ".layer." in n
+    }
+    by_bits: dict[int, set[str]] = {}
+    for layout in layouts_of(applied.checkpoint.log.quantised):
+        by_bits.setdefault(layout.bits, set()).update(layout.tensors)
+    token = "bert.embeddings.word_embeddings.weight"
+    outside = {"classifier.weight", "bert.pooler.dense.weight"}
+    outside |= {f"bert.embeddings.{part}_embeddings.weight" for part in ("position", "token_type")}
+    assert by_bits == (
+        {2: inside | {token}, 8: outside} if bits == 2 else {1: inside, 2: {token}, 8: outside}
+    )
+    for name in inside:
+        codes = applied.integers[name].values
+        assert set(codes.unique().tolist()) <= ({-1, 0, 1} if bits == 2 else {-1, 1})
+        assert len(applied.integers[name].scale.unique()) == (1 if bits == 2 else len(codes))
+    source, target, detail = graphs(applied, made, tmp_path)
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    for name in inside:
+        rows, columns = applied.integers[name].values.shape
+        assert state[f"{name}_packed"].shape == (rows, -(-columns * bits // 32))
+    assert detail["float"] == []
+    # No activation is rounded, so logits agree to float32 sums.
+    arrays = batch(made)
+    loaded = checkpoints.load(tmp_path / "out")
+    with torch.no_grad():
+        want = loaded.model(
+            **{k: torch.from_numpy(v) for k, v in arrays.items() if k != "token_type_ids"}
+        ).logits.numpy()
+    assert np.abs(want - answers(target, arrays)).max() < 1e-4
+    assert np.abs(want - answers(source, arrays)).max() < 1e-4
+
+
+@pytest.mark.parametrize("scheme", ["ternary", "binary"])
+def test_training_brings_the_model_back_to_its_teacher(scheme: str, tmp_path: Path) -> None:
+    on_disk(tmp_path)
+    losses = {}
+    for lr in ("1e-12", "0.003"):
+        (work := tmp_path / lr).mkdir()
+        applied = apply(checkpoints.load(tmp_path / "model"), work, scheme, {"lr": lr}, epochs=3)
+        losses[lr] = applied.method.detail["training"]["history"][-1]["loss"]
+    # distance of answers, attention scores and hidden states from those of the model that came in
+    assert losses["0.003"] < 0.7 * losses["1e-12"]
+
+
+def test_the_same_seed_gives_the_same_integers(tmp_path: Path) -> None:
+    made = on_disk(tmp_path, layers=1)
+    found = []
+    for number in range(2):
+        (work := tmp_path / str(number)).mkdir()
+        found.append(apply(checkpoints.load(made.path), work, "int8-qat", epochs=1))
+    one, two = found
+    assert one.checkpoint.log.quantised == two.checkpoint.log.quantised
+    assert all(torch.equal(one.integers[n].values, two.integers[n].values) for n in one.integers)
+
+
+def test_tables_can_have_another_format(tmp_path: Path) -> None:
+    made = on_disk(tmp_path, layers=1)
+    applied = apply(made, tmp_path, "ternary", {"tables": "false", "scale": "row"}, epochs=1)
+    assert applied.integers["bert.embeddings.word_embeddings.weight"].bits == 8
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    assert len(applied.integers[name].scale.unique()) > 1
+
+
+def test_a_model_without_matrices_is_refused(tmp_path: Path) -> None:
+    made = small("cnn")
+    with pytest.raises(UsageError, match="none is left to quantise"):
+        apply(made, tmp_path, "ternary", {"tables": "false"}, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"epochs": -1}, "negative"), ({"calibration": "mse"}, "--calibration")]
+)
+def test_bad_options_are_refused(options: dict, message: str, tmp_path: Path) -> None:
+    made = tiny.checkpoint("bert")
+    with pytest.raises(UsageError, match=message):
+        quantize.prepare(context_of(made, tmp_path, scheme="binary", **options))
