@@ -59,13 +59,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CASES = {
-    # Each training has 6 steps an epoch: 2 x 6 of the features, 4 x 6 of the student and so on.
+    # Each training has 6 steps an epoch (3 without further texts): 2 x 6 of the features, 4 x 6 of the student and so on.
     "features": (3, {"methods": ("response", "hidden")}, "student features"),
     "student": (8, {"methods": ("response", "hidden")}, "the student"),
     "assistant": (9, {"strategy": "assistant-chain"}, "assistant"),
     "after the assistant": (25, {"strategy": "assistant-chain"}, "student"),
     "a layer": (1, {"strategy": "layerwise"}, "layer"),
-    "peers": (5, {"strategy": "online"}, "peers"),
+    "peers": (2, {"strategy": "online", "augment": None}, "peers"),
     "control": (20, {"control": True}, "control"),
 }
 
