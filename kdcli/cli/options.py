@@ -263,9 +263,7 @@ TargetSpeedupOpt = Annotated[
         metavar="F",
     ),
 ]
-MergeOpt = Annotated[
-    bool, _option("--merge", help="Multiply factors back where that is smaller or faster.")
-]
+MergeOpt = Annotated[bool, _option("--merge", help="Multiply factors back where that is smaller or faster.")]
 IncludeOpt = Annotated[
     list[str] | None, _option("--include", help="Only layers of this glob; repeatable.", metavar="PATTERN")
 ]
