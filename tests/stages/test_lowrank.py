@@ -79,7 +79,9 @@ def check_table(applied, budget: float | None = None) -> None:
             assert row["rank"] == layer.rank < row["break_even"]
             assert row["parameters_after"] < row["parameters_before"]
             assert 0 <= row["error_predicted"] < 1
-            assert row["error_measured"] > 0.9 * row["error_predicted"]
+            # Behind a sub-layer without heads the first token is constant, and both are rounding.
+            assert row["error_measured"] >= 0.9 * row["error_predicted"] - 1e-6
+            assert row["error_measured"] > 0 or row["error_predicted"] < 1e-6
         assert row["latency_before_ms"] > 0
         assert row["latency_after_ms"] > 0
     detail = applied.method.detail
