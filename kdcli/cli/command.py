@@ -15,7 +15,7 @@ from kdcli.errors import UsageError, did_you_mean
 
 COMMANDS = {
     "distill": "Train a small student to answer as a teacher does.",
-    "prune": "Remove weights, heads or neurons.",
+    "prune": "Remove heads, neurons, layers, features, tokens or weights.",
     "lowrank": "Replace weight matrices by products of two thin ones.",
     "quantize": "Store weights as small integers and compute with them.",
     "evaluate": "Measure models on the same rows, compare, judge gates.",

@@ -206,26 +206,41 @@ StructureOpt = Annotated[
     str,
     _option(
         "--structure",
-        help="What is removed.",
-        parse=values.one_of("structure", lambda: base.STRUCTURES),
-        names=lambda: base.STRUCTURES,
+        help="What is removed; + joins vocab, layers, width, heads and neurons; N:M, such as 2:4, zeros all but N "
+        "of M neighbours.",
+        parse=values.structure,
+        names=lambda: base.STRUCTURE_NAMES,
         metavar="NAME",
     ),
 ]
 PruneMethodOpt = Annotated[str | None, _method("prune", "How importance is judged. [default: by structure]")]
 SparsityOpt = Annotated[
     float | None,
-    _option("--sparsity", help="Fraction removed.", parse=values.real(0, 1, below=True), metavar="F"),
+    _option(
+        "--sparsity",
+        help="Fraction removed. [default: 0.3; with --max-drop the most that keeps it]",
+        parse=values.real(0, 1, below=True),
+        metavar="F",
+    ),
 ]
 MacsBudgetOpt = Annotated[
     float | None,
     _option("--budget", help="Fraction of MACs kept.", parse=values.real(0, 1, above=True), metavar="F"),
 ]
+TargetSpeedupOpt = Annotated[
+    float | None,
+    _option(
+        "--target-speedup",
+        help="How many times faster at batch 1, by latencies measured on this machine.",
+        parse=values.real(1, above=True),
+        metavar="F",
+    ),
+]
 ScheduleOpt = Annotated[
     str,
     _option(
         "--schedule",
-        help="iterative or one-shot.",
+        help="iterative, one-shot, or gradual: while --epochs train.",
         parse=values.one_of("schedule", lambda: values.SCHEDULES),
         names=lambda: values.SCHEDULES,
         metavar="NAME",
@@ -253,15 +268,6 @@ EnergyOpt = Annotated[
 RankOpt = Annotated[
     str | None,
     _option("--rank", help="The same rank everywhere, or evbmf.", parse=values.rank, metavar="N|evbmf"),
-]
-TargetSpeedupOpt = Annotated[
-    float | None,
-    _option(
-        "--target-speedup",
-        help="Ranks that make the model so many times as fast, by latencies measured here.",
-        parse=values.real(1, above=True),
-        metavar="F",
-    ),
 ]
 MergeOpt = Annotated[bool, _option("--merge", help="Multiply factors back where that is smaller or faster.")]
 IncludeOpt = Annotated[

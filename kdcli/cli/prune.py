@@ -9,6 +9,8 @@ from kdcli.stages.base import Common, PruneOptions
 
 EXAMPLES = """
 kdcli prune out/student --structure heads+neurons --sparsity 0.5 -o out/pruned
+kdcli prune out/model --structure vocab+layers+heads+neurons --set keep_layers=5 --budget 0.5 --epochs 1
+kdcli prune out/student --target-speedup 1.6 -o out/pruned
 kdcli distill --teacher minilm --student tiny | kdcli prune - --budget 0.6
 """
 
@@ -21,6 +23,7 @@ def command(
     method: o.PruneMethodOpt = None,
     sparsity: o.SparsityOpt = None,
     budget: o.MacsBudgetOpt = None,
+    target_speedup: o.TargetSpeedupOpt = None,
     schedule: o.ScheduleOpt = PruneOptions.schedule,
     epochs: o.RecoveryOpt = PruneOptions.epochs,
     lr: o.LrOpt = None,
@@ -46,15 +49,18 @@ def command(
     verbose: o.VerboseOpt = False,
     debug: o.DebugOpt = False,
 ) -> None:
-    """Heads and neurons are cut out, which makes the model smaller and faster; weights only become zero."""
+    """Heads, neurons, layers, features and tokens are cut out; weights only become zero, which saves no time."""
     from kdcli.cli import stage
 
-    sparsity, budget = stage.exclusive(ctx, sparsity=sparsity, budget=budget)
+    sparsity, budget, target_speedup = stage.exclusive(
+        ctx, sparsity=sparsity, budget=budget, target_speedup=target_speedup
+    )
     options = PruneOptions(
         structure=structure,
         method=method,
         sparsity=sparsity,
         budget=budget,
+        target_speedup=target_speedup,
         schedule=schedule,
         epochs=epochs,
         lr=lr,

@@ -36,9 +36,8 @@ def exclusive(ctx: typer.Context, **given: Any) -> tuple[Any, ...]:
     best = max((_ORDER.index(origin(ctx, name)) for name in named), default=0)
     kept = [name for name in named if _ORDER.index(origin(ctx, name)) == best]
     if len(kept) > 1:
-        raise UsageError(
-            f"{' and '.join('--' + name.replace('_', '-') for name in kept)} exclude each other; give one"
-        )
+        options = " and ".join("--" + name.replace("_", "-") for name in kept)
+        raise UsageError(f"{options} exclude each other; give one")
     return tuple(value if name in kept else None for name, value in given.items())
 
 

@@ -11,16 +11,20 @@ if TYPE_CHECKING:
     from kdcli.report.schema import Report
 
 
-DETAILS = ("calibration", "non-zero", "model.onnx, gzipped", "throughput")
-"""Beginnings of the rows that only -v shows."""
+ZEROS = ("non-zero", "model.onnx, gzipped")
+DETAILS = ("calibration", *ZEROS, "throughput")
+"""Beginnings of the rows that only -v shows; those of ZEROS always where many weights are zero."""
 
 
 def of_report(report: Report, console: Console) -> list[str]:
     """Before and after of one stage, then its answers, gates and warnings."""
     from kdcli.report import facts
 
+    zeros = facts.zero_share(report.after) > facts.MANY_ZEROS
     found = [
-        fact for fact in facts.comparison(report) if console.verbose or not fact.name.startswith(DETAILS)
+        fact
+        for fact in facts.comparison(report)
+        if console.verbose or not fact.name.startswith(DETAILS) or (zeros and fact.name.startswith(ZEROS))
     ]
     if report.before is None:
         body = aligned([("", "measured"), *((fact.name, fact.texts[1]) for fact in found)])
@@ -37,6 +41,8 @@ def of_report(report: Report, console: Console) -> list[str]:
         lines.append("")
     if said := facts.delta_text(report):
         lines.append(said)
+    if said := facts.amount_text(report):
+        lines.append(clean(said))
     return lines + _notes([report], console)
 
 

@@ -18,7 +18,7 @@ Check = Callable[[str], str]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 RUNTIMES = ("onnx", "torch", "both")
-SCHEDULES = ("iterative", "one-shot")
+SCHEDULES = ("iterative", "one-shot", "gradual")
 EMBEDDINGS = ("int8", "fp32")
 LISTS = ("data", "methods", "models", "students")
 
@@ -67,6 +67,16 @@ def one_of(what: str, names: Callable[[], Iterable[str]]) -> Check:
         return given
 
     return check
+
+
+def structure(given: str) -> str:
+    """Check the name of what is pruned: of N:M, whose numbers are free, the form; of a sum, the parts."""
+    if "+" in given:
+        try:
+            return "+".join(base.parts_of(given))
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+    return given if base.n_of_m(given) else one_of("structure", lambda: base.STRUCTURE_NAMES)(given)
 
 
 def methods(family: str) -> Callable[[], tuple[str, ...]]:

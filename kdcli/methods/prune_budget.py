@@ -13,42 +13,17 @@ A layer that was factorised before is cheaper: there d is the rank of the factor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from kdcli.errors import InputError, UsageError
+from kdcli.methods.pruning import Found, UnitJob, Units
 from kdcli.models import transforms
 from kdcli.models.families import Layer
 from kdcli.models.layers import LowRankLinear, Projection
 from kdcli.models.transforms import Cut
-
-
-@dataclass(frozen=True)
-class Units:
-    """Something per head and per neuron of every encoder layer: L arrays (H,) and L arrays (F,)."""
-
-    heads: list[np.ndarray]
-    neurons: list[np.ndarray]
-
-    def flat(self) -> np.ndarray:
-        """All heads, layer by layer, then all neurons: (sum of H + sum of F,)."""
-        return np.concatenate([*self.heads, *self.neurons])
-
-    def only(self, structure: str) -> Units:
-        """Only the kinds in ``structure`` (``heads``, ``neurons``, ``heads+neurons``)."""
-        kinds = structure.split("+")
-        return Units(
-            self.heads if "heads" in kinds else [x[:0] for x in self.heads],
-            self.neurons if "neurons" in kinds else [x[:0] for x in self.neurons],
-        )
-
-    def like(self, flat: np.ndarray) -> Units:
-        """Split a flat array the way :meth:`flat` joins this one."""
-        parts = np.split(flat, np.cumsum([len(x) for x in (*self.heads, *self.neurons)])[:-1])
-        return Units(parts[: len(self.heads)], parts[len(self.heads) :])
 
 
 def head_macs(layer: Layer, tokens: float) -> float:
@@ -80,6 +55,22 @@ def layer_macs(layer: Layer, tokens: float) -> float:
     parts += [layer.ffn_in, layer.ffn_out] if layer.neurons else []
     weights = sum(p.weight.numel() for part in parts for p in part.modules() if isinstance(p, nn.Linear))
     return tokens * (weights + layer.heads * layer.head_size * 2 * tokens)
+
+
+def macs_at_width(layers: Sequence[Layer], tokens: float, width: int) -> float:
+    """MACs that :func:`layer_macs` would find in all layers together at a residual stream of ``width`` features."""
+    total = 0.0
+    for layer in layers:
+        readers = [layer.query, layer.key, layer.value] if layer.heads else []
+        readers += [layer.ffn_in] if layer.neurons else []
+        writers = [layer.attention_output] if layer.heads else []
+        writers += [layer.ffn_out] if layer.neurons else []
+        now = sum(r.in_features * _outer(r, 0) for r in readers) + sum(
+            w.out_features * _outer(w, 1) for w in writers
+        )
+        then = sum(width * _outer(r, 0) for r in readers) + sum(width * _outer(w, 1) for w in writers)
+        total += layer_macs(layer, tokens) + tokens * (then - now)
+    return total
 
 
 def table_row(layer: Layer, tokens: float, when: str) -> dict[str, Any]:
@@ -163,56 +154,53 @@ def choose(scores: Units, cost: Units, budget: float) -> Units:
 
 
 def search(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    estimate: Callable[[], tuple[Units, float]],
-    *,
-    structure: str,
-    remove: float,
+    job: UnitJob,
+    estimate: Callable[[], tuple[Units, float | None]],
     steps: int,
-    tokens: float,
-) -> tuple[Cut, list[dict[str, Any]]]:
-    """Cut the least important units out of ``model``, in place, until ``remove`` MACs are gone.
+    pick: Callable[[Units, Units, float], Units] = choose,
+) -> Found:
+    """Cut the least important units out of a model, in place, until what they cost is gone.
 
-    Every step estimates the importance of what is left and removes an equal part of the MACs. One step is
+    Every step estimates the importance of what is left and removes an equal part of the cost. One step is
     the one-shot schedule.
 
     Args:
-        model: The model that ``layers`` belong to.
-        layers: Its encoder layers.
-        estimate: Gives the scores of all units that the model has now, and its loss.
-        structure: Which units may go.
-        remove: MACs of a row of ``tokens`` tokens, at most what those units cost.
+        job: The model and what has to go.
+        estimate: Gives the scores of all units that the model has now, and its loss where it has one.
         steps: At least 1.
-        tokens: T.
+        pick: Which units stay, from their scores, their costs and a budget.
 
     Returns:
-        One cut that leads from the model as it came to the model as it is now, naming only the layers that
-        changed, and for each step the loss before it and the units left after it.
+        The cut, and for each step the loss before it and the units left after it.
     """
-    start = costs(layers, tokens)
-    prunable = float(start.only(structure).flat().sum())
+    start = job.price(job.layers)
+    prunable = float(start.only(job.structure).flat().sum())
     kept = [[np.arange(len(x)) for x in part] for part in (start.heads, start.neurons)]
     trace: list[dict[str, Any]] = []
-    for step in range(1, steps + 1 if remove > 0 else 1):
+    for step in range(1, steps + 1 if job.remove > 0 else 1):
         scores, loss = estimate()
-        budget = prunable - remove * step / steps
-        chosen = choose(scores.only(structure), costs(layers, tokens).only(structure), budget)
+        budget = prunable - job.remove * step / steps
+        chosen = pick(scores.only(job.structure), job.price(job.layers).only(job.structure), budget)
         now = [
             {i: np.flatnonzero(x).tolist() for i, x in enumerate(part) if not x.all()}
             for part in (chosen.heads, chosen.neurons)
         ]
-        transforms.apply(model, Cut(heads=now[0], neurons=now[1]))
+        transforms.apply(job.model, Cut(heads=now[0], neurons=now[1]))
         for part, cut in zip(kept, now, strict=True):
             for i, units in cut.items():
                 part[i] = part[i][units]
         heads, neurons = (sum(len(x) for x in part) for part in kept)
         trace.append({"loss": loss, "heads": heads, "neurons": neurons})
+    return Found(cut_of(kept, start), trace)
+
+
+def cut_of(kept: Sequence[Sequence[np.ndarray]], start: Units) -> Cut:
+    """The cut that keeps these heads and neurons of every layer, in the numbering of ``start``."""
     whole = [
         {i: x.tolist() for i, x in enumerate(part) if len(x) < len(had[i])}
         for part, had in zip(kept, (start.heads, start.neurons), strict=True)
     ]
-    return Cut(heads=whole[0], neurons=whole[1]), trace
+    return Cut(heads=whole[0], neurons=whole[1])
 
 
 def _inputs(layer: Projection) -> int:
@@ -221,3 +209,10 @@ def _inputs(layer: Projection) -> int:
 
 def _outputs(layer: Projection) -> int:
     return layer.rank if isinstance(layer, LowRankLinear) else layer.out_features
+
+
+def _outer(layer: Projection, side: int) -> int:
+    """Weights that each feature of the residual stream has in a layer that reads (0) or writes (1) it."""
+    if isinstance(layer, LowRankLinear):
+        return layer.rank
+    return layer.in_features if side else layer.out_features

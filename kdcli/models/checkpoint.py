@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdcli.errors import InputError
-from kdcli.models import safety, transforms
+from kdcli.models import safety, tokens, transforms
 from kdcli.models.families import FAMILIES, Family, family_of
-from kdcli.models.transforms import Quantise, TransformLog
+from kdcli.models.transforms import Quantise, TransformLog, Vocab
 
 WEIGHTS = "model.safetensors"
 SCALE_SUFFIX = "_scale"
@@ -299,13 +300,25 @@ def save(
 
 def save_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
     """Write tokenizer.json from memory and copy the small files around it by name, nothing else."""
-    checkpoint.tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
+    tokenizer = checkpoint.tokenizer
+    tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
+    cut = any(isinstance(t, Vocab) for t in checkpoint.log.transforms)
     for name in TOKENIZER_FILES:
         source = checkpoint.path / name
         if source.is_file() and source.resolve() != (directory / name).resolve():
             shutil.copyfile(source, directory / name)
+    if cut:  # the files beside tokenizer.json must say what it says
+        with tempfile.TemporaryDirectory() as place:
+            for written in tokenizer.backend_tokenizer.model.save(place):
+                if (target := directory / Path(written).name).exists():
+                    shutil.copyfile(written, target)
     config = directory / "tokenizer_config.json"
     content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    if cut:
+        tokens.renumber_added(content, tokenizer.get_vocab())
+    for key, token in tokenizer.special_tokens_map.items():
+        if isinstance(token, str):
+            content.setdefault(key, token)
     content.setdefault("model_max_length", checkpoint.max_length)
     content.setdefault("tokenizer_class", type(checkpoint.tokenizer).__name__)
     for key in (

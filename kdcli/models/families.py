@@ -20,9 +20,12 @@ from kdcli.models.layers import (
     BiasOnly,
     EmptyAttention,
     FirstFeature,
+    LowRankEmbedding,
     LowRankLinear,
     Projection,
+    keep_columns,
     keep_inputs,
+    keep_normalised,
     keep_outputs,
 )
 
@@ -41,12 +44,16 @@ class Family:
     attention_output: str
     ffn_in: str
     ffn_out: str
+    attention_norm: str
+    ffn_norm: str
+    #: The first linear layer after the encoder, relative to the model; it reads the first token.
+    reader: str
     ffn_size_key: str = "intermediate_size"
     #: MPNet adds one bias a head to the scores, shared by all layers: a layer must pick its own heads' part.
     shared_head_bias: bool = False
 
 
-def _bert_like(name: str) -> Family:
+def _bert_like(name: str, reader: str) -> Family:
     return Family(
         name=name,
         base=name,
@@ -58,13 +65,16 @@ def _bert_like(name: str) -> Family:
         attention_output="attention.output.dense",
         ffn_in="intermediate.dense",
         ffn_out="output.dense",
+        attention_norm="attention.output.LayerNorm",
+        ffn_norm="output.LayerNorm",
+        reader=reader,
     )
 
 
 FAMILIES: dict[str, Family] = {
-    "bert": _bert_like("bert"),
-    "roberta": _bert_like("roberta"),
-    "electra": _bert_like("electra"),
+    "bert": _bert_like("bert", "bert.pooler.dense"),
+    "roberta": _bert_like("roberta", "classifier.dense"),
+    "electra": _bert_like("electra", "classifier.dense"),
     "distilbert": Family(
         name="distilbert",
         base="distilbert",
@@ -76,6 +86,9 @@ FAMILIES: dict[str, Family] = {
         attention_output="attention.out_lin",
         ffn_in="ffn.lin1",
         ffn_out="ffn.lin2",
+        attention_norm="sa_layer_norm",
+        ffn_norm="output_layer_norm",
+        reader="pre_classifier",
         ffn_size_key="hidden_dim",
     ),
     "mpnet": Family(
@@ -89,6 +102,9 @@ FAMILIES: dict[str, Family] = {
         attention_output="attention.attn.o",
         ffn_in="intermediate.dense",
         ffn_out="output.dense",
+        attention_norm="attention.LayerNorm",
+        ffn_norm="output.LayerNorm",
+        reader="classifier.dense",
         shared_head_bias=True,
     ),
 }
@@ -103,7 +119,8 @@ def family_of(model_type: str) -> Family:
     if model_type.removeprefix("kdcli-") in SMALL_STUDENTS:
         raise InputError(
             f"a model of type '{model_type}' has no heads, neurons or encoder matrices that kdcli could take out",
-            "make it smaller by another width, such as --student static-64, or by kdcli quantize"
+            "make it smaller by kdcli prune --structure vocab, by kdcli quantize, or by another width, such as "
+            "--student static-64"
             + ("; its convolutions by kdcli lowrank --method tucker2" if model_type == "kdcli-cnn" else ""),
         )
     if model_type not in FAMILIES:
@@ -203,6 +220,35 @@ class Layer:
         keep_outputs(self.ffn_in, kept)
         keep_inputs(self.ffn_out, kept)
 
+    def keep_features(self, kept: Sequence[int]) -> None:
+        """Cut the features of the residual stream that are not in ``kept``: what the layer reads and writes."""
+        readers = [self.query, self.key, self.value] if self.heads else []
+        readers += [self.ffn_in] if self.neurons else []
+        # Query, key and value may have one right factor together, which is cut once.
+        own = {id(r.first) if isinstance(r, LowRankLinear) else id(r): r for r in readers}
+        for projection in own.values():
+            keep_inputs(projection, kept)
+        for path in (self.family.attention_output, self.family.ffn_out):
+            writer: Any = self._get(path)
+            keep_outputs(writer, kept)
+        for norm in (self.attention_norm, self.ffn_norm):
+            keep_normalised(norm, kept)
+
+    @property
+    def attention_norm(self) -> nn.LayerNorm:
+        """What the feed-forward sub-layer reads."""
+        return self._norm(self.family.attention_norm)
+
+    @property
+    def ffn_norm(self) -> nn.LayerNorm:
+        """What the next layer reads."""
+        return self._norm(self.family.ffn_norm)
+
+    def _norm(self, path: str) -> nn.LayerNorm:
+        norm = self._get(path)
+        assert isinstance(norm, nn.LayerNorm)
+        return norm
+
     def _empty_attention(self) -> None:
         bias = _bias_of(self.attention_output)
         attention, output = self.family.attention, self.family.attention_output
@@ -222,6 +268,57 @@ def encoder_layers(model: nn.Module, family: Family, head_size: int | None = Non
     modules = model.get_submodule(family.layers)
     assert isinstance(modules, nn.ModuleList)
     return [Layer(family, index, module, size) for index, module in enumerate(modules)]
+
+
+def keep_layers(model: nn.Module, family: Family, kept: Sequence[int]) -> None:
+    """Keep only the given encoder layers of ``model``, in place."""
+    modules: Any = model.get_submodule(family.layers)
+    model.set_submodule(family.layers, nn.ModuleList(modules[i] for i in kept))
+
+
+def entrance(model: nn.Module, family: Family) -> nn.Module:
+    """What writes the residual stream that the first layer reads.
+
+    The layer norm of the embeddings, or, where ELECTRA's embeddings are narrower than its layers, the
+    projection between them.
+    """
+    base: Any = model.get_submodule(family.base)
+    project: nn.Module | None = getattr(base, "embeddings_project", None)
+    return base.embeddings.LayerNorm if project is None else project
+
+
+def reader(model: nn.Module, family: Family) -> Projection:
+    """The linear layer that reads the encoder's output of the first token."""
+    found = model.get_submodule(family.reader)
+    assert isinstance(found, nn.Linear | LowRankLinear)
+    return found
+
+
+def width_of(model: nn.Module, family: Family) -> int:
+    """D, the features of the residual stream that the model has now; its configuration has those of before."""
+    return reader(model, family).in_features
+
+
+def keep_features(model: nn.Module, family: Family, kept: Sequence[int]) -> None:
+    """Keep only the given features of the residual stream, in place; heads keep their number and size.
+
+    One index goes through whatever writes the stream (embeddings, output projections), normalises it, or
+    reads it (query, key, value, the first feed-forward layer, the first layer of the classification head).
+    """
+    first: Any = entrance(model, family)
+    if isinstance(first, nn.LayerNorm):
+        embeddings = model.get_submodule(f"{family.base}.embeddings")
+        for table in embeddings.children():
+            if isinstance(table, nn.Embedding):
+                keep_columns(table, kept)
+            elif isinstance(table, LowRankEmbedding):
+                keep_outputs(table.second, kept)
+        keep_normalised(first, kept)
+    else:
+        keep_outputs(first, kept)
+    for layer in encoder_layers(model, family):
+        layer.keep_features(kept)
+    keep_inputs(reader(model, family), kept)
 
 
 def head_size_of(model: nn.Module) -> int:

@@ -148,19 +148,47 @@ def projections(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
 
 
-def keep_outputs(layer: Projection, index: Sequence[int]) -> None:
+def keep_outputs(layer: Projection | BiasOnly, index: Sequence[int]) -> None:
     """Keep only the given output features of ``layer``, in place and in the given order."""
+    if isinstance(layer, BiasOnly):
+        layer.bias = _picked(layer.bias, index)
+        return
     target = layer.second if isinstance(layer, LowRankLinear) else layer
-    at = torch.as_tensor(index, dtype=torch.long, device=target.weight.device)
-    target.weight = nn.Parameter(target.weight.detach()[at].clone())
+    target.weight = _picked(target.weight, index)
     if target.bias is not None:
-        target.bias = nn.Parameter(target.bias.detach()[at].clone())
+        target.bias = _picked(target.bias, index)
     target.out_features = len(index)
 
 
 def keep_inputs(layer: Projection, index: Sequence[int]) -> None:
     """Keep only the given input features of ``layer``, in place and in the given order."""
     target = layer.first if isinstance(layer, LowRankLinear) else layer
-    at = torch.as_tensor(index, dtype=torch.long, device=target.weight.device)
-    target.weight = nn.Parameter(target.weight.detach()[:, at].clone())
+    target.weight = _picked(target.weight, index, 1)
     target.in_features = len(index)
+
+
+def keep_normalised(norm: nn.LayerNorm, index: Sequence[int]) -> None:
+    """Keep only the given features of ``norm``; its mean and variance are over those alone from now on."""
+    norm.weight = _picked(norm.weight, index)
+    norm.bias = _picked(norm.bias, index)
+    norm.normalized_shape = (len(index),)
+
+
+def keep_columns(table: nn.Embedding, index: Sequence[int]) -> None:
+    """Keep only the given features of an embedding table, in place."""
+    table.weight = _picked(table.weight, index, 1)
+    table.embedding_dim = len(index)
+
+
+def keep_rows(table: nn.Embedding, index: Sequence[int]) -> None:
+    """Keep only the given rows of an embedding table, in place; the padding row keeps its role."""
+    padding = table.padding_idx
+    table.weight = _picked(table.weight, index)
+    table.num_embeddings = len(index)
+    if padding is not None:
+        table.padding_idx = list(index).index(padding) if padding in index else None
+
+
+def _picked(tensor: Tensor, index: Sequence[int], dim: int = 0) -> nn.Parameter:
+    at = torch.as_tensor(index, dtype=torch.long, device=tensor.device)
+    return nn.Parameter(tensor.detach().index_select(dim, at), requires_grad=tensor.requires_grad)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from kdcli.errors import InputError
-from kdcli.models import conv_factors
+from kdcli.models import conv_factors, families
 from kdcli.models.families import encoder_layers, family_of
 from kdcli.models.layers import LowRankEmbedding, LowRankLinear
 
@@ -53,6 +53,33 @@ class FactoriseConv(_Transform):
     ranks: dict[str, list[int]]
 
 
+class Layers(_Transform):
+    """Encoder layers that were dropped: those that stayed, in their numbering before."""
+
+    op: Literal["layers"] = "layers"
+    keep: list[int]
+    #: As in :class:`Cut`.
+    in_config: bool = False
+
+
+class Width(_Transform):
+    """Features of the residual stream that stayed, in their numbering before.
+
+    ``config.json`` keeps the width of before, which also gives the size of the heads.
+    """
+
+    op: Literal["width"] = "width"
+    keep: list[int]
+
+
+class Vocab(_Transform):
+    """Tokens that were dropped, from the tokenizer and the embedding alike; ``config.json`` has the new number."""
+
+    op: Literal["vocab"] = "vocab"
+    before: int
+    after: int
+
+
 class Zero(_Transform):
     """Weights set to zero; shapes are unchanged, so replaying it does nothing."""
 
@@ -71,7 +98,9 @@ class Quantise(_Transform):
     tensors: list[str]  # names of the integer tensors; each has its scale in "<name>_scale"
 
 
-Transform = Annotated[Cut | Factorise | FactoriseConv | Zero | Quantise, Field(discriminator="op")]
+Transform = Annotated[
+    Cut | Layers | Width | Vocab | Factorise | FactoriseConv | Zero | Quantise, Field(discriminator="op")
+]
 
 
 class TransformLog(BaseModel):
@@ -116,12 +145,23 @@ def write_log(log: TransformLog, directory: Path) -> None:
 def apply(model: nn.Module, transform: Transform) -> None:
     """Change the shapes of ``model`` as ``transform`` says, in place.
 
+    A :class:`Vocab` changes nothing here: a model made from its configuration has the new size already.
+
     Raises:
         InputError: The transform does not fit the model (a log from another model).
     """
     if isinstance(transform, Cut):
         if not transform.in_config:
             _cut(model, transform)
+    elif isinstance(transform, Layers):
+        if not transform.in_config:
+            family = family_of(str(_config(model).model_type))
+            _check_kept("layers", transform.keep, len(encoder_layers(model, family)))
+            families.keep_layers(model, family, transform.keep)
+    elif isinstance(transform, Width):
+        family = family_of(str(_config(model).model_type))
+        _check_kept("features", transform.keep, families.width_of(model, family))
+        families.keep_features(model, family, transform.keep)
     elif isinstance(transform, Factorise):
         together = {name: group for group in transform.shared for name in group}
         for name, rank in transform.ranks.items():
@@ -139,6 +179,15 @@ def replay(model: nn.Module, log: TransformLog) -> None:
     """Apply every transform of ``log``, oldest first."""
     for transform in log.transforms:
         apply(model, transform)
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
+
+
+def _check_kept(what: str, kept: list[int], have: int) -> None:
+    if not kept or any(not 0 <= i < have for i in kept) or len(set(kept)) != len(kept):
+        raise InputError(f"{FILE} keeps {what} that the model does not have (it has {have})")
 
 
 def _cut(model: nn.Module, cut: Cut) -> None:
@@ -181,13 +230,29 @@ def factorise(model: nn.Module, name: str, rank: int) -> LowRankLinear | LowRank
 
 def shared_weights(log: TransformLog) -> dict[str, str]:
     """Weights that are stored under another name only: name in the model -> name in the file."""
-    return {
-        f"{name}.first.weight": f"{group[0]}.first.weight"
-        for transform in log.transforms
-        if isinstance(transform, Factorise)
-        for group in transform.shared
-        for name in group[1:]
-    }
+    found: dict[str, str] = {}
+    for at, transform in enumerate(log.transforms):
+        for group in transform.shared if isinstance(transform, Factorise) else []:
+            names = [now for name in group if (now := _name_now(name, log.transforms[at + 1 :])) is not None]
+            found |= {f"{name}.first.weight": f"{names[0]}.first.weight" for name in names[1:]}
+    return found
+
+
+def _name_now(name: str, later: Sequence[Any]) -> str | None:
+    """What a layer of the encoder is called after later transforms; None when it was dropped."""
+    prefix = next(
+        (f"{f.layers}." for f in families.FAMILIES.values() if name.startswith(f"{f.layers}.")), None
+    )
+    if prefix is None:
+        return name
+    number, _, rest = name.removeprefix(prefix).partition(".")
+    at = int(number)
+    for transform in later:
+        if isinstance(transform, Layers):
+            if at not in transform.keep:
+                return None
+            at = transform.keep.index(at)
+    return f"{prefix}{at}.{rest}"
 
 
 def factorise_linears(model: nn.Module, names: Sequence[str], rank: int) -> list[LowRankLinear]:
@@ -247,25 +312,32 @@ def _named(model: nn.Module, name: str) -> nn.Module:
 
 
 def merged(log: TransformLog, names: Collection[str]) -> None:
-    """Take layers whose factors were multiplied back out of the log: a fresh model has them dense already."""
-    for transform in log.transforms:
+    """Take layers whose factors were multiplied back out of the log: a fresh model has them dense already.
+
+    Args:
+        log: Changed in place.
+        names: As the model has them now; an older transform may know them by the number they had before.
+    """
+    for at, transform in enumerate(log.transforms):
+        if not isinstance(transform, Factorise | FactoriseConv):
+            continue
+        gone = {n for n in transform.ranks if _name_now(n, log.transforms[at + 1 :]) in names}
+        for name in gone:
+            del transform.ranks[name]
         if isinstance(transform, Factorise):
-            transform.ranks = {n: r for n, r in transform.ranks.items() if n not in names}
-            transform.shared = [
-                kept for g in transform.shared if len(kept := [n for n in g if n not in names]) > 1
-            ]
-        elif isinstance(transform, FactoriseConv):
-            transform.ranks = {n: r for n, r in transform.ranks.items() if n not in names}
+            left = ([n for n in group if n not in gone] for group in transform.shared)
+            transform.shared = [group for group in left if len(group) > 1]
     log.transforms = [t for t in log.transforms if not isinstance(t, Factorise | FactoriseConv) or t.ranks]
 
 
 def settle_in_config(model: nn.Module, log: TransformLog) -> None:
     """Move cuts that ``config.json`` can express into it, so that plain transformers loads the result.
 
-    Possible when no layer lost a head, nothing is factorised and all layers have equally many neurons.
+    Possible when no layer lost a head, nothing is factorised, all layers have equally many neurons and the
+    residual stream has its width.
     """
-    cuts = [t for t in log.transforms if isinstance(t, Cut)]
-    if not cuts or any(isinstance(t, Factorise | FactoriseConv) for t in log.transforms):
+    cuts = [t for t in log.transforms if isinstance(t, Cut | Layers)]
+    if not cuts or any(isinstance(t, Factorise | FactoriseConv | Width) for t in log.transforms):
         return
     config: Any = model.config
     family = family_of(config.model_type)
@@ -274,5 +346,6 @@ def settle_in_config(model: nn.Module, log: TransformLog) -> None:
     if len(sizes) != 1 or 0 in sizes or any(layer.heads != config.num_attention_heads for layer in layers):
         return
     setattr(config, family.ffn_size_key, sizes.pop())
+    config.num_hidden_layers = len(layers)
     for cut in cuts:
         cut.in_config = True

@@ -71,7 +71,8 @@ def card(report: Report, base_model: str | None = None) -> str:
     if report.command:
         parts.append(markdown.fenced(facts.command_text(report), "sh"))
     parts += ["## Numbers", _measured_on(report), markdown.numbers(report)]
-    sentences = [text[0].upper() + text[1:] + "." for text in (facts.delta_text(report),) if text]
+    said = [text for text in (facts.delta_text(report),) if text] + markdown.found_out(report)
+    sentences = [text[0].upper() + text[1:] + "." for text in said]
     if report.parity is not None:
         sentences.append(f"The ONNX export {facts.parity_text(report)}.")
     if report.gates:
@@ -84,7 +85,8 @@ def card(report: Report, base_model: str | None = None) -> str:
         markdown.fenced(_PYTHON, "python"),
         markdown.fenced(_ONNX, "python"),
         "Plain `transformers` (`AutoModelForSequenceClassification.from_pretrained`) loads the directory too "
-        "when `kdcli.json` lists no transforms; otherwise only kdcli knows the shapes.",
+        "unless `kdcli.json` lists a `width`, a `factorise`, or a `cut` or `layers` without `in_config`; then only "
+        "kdcli knows the shapes.",
         "## Limits",
         "\n".join(f"- {markdown.escape(limit)}" for limit in _limits(report)),
         "## Labels",
@@ -157,10 +159,9 @@ def _limits(report: Report) -> list[str]:
             f"On {100 * (1 - report.delta.agreement):.2f} % of the rows it answers differently from the "
             "model before it; the accuracy alone does not show that."
         )
-    total, nonzero = after.size.parameters, after.size.nonzero_parameters
-    if total and nonzero is not None and nonzero < 0.99 * total:
+    if (zeros := facts.zero_share(after)) > facts.MANY_ZEROS:
         found.append(
-            f"{100 * (1 - nonzero / total):.0f} % of the weights are zero. Zeros are not smaller: they take "
+            f"{100 * zeros:.0f} % of the weights are zero. Zeros are not smaller: they take "
             "the same space in the file and the same time to compute; only a compressed copy shrinks."
         )
     if _integers(report):

@@ -8,7 +8,7 @@ import posixpath
 import re
 import shlex
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from kdcli.errors import ExitCode
 from kdcli.report.schema import Latency, LineageEntry, Measurement, MetricValue, Report
@@ -31,6 +31,8 @@ _SIZES: tuple[tuple[str, str, Kind], ...] = (
     ("model.onnx", "onnx_bytes", "bytes"),
     ("model.onnx, gzipped", "onnx_gzip_bytes", "bytes"),
 )
+MANY_ZEROS = 0.01
+"""Share of the weights from which on zeros are worth a word: a trained model has a few of its own."""
 SIGNIFICANT = 0.05
 """McNemar p-value from which on a difference in accuracy counts as noise."""
 
@@ -180,6 +182,12 @@ def comparison(report: Report) -> list[Fact]:
     return [fact for fact in facts if fact.before is not None or fact.after is not None]
 
 
+def zero_share(measurement: Measurement) -> float:
+    """Share of the weights that are zero; 0 where it was not counted."""
+    total, nonzero = measurement.size.parameters, measurement.size.nonzero_parameters
+    return 1 - nonzero / total if total and nonzero is not None else 0.0
+
+
 def same_setting(measurement: Measurement | None, like: Latency) -> Latency | None:
     """The latency of the same runtime, batch size and thread count."""
     if measurement is None:
@@ -254,6 +262,93 @@ def delta_text(report: Report) -> str:
     if delta.p_value is not None:
         parts.append(f"McNemar {probability(delta.p_value)}")
     return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What the model's answers lose when one sub-layer alone loses a share of its units."""
+
+    layer: int
+    part: str  # heads or neurons
+    removed: float  # share of its units, in [0, 1]
+    kl: float  # KL divergence of the answers from those of the dense model, nats, mean over the rows
+
+
+def sensitivity(report: Report) -> list[Sensitivity]:
+    """The sensitivity table of a prune report; empty where there is none, rows that are none left out."""
+    found = report.method.detail.get("sensitivity") if report.method else None
+    rows = []
+    for row in found if isinstance(found, list) else []:
+        if not isinstance(row, dict):
+            continue
+        layer, part, removed, kl = (row.get(key) for key in ("layer", "part", "removed", "kl"))
+        if (
+            isinstance(layer, int)
+            and part in ("heads", "neurons")
+            and _finite(removed)
+            and _finite(kl)
+            and 0 <= removed <= 1
+        ):
+            rows.append(Sensitivity(layer, part, float(removed), max(0.0, float(kl))))
+    return sorted(rows, key=lambda row: (row.layer, row.part, row.removed))
+
+
+def sensitivity_text(report: Report) -> str:
+    """The most and the least sensitive sub-layer in one sentence; empty without a table."""
+    halves: dict[tuple[int, str], Sensitivity] = {}
+    for row in sensitivity(report):  # of each sub-layer the row nearest to half
+        known = halves.get((row.layer, row.part))
+        if known is None or abs(row.removed - 0.5) < abs(known.removed - 0.5):
+            halves[row.layer, row.part] = row
+    if len(halves) < 2:
+        return ""
+    ranked = sorted(halves.values(), key=lambda row: row.kl)
+    most, least = (
+        f"the {row.part} of layer {row.layer} (KL {number(row.kl)} nats with {100 * row.removed:.0f} % removed)"
+        for row in (ranked[-1], ranked[0])
+    )
+    return f"pruned alone, {most} changed the answers most, {least} least"
+
+
+def tries(report: Report) -> list[dict[str, Any]]:
+    """The tries of a search for the amount, one row each; empty where the amount was given."""
+    detail = report.method.detail if report.method else {}
+    for key in ("search", "target_speedup"):
+        one = detail.get(key)
+        rows = one.get("tries") if isinstance(one, dict) else None
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+            return rows
+    return []
+
+
+def amount_text(report: Report) -> str:
+    """How the amount was found, in one sentence; empty where it was given."""
+    rows, detail = tries(report), report.method.detail if report.method else {}
+    if not rows:
+        return ""
+    many = f"{len(rows)} {'try' if len(rows) == 1 else 'tries'}"
+    if isinstance(found := detail.get("target_speedup"), dict):
+        chosen = next((row for row in rows if row.get("measured") == found.get("measured")), rows[-1])
+        asked, predicted, measured = found.get("target"), chosen.get("predicted"), chosen.get("measured")
+        if _finite(asked) and _finite(predicted) and _finite(measured):
+            return (
+                f"{asked:g} times faster at batch 1 was asked for: {predicted:.2f} predicted, "
+                f"{measured:.2f} measured when it was cut, {many}"
+            )
+        return ""
+    found = detail["search"]
+    limit, share = found.get("max_drop"), report.method.params.get("sparsity") if report.method else None
+    if _finite(limit) and _finite(share):
+        held = any(row.get("kept") is True for row in rows)
+        return (
+            f"{100 * share:.1f} % removed is {'the most' if held else 'the nearest'} of {many} "
+            f"{'that keeps' if held else 'to'} a drop of {limit:g} on the validation rows"
+        )
+    return ""
+
+
+def _finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def parameters_of(entry: LineageEntry) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from html import escape as _escape
 from typing import Any
@@ -30,6 +31,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; overflow-wra
 pre { background: var(--wash); padding: .7rem; overflow-x: auto; white-space: pre-wrap }
 svg { display: block; max-width: 100% } .axis { stroke: var(--line) }
 .old { fill: var(--old) } .new { fill: var(--new) }
+.charts { display: flex; flex-wrap: wrap; gap: .8rem }
+.trace { fill: none; stroke-width: 2 } .heads { stroke: var(--new) } .neurons { stroke: var(--bad) }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif }
 summary { cursor: pointer; font-weight: 600; margin: 1rem 0 .4rem }
 """.strip()
@@ -79,6 +82,8 @@ def _one(report: Report, title: str, level: str = "h1") -> str:
         _section("Warnings", _list(f"{one.code}: {one.message}" for one in report.warnings)),
         _section("Latency", _latency(report)),
         _section("Layers", _records(report.method.layers if report.method else [])),
+        _section("Sensitivity", _sensitivity(report)),
+        _section("How much was removed", _amount(report)),
         _section("Lineage", _lineage(report)),
         _section("Method", _method(report)),
         _section("Environment", _environment(report)),
@@ -172,6 +177,72 @@ def _latency(report: Report) -> str:
     return _records(rows)
 
 
+def _amount(report: Report) -> str:
+    rows = facts.tries(report)
+    said = facts.amount_text(report)
+    return (f"<p>{text(said[0].upper() + said[1:])}.</p>" if said else "") + (_records(rows) if rows else "")
+
+
+_CHART = (170, 110)  # of one layer's sensitivity, in pixels
+_DECADES = 4  # of a nat, below the largest value: what is smaller lies on the axis
+
+
+def _sensitivity(report: Report) -> str:
+    """One small chart a layer, all on one logarithmic scale; the same numbers follow as a table."""
+    rows = facts.sensitivity(report)
+    top = max((row.kl for row in rows), default=0.0)
+    if top <= 0:
+        return ""
+    high = math.ceil(math.log10(top))
+    charts = []
+    for layer in dict.fromkeys(row.layer for row in rows):
+        own = [row for row in rows if row.layer == layer]
+        charts.append(_layer_chart(layer, own, high))
+    said = facts.sensitivity_text(report)
+    legend = (
+        "KL divergence from the dense model's answers, in nats, over the share removed from one sub-layer alone: "
+        f"heads solid, neurons dashed. Every axis goes from 1e{high - _DECADES} to 1e{high}, each line a tenth."
+    )
+    table = _records(
+        [{"layer": r.layer, "part": r.part, "removed": r.removed, "KL, nats": r.kl} for r in rows]
+    )
+    return (
+        (f"<p>{text(said[0].upper() + said[1:])}.</p>" if said else "")
+        + f'<p class="soft">{text(legend)}</p><div class="charts">{"".join(charts)}</div>'
+        + _details("The same in numbers", table)
+    )
+
+
+def _layer_chart(layer: int, rows: Sequence[facts.Sensitivity], high: int) -> str:
+    width, height = _CHART
+    left, right, upper, lower = 4, width - 4, 18, height - 16
+
+    def at(removed: float, kl: float) -> str:
+        decades = high - math.log10(kl) if kl > 0 else float(_DECADES)
+        y = upper + (lower - upper) * min(max(decades, 0.0), _DECADES) / _DECADES
+        return f"{left + (right - left) * removed:.1f},{y:.1f}"
+
+    lines, said = [], []
+    for decade in range(_DECADES + 1):
+        y = upper + (lower - upper) * decade / _DECADES
+        lines.append(f'<line class="axis" x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
+    for part, dashes in (("heads", ""), ("neurons", ' stroke-dasharray="5 3"')):
+        own = [row for row in rows if row.part == part]
+        if own:
+            points = " ".join([at(0.0, 0.0), *(at(row.removed, row.kl) for row in own)])
+            lines.append(f'<polyline class="trace {part}"{dashes} points="{points}"/>')
+            values = ", ".join(f"{facts.number(row.kl)} at {100 * row.removed:.0f} %" for row in own)
+            said.append(f"{part} {values}")
+    label = f"layer {layer}: {'; '.join(said)}"
+    return (
+        f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{text(label)}">'
+        f'<text x="{left}" y="12">layer {layer}</text>{"".join(lines)}'
+        f'<text x="{left}" y="{height - 2}">0 %</text>'
+        f'<text x="{right}" y="{height - 2}" text-anchor="end">100 %</text></svg>'
+    )
+
+
 def _lineage(report: Report) -> str:
     rows = [
         {
@@ -190,7 +261,9 @@ def _lineage(report: Report) -> str:
 def _method(report: Report) -> str:
     if report.method is None:
         return ""
-    detail = _details("Detail", f"<pre>{_json(report.method.detail)}</pre>") if report.method.detail else ""
+    drawn = {"sensitivity"} if facts.sensitivity(report) else set()
+    shown = {key: value for key, value in report.method.detail.items() if key not in drawn}
+    detail = _details("Detail", f"<pre>{_json(shown)}</pre>") if shown else ""
     return f"<p>{text(report.method.name)}</p>{_pairs(report.method.params)}{detail}"
 
 

@@ -58,6 +58,7 @@ def table(report: Report) -> str:
     ]
     if said := facts.delta_text(report):
         parts.append(escape(said[0].upper() + said[1:] + "."))
+    parts += [escape(said[0].upper() + said[1:] + ".") for said in found_out(report)]
     if report.gates:
         parts.append(
             grid(
@@ -79,6 +80,11 @@ def table(report: Report) -> str:
     if report.warnings:
         parts.append(warnings(report))
     return "\n\n".join(parts) + "\n"
+
+
+def found_out(report: Report) -> list[str]:
+    """What a stage found out about the model on its way, in sentences without a full stop."""
+    return [said for said in (facts.amount_text(report), facts.sensitivity_text(report)) if said]
 
 
 def warnings(report: Report) -> str:

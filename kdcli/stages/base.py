@@ -6,10 +6,13 @@ a Python caller can do the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from kdcli.errors import UsageError, did_you_mean
 
 StageName = Literal["distill", "prune", "lowrank", "quantize", "evaluate"]
 
@@ -32,14 +35,54 @@ STUDENT_PRESETS: dict[str, tuple[int, int]] = {
 
 STRATEGIES: tuple[str, ...] = ("teacher-assisted", "layerwise", "online", "assistant-chain", "self")
 STRUCTURES: dict[str, str] = {
-    "weights": "magnitude",
-    "heads": "taylor",
-    "neurons": "taylor",
-    "heads+neurons": "taylor",
+    "weights": "sparsegpt",
+    "n:m": "sparsegpt",  # any N:M, such as 2:4
+    "heads": "sensitivity",
+    "neurons": "sensitivity",
+    "heads+neurons": "sensitivity",
+    "layers": "layer-kl",
+    "width": "width-energy",
+    "vocab": "token-count",
 }
 """Structure that ``prune`` can remove -> the method it uses unless ``--method`` says otherwise."""
 
+STRUCTURE_NAMES: tuple[str, ...] = tuple("2:4" if name == "n:m" else name for name in STRUCTURES)
+"""What ``--structure`` may be given as; beside 2:4 any other N:M."""
+
 INITS: tuple[str, ...] = ("auto", "teacher", "hub", "random")
+
+
+COMBINED: tuple[str, ...] = ("vocab", "layers", "width", "heads", "neurons")
+"""Structures that ``+`` joins, in the order in which they are pruned."""
+
+
+def parts_of(structure: str) -> tuple[str, ...]:
+    """What a sum of structures consists of, in the order in which it is pruned; heads and neurons are one part.
+
+    >>> parts_of("neurons+layers+heads")
+    ('layers', 'heads+neurons')
+
+    Raises:
+        UsageError: A part that there is not, or one given twice.
+    """
+    given = structure.split("+")
+    for part in given:
+        if part not in COMBINED:
+            raise UsageError(f"unknown structure '{part}' in '{structure}': {did_you_mean(part, COMBINED)}")
+        if given.count(part) > 1:
+            raise UsageError(f"structure '{structure}' names {part} twice")
+    units = "+".join(part for part in ("heads", "neurons") if part in given)
+    return tuple(part for part in (*COMBINED[:3], units) if part in given or part == units != "")
+
+
+def n_of_m(structure: str) -> tuple[int, int] | None:
+    """The numbers of a structure like ``2:4``; None when it is another kind.
+
+    >>> n_of_m("2:4"), n_of_m("heads")
+    ((2, 4), None)
+    """
+    found = re.fullmatch(r"(\d{1,3}):(\d{1,3})", structure)
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +145,7 @@ class PruneOptions:
     method: str | None = None
     sparsity: float | None = None
     budget: float | None = None
+    target_speedup: float | None = None
     schedule: str = "iterative"
     epochs: int = 0
     lr: float | None = None

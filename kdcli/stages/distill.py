@@ -16,8 +16,9 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models import references
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.stages.context import Applied, Context
+from kdcli.stages.strategies.fitting import options_of
 from kdcli.stages.strategies.plan import Plan, check
-from kdcli.stages.strategies.student import options_of, precheck
+from kdcli.stages.strategies.student import precheck
 from kdcli.training import teacher as teachers
 from kdcli.training.loop import FitOptions
 from kdcli.training.losses import UNLABELLED

@@ -10,7 +10,6 @@ from typing import Any
 
 from kdcli import methods
 from kdcli.data import sources
-from kdcli.errors import UsageError, did_you_mean
 from kdcli.models import safety
 from kdcli.models.aliases import SMALL_STUDENTS, small_student
 from kdcli.progress import Progress
@@ -18,7 +17,6 @@ from kdcli.report import gates
 from kdcli.stages import early
 from kdcli.stages.base import (
     SPLIT_SEED,
-    STRUCTURES,
     STUDENT_PRESETS,
     DistillOptions,
     LowRankOptions,
@@ -117,16 +115,23 @@ def plan(request: Request, progress: Progress) -> Plan:
         extra = _distill(checked, config, rows, tokens, cost, len(dataset.label_names), facts)
         seconds, memory, written = seconds + extra[0], memory + extra[1], extra[2] + weights
     elif isinstance(options, PruneOptions):
-        if options.structure not in STRUCTURES:
-            raise UsageError(
-                f"unknown structure '{options.structure}': {did_you_mean(options.structure, STRUCTURES)}"
+        from kdcli.stages.pruning import chain
+        from kdcli.stages.pruning import plan as pruning
+
+        if chain.is_chain(request):
+            parts = chain.check(request)
+            chosen, max_drop = "+".join(part.name for part in parts.parts), parts.max_drop
+        else:
+            pruned = pruning.check(request)
+            chosen, max_drop = pruned.name, pruned.max_drop
+        facts |= {"structure": options.structure, "method": chosen}
+        once = 1024 * 8 * 3 * cost / _FLOPS_TRAIN + options.epochs * rows["train"] * 3 * cost / _FLOPS_TRAIN
+        seconds += once
+        if max_drop is not None:
+            facts["search"] = (
+                f"{pruning.TRIES} tries for the smallest model that keeps --max-drop {max_drop:g}"
             )
-        method = options.method or STRUCTURES[options.structure]
-        methods.parse_settings(methods.load("prune", method), common.settings)
-        facts |= {"structure": options.structure, "method": method}
-        seconds += (
-            1024 * 8 * 3 * cost / _FLOPS_TRAIN + options.epochs * rows["train"] * 3 * cost / _FLOPS_TRAIN
-        )
+            seconds += (pruning.TRIES - 1) * once
     elif isinstance(options, LowRankOptions):
         methods.parse_settings(methods.load("lowrank", options.method), common.settings)
         facts |= {"method": options.method}
@@ -154,7 +159,7 @@ def _distill(
 ) -> tuple[float, int, int]:
     """(seconds, memory bytes, disk bytes) of teacher, outputs and student."""
     from kdcli.stages import distill
-    from kdcli.stages.strategies import student as students
+    from kdcli.stages.strategies import fitting
 
     options: DistillOptions = checked.options
     size = STUDENT_PRESETS.get(options.student)
@@ -172,9 +177,9 @@ def _distill(
         "has a head" if has_head else "has no head for the task: it is fine-tuned first, and cached"
     )
     train = rows["train"]
-    further = students.augmented(checked, train * tokens) * train
+    further = fitting.augmented(checked, train * tokens) * train
     texts = train + further
-    epochs = options.epochs or students.default_epochs(texts * tokens)
+    epochs = options.epochs or fitting.default_epochs(texts * tokens)
     facts["texts"] = f"{train} and {further} made from them, {epochs} epochs"
     seconds = texts * cost / _FLOPS_RUN
     if not has_head:

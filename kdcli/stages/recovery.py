@@ -6,11 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kdcli.methods.distill import response
 from kdcli.methods.signals import Needs
 from kdcli.models import checkpoint as checkpoints
+from kdcli.models.checkpoint import Checkpoint
+from kdcli.models.transforms import Zero
 from kdcli.stages.context import Context
+from kdcli.stages.runner import Splits
 from kdcli.training import objective
 from kdcli.training import teacher as teachers
 from kdcli.training.capture import Capture, shape_of
@@ -22,11 +27,28 @@ from kdcli.training.resume import ResumePoint
 
 ALPHA = 0.9  # the dense model knows more about the removed parts than the labels do
 TEMPERATURE = 2.0
+BATCH_SIZE = 32
 
 
 def default_rate(hidden: int) -> float:
     """Peak learning rate of AdamW for an encoder of this width (methods that start from trained weights)."""
     return 1e-4 if hidden <= 384 else 5e-5
+
+
+def zeros_of(checkpoint: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weights that this or an earlier stage of the lineage set to zero: parameters, and True where they are zero.
+
+    The log names the tensors; the weights themselves say where, also after a cut has changed their shapes.
+    """
+    parameters = dict(checkpoint.model.named_parameters())
+    named = {name for t in checkpoint.log.transforms if isinstance(t, Zero) for name in t.tensors}
+    found = {name: parameters[name] for name in sorted(named & parameters.keys())}
+    return {name: (parameter, parameter.detach() == 0) for name, parameter in found.items()}
+
+
+def zero_shares(checkpoint: Checkpoint) -> dict[str, float]:
+    """The share of zeros in every tensor of :func:`zeros_of`."""
+    return {name: float(zero.float().mean()) for name, (_, zero) in zeros_of(checkpoint).items()}
 
 
 def recover(
@@ -36,25 +58,33 @@ def recover(
     lr: float | None = None,
     batch_size: int | None = None,
     after_step: Callable[[], None] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Train ``context.checkpoint.model`` for some epochs on the outputs of the model it was before.
+
+    Weights that the log says were set to zero stay zero.
 
     Args:
         context: Its checkpoint's model was changed in place; its files on disk are the teacher.
         epochs: At least 1.
         lr: Peak rate; by default from the width.
-        batch_size: 32 by default.
+        batch_size: :data:`BATCH_SIZE` by default.
         after_step: Called after every step.
+        more: Further arguments of :func:`kdcli.training.loop.fit`; ``keep`` of its options.
 
     Returns:
         What was done, for the report.
     """
     request, student, train = context.request, context.checkpoint, context.encoded["train"]
     dense = checkpoints.load(student.path, device=context.device)
-    targets = teachers.outputs(dense, train, device=context.device, progress=context.progress)
+    # Each reads the rows in its own tokens: some of the teacher's may have been dropped from the student.
+    same = len(dense.tokenizer) == len(student.tokenizer)
+    read = train if same else Splits(context.dataset, dense)["train"]
+    targets = teachers.outputs(dense, read, device=context.device, progress=context.progress)
     options = FitOptions(
         epochs=epochs,
-        batch_size=batch_size or 32,
+        batch_size=batch_size or BATCH_SIZE,
+        keep=more.pop("keep", "best"),
         lr=lr or default_rate(int(student.config.hidden_size)),
         seed=context.seed,
     )
@@ -62,7 +92,7 @@ def recover(
     chosen = Chosen("response", response, response.Config(temperature=TEMPERATURE), ALPHA)
     terms, _ = objective.bind([chosen], shape_of(student), shape_of(dense), [], context.seed, context.device)
     signals = TeacherSignals(
-        dense, train, targets, Needs(), budget=0, device=context.device, progress=context.progress
+        dense, read, targets, Needs(), budget=0, device=context.device, progress=context.progress
     )
     loss = Objective(terms, 1 - ALPHA, labels, Capture(student, Needs()), signals, context.device)
     identity = {
@@ -73,6 +103,15 @@ def recover(
         "seed": context.seed,
         "data": context.dataset.fingerprint,
     }
+    zeros = list(zeros_of(student).values())
+
+    def end_step() -> None:
+        if after_step is not None:
+            after_step()
+        with torch.no_grad():
+            for parameter, zero in zeros:
+                parameter.masked_fill_(zero, 0.0)
+
     result = fit(
         student.model,
         train,
@@ -85,7 +124,8 @@ def recover(
         title="recovery",
         resume=ResumePoint(context.resume_dir / "recovery", identity),
         resuming=request.common.resume,
-        after_step=after_step,
+        after_step=end_step if zeros or after_step is not None else None,
+        **more,
     )
     return {
         "alpha": ALPHA,

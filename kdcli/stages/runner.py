@@ -172,12 +172,17 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         checkpoints.save(applied.checkpoint, work, integers=applied.integers)
     with timings.phase("reload"):
         after_model = checkpoints.load(work, device=context.device)
+    after_encoded, after_rows = context.encoded[split], rows
+    if after_model.tokenizer.get_vocab() != given.tokenizer.get_vocab():
+        with timings.phase("data"):  # what ships reads the texts in its own tokens
+            own = Splits(context.dataset, after_model)
+            after_encoded, after_rows = own[split], measured_rows(own, split, request.common.limit)[1]
 
     progress.phase("export")
     graph = graphs.build(
         after_model,
         work / graphs.FILE,
-        context.encoded[split],
+        after_encoded,
         threads=threads,
         timings=timings,
         progress=progress,
@@ -185,12 +190,12 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         properties={"stage": request.stage, "lineage": " > ".join(e.stage for e in (*lineage, entry))},
     )
     progress.phase("measure after")
-    after = measuring.measure(after_model, graph.path, rows, split, conditions, title="after")
+    after = measuring.measure(after_model, graph.path, after_rows, split, conditions, title="after")
     progress.phase("measure latency")
     measuring.time_together(
         [
             measuring.Timed(given, input_graph, rows, before),
-            measuring.Timed(after_model, graph.path, rows, after),
+            measuring.Timed(after_model, graph.path, after_rows, after),
         ],
         conditions,
     )

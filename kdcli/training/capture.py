@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdcli.errors import UsageError
 from kdcli.methods.signals import Needs, Shape, Signals
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.families import FAMILIES, Layer, encoder_layers
+from kdcli.models.families import FAMILIES, Layer, encoder_layers, width_of
 
 
 class Cut(Exception):
@@ -28,7 +28,7 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
         pooled = int(head.in_features) if isinstance(head, nn.Linear) else 0
         return Shape(0, int(getattr(config, "hidden_size", 0) or 0), 0, classes, pooled)
     layers = encoder_layers(checkpoint.model, checkpoint.family)
-    hidden = int(config.hidden_size)
+    hidden = width_of(checkpoint.model, checkpoint.family)
     return Shape(len(layers), hidden, int(config.num_attention_heads), classes, hidden)
 
 

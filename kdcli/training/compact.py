@@ -11,25 +11,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kdcli.data.text import Encoded
-from kdcli.models.layers import LowRankEmbedding
+from kdcli.models.tokens import token_tables
 
 _LARGEST_PAD = 1024  # a padding id above it would keep too many rows in front of it
-
-
-def tables(model: nn.Module) -> list[nn.Embedding]:
-    """Every table of the model that token ids look up; a model with several names them ``token_tables``."""
-    kind: Any = model
-    named = getattr(kind, "token_tables", None)
-    found = list(named()) if named is not None else [kind.get_input_embeddings()]
-    found = [table.token_embeddings if isinstance(table, LowRankEmbedding) else table for table in found]
-    return [table for table in found if isinstance(table, nn.Embedding)]
 
 
 @contextlib.contextmanager
@@ -44,7 +34,7 @@ def compacted(model: nn.Module, texts: Sequence[Encoded], pad_id: int) -> Iterat
     Yields:
         The same texts with the ids of the small table.
     """
-    found = tables(model)
+    found = token_tables(model)
     if not found or pad_id > _LARGEST_PAD or _shared(model, found):
         yield list(texts)
         return

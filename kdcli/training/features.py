@@ -30,7 +30,7 @@ from kdcli.models.families import FAMILIES, Layer, encoder_layers
 from kdcli.progress import Progress
 from kdcli.training import distributed
 from kdcli.training.batches import model_inputs
-from kdcli.training.capture import Capture, check_layers, run_cut
+from kdcli.training.capture import Capture, check_layers, run_cut, shape_of
 from kdcli.training.loop import Batch
 
 _FORMAT = 1  # raise it when the same inputs would give other cached content
@@ -124,7 +124,7 @@ class TeacherSignals:
         if self._layers:
             check_layers(self._layers, self.needs)
         wanted = sorted(self.needs.hidden | {n - 1 for n in self.needs.attention})
-        width = int(getattr(self.teacher.config, "hidden_size", 0) or 0)
+        width = shape_of(self.teacher).hidden
         layer_size = len(self.encoded.ids) * width * 2
         pooled_size = len(self.encoded) * width * 4
         size = len(wanted) * layer_size + pooled_size * self.needs.pooled

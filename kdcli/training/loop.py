@@ -112,6 +112,7 @@ def fit(
     resuming: bool = False,
     after_step: Callable[[], None] | None = None,
     extra: nn.Module | None = None,
+    begin: Callable[[Encoded], None] | None = None,
 ) -> FitResult:
     """Train ``model`` in place and leave the weights of its best epoch in it, in eval mode.
 
@@ -135,12 +136,16 @@ def fit(
         after_step: Called after every optimizer step (to keep pruned weights at zero, for example).
         extra: Further parameters that the loss trains and nobody keeps; its children with ``tensors`` and
             ``restore`` have state of their own, which goes into resume points.
+        begin: Called once before the first step, with the training rows in the token ids that the model has
+            while it trains, for whoever runs it in between.
 
     Raises:
         InterruptedRun: SIGINT or SIGTERM arrived; the resume point holds the state after the last step.
         InputError: The loss became NaN or infinite.
     """
     with compacted(model, [train, validation], pad_id) as (compact_train, compact_validation):
+        if begin is not None:
+            begin(compact_train)
         run = _Run(model, extra or nn.Module(), loss, options, pad_id, device, title, resume, after_step)
         return run.run(compact_train, compact_validation, progress, resuming)
 
@@ -378,11 +383,13 @@ _PLAIN = (
 
 def _snapshot(run: _Run, state: _State) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"best.{k}": v for k, v in (state.best or {}).items()}
-    if not state.done:  # of a training that has ended only the result is needed
+    for name, child in _with_own_state(run.extra):
+        tensors |= {f"own.{name}/{k}": v for k, v in child.tensors().items()}
+    if (
+        not state.done
+    ):  # of a training that has ended only the result is needed, and what was decided on the way
         tensors |= {f"model.{k}": v for k, v in run.model.state_dict().items()}
         tensors |= {f"extra.{k}": v for k, v in run.extra.state_dict().items()}
-        for name, child in _with_own_state(run.extra):
-            tensors |= {f"own.{name}/{k}": v for k, v in child.tensors().items()}
         tensors |= pack_optimizer(run.optimizer)
         states = distributed.each(torch.get_rng_state())
         tensors |= {f"rng.cpu.{rank}": s for rank, s in enumerate(states)}
@@ -402,12 +409,12 @@ def _restore(run: _Run, tensors: dict[str, Tensor], plain: dict[str, Any]) -> _S
     loss = plain.pop("best_loss")
     state = _State(**plain, fresh=False, best_loss=float("inf") if loss is None else loss)
     state.best = {k: v.to(run.device) for k, v in part("best.").items()} or None
+    for name, child in _with_own_state(run.extra):
+        child.restore(part(f"own.{name}/"))
     if state.done:
         return state
     run.model.load_state_dict(part("model."))
     run.extra.load_state_dict(part("extra."))
-    for name, child in _with_own_state(run.extra):
-        child.restore(part(f"own.{name}/"))
     unpack_optimizer(run.optimizer, tensors)
     torch.set_rng_state(tensors[f"rng.cpu.{processes.rank()}"])
     if cuda := part("rng.cuda."):

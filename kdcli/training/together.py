@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcli.models.tokens import token_tables
 from kdcli.training.batches import accepted
-from kdcli.training.compact import tables
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Together(nn.Module):
 
     def token_tables(self) -> list[nn.Embedding]:
         """Every table that token ids look up."""
-        return [table for member in self.members for table in tables(member)]
+        return [table for member in self.members for table in token_tables(member)]
 
     def rated(self) -> list[tuple[nn.Module, float]]:
         """Members with their relative learning rates."""

@@ -61,6 +61,8 @@ def test_no_command_shows_help_and_is_a_usage_error(call: Call) -> None:
         (["distill", "--teacher", "model", "--student", "tiny", "--weight", "crd=-1"], "--weight"),
         (["prune", "model", "--max-size", "20 boxes"], "is not a size"),
         (["prune", "model", "--sparsity", "0.5", "--budget", "0.5"], "exclude each other"),
+        (["prune", "model", "--sparsity", "0.5", "--target-speedup", "2"], "--target-speedup exclude"),
+        (["prune", "model", "--target-speedup", "1"], "above 1"),
     ],
 )
 def test_usage_errors_say_what_is_allowed(

@@ -56,6 +56,18 @@ def test_verbose_shows_more_rows_and_times(call: Call) -> None:
     assert "throughput" not in brief
 
 
+def test_zeros_show_what_they_are_worth_in_an_archive(call: Call, recorder: Recorder) -> None:
+    assert "gzipped" not in call("prune", "model").err
+    after = fakes.measurement()
+    after.size.nonzero_parameters, after.size.onnx_gzip_bytes = 600_000, 2_000_000
+    recorder.outcome = Outcome(Path("out/made"), fakes.report(after=after))
+    err = call("prune", "model").err
+    (row,) = [line for line in err.splitlines() if "gzipped" in line]
+    assert row.split("gzipped")[1].split() == ["2.86", "MiB", "1.91", "MiB", "1.50x", "smaller"]
+    assert "non-zero parameters" in err
+    assert "throughput" not in err
+
+
 def test_a_missed_gate_names_the_output_on_stderr_alone(call: Call, recorder: Recorder) -> None:
     gates = (("accuracy>=0.9", False), ("speedup>=1", True), ("onnx_bytes<=10", False))
     recorder.outcome = Outcome(Path("out/kept"), fakes.report(exit_code=4, gates=gates))

@@ -89,3 +89,20 @@ def test_offered_names_begin_as_typed() -> None:
     assert complete("c") == ["cpu", "cuda"]
     assert complete("") == ["cpu", "cuda", "mps"]
     assert complete("x") == []
+
+
+def test_structures_are_names_or_n_of_m() -> None:
+    for given in ("weights", "2:4", "1:4", "3:8"):
+        assert values.structure(given) == given
+    for given in ("n:m", "2:", "2:4:8", "-1:4"):
+        with pytest.raises(ValueError, match=r"unknown structure .*choose one of: .*2:4"):
+            values.structure(given)
+
+
+def test_a_sum_of_structures_is_put_in_order() -> None:
+    assert values.structure("neurons+layers+heads") == "layers+heads+neurons"
+    assert values.structure("vocab") == "vocab"
+    with pytest.raises(ValueError, match="did you mean 'layers'"):
+        values.structure("layer+heads")
+    with pytest.raises(ValueError, match="unknown structure 'weights'"):
+        values.structure("weights+heads")

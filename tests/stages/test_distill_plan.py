@@ -110,6 +110,7 @@ def test_the_distillations_own_settings_are_no_methods() -> None:
         ({"alpha": float("nan")}, "--alpha nan is outside"),
         ({"methods": ("response", "rkd", "response")}, "a method is given twice: response, rkd, response"),
         ({"methods": ("respons",)}, "unknown distill method 'respons': did you mean 'response'"),
+        ({"strategy": "online", "augment": 2}, "labels no further texts"),
         ({"layer_map": "uniforn"}, "unknown layer map 'uniforn': did you mean 'uniform'"),
         ({"layer_map": "1:2,1:3"}, "student layer 1 is given twice"),
         ({"layer_map": "0:1"}, "'0:1' is no pair student:teacher"),
@@ -132,7 +133,7 @@ def test_alpha_at_its_ends() -> None:
 def test_without_a_response_method_the_labels_have_all_the_weight() -> None:
     found = plan(methods=("hidden", "rkd"))
     assert found.hard_weight == 1.0
-    assert {one.name: one.weight for one in found.chosen} == {"hidden": 1.0, "rkd": 1.0}
+    assert {one.name: one.weight for one in found.chosen} == {"hidden": 0.01, "rkd": 1.0}
     assert configs(plan(methods=("dkd",)))["dkd"] == dkd.Config()
 
 

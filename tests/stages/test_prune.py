@@ -90,7 +90,9 @@ def test_cut_model_answers_like_the_masked_one_and_reloads(
     family: str, sparsity: float, tmp_path: Path
 ) -> None:
     made, untouched = tiny.checkpoint(family), tiny.checkpoint(family)
-    applied = prune.apply(context_of(made, tmp_path, sparsity=sparsity, settings={"steps": "3"}))
+    applied = prune.apply(
+        context_of(made, tmp_path, method="taylor", sparsity=sparsity, settings={"steps": "3"})
+    )
     (cut,) = made.log.transforms
     got = logits(made.model, family)
     assert torch.allclose(got, masked_logits(untouched, cut), atol=TOLERANCE)
@@ -132,23 +134,17 @@ def test_each_structure_takes_its_own_kind_only(tmp_path: Path) -> None:
 
 def test_defaults_are_written_down(tmp_path: Path) -> None:
     method = prune.apply(context_of(tiny.checkpoint(), tmp_path)).method
-    assert method.name == "taylor"
-    expected = {
-        "structure": "heads+neurons",
-        "sparsity": 0.3,
-        "schedule": "iterative",
-        "steps": 8,
-        "samples": 1024,
-    }
+    assert method.name == "sensitivity"
+    expected = {"structure": "heads+neurons", "sparsity": 0.3, "samples": 2048, "refit_head": True}
     assert expected.items() <= method.params.items()
-    assert len(method.detail["steps"]) == 8
+    assert len(method.detail["sensitivity"]) == 2 * (4 + 5)  # layers; levels of 4 heads and of 48 neurons
     assert method.detail["rows"] == 64
 
 
 def test_budget_is_the_share_of_the_whole_encoder(tmp_path: Path) -> None:
     made = tiny.checkpoint()
     method = prune.apply(
-        context_of(made, tmp_path, structure="neurons", budget=0.8, schedule="one-shot")
+        context_of(made, tmp_path, structure="neurons", method="taylor", budget=0.8, schedule="one-shot")
     ).method
     assert method.detail["encoder_macs_kept"] == pytest.approx(0.8, abs=0.01)
     assert len(method.detail["steps"]) == 1
@@ -214,7 +210,7 @@ def encoder_weights(model) -> list[torch.Tensor]:
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_weights_become_zero_and_the_report_says_that_nothing_shrinks(scope: str, tmp_path: Path) -> None:
     made, dense = tiny.checkpoint(), tiny.checkpoint()
-    options = {"structure": "weights", "sparsity": 0.6, "settings": {"scope": scope}}
+    options = {"structure": "weights", "method": "magnitude", "sparsity": 0.6, "settings": {"scope": scope}}
     applied = prune.apply(context_of(made, tmp_path, **options))
     shares = [float((w == 0).float().mean()) for w in encoder_weights(made.model)]
     total = sum(w.numel() for w in encoder_weights(made.model))
@@ -261,8 +257,8 @@ def test_recovery_trains_what_is_left_and_keeps_the_zeros(
         ({"structure": "head"}, "did you mean 'heads'"),
         ({"schedule": "oneshot"}, "did you mean 'one-shot'"),
         ({"method": "tailor"}, "did you mean 'taylor'"),
-        ({"method": "magnitude"}, "does not prune heads\\+neurons"),
-        ({"structure": "weights", "method": "taylor"}, "use --method magnitude"),
+        ({"method": "wanda"}, "does not prune heads\\+neurons"),
+        ({"structure": "weights", "method": "taylor"}, "use magnitude"),
         ({"sparsity": 0.3, "budget": 0.7}, "give one of them"),
         ({"sparsity": 1.0}, "outside"),
         ({"sparsity": -0.1}, "outside"),
@@ -271,8 +267,8 @@ def test_recovery_trains_what_is_left_and_keeps_the_zeros(
         ({"budget": 1.01}, "outside"),
         ({"structure": "weights", "budget": 0.5}, "removes none"),
         ({"epochs": -1}, "negative"),
-        ({"settings": {"step": "3"}}, "did you mean 'steps'"),
-        ({"settings": {"steps": "0"}}, "steps=0"),
+        ({"method": "taylor", "settings": {"step": "3"}}, "did you mean 'steps'"),
+        ({"method": "taylor", "settings": {"steps": "0"}}, "steps=0"),
         ({"structure": "weights", "settings": {"steps": "3"}}, "unknown setting 'steps'"),
     ],
 )

@@ -21,7 +21,8 @@ from tests import tiny
 
 
 def distill(teachers: list[Path], data: Path, out: Path, settings: dict | None = None, **options):
-    given = {"student": "1x16", "epochs": 3, "lr": 5e-3, "init": "teacher", "augment": 1} | options
+    given = {"student": "1x16", "epochs": 3, "lr": 5e-3, "init": "teacher"} | options
+    given.setdefault("augment", None if given.get("strategy") == "online" else 1)
     request = Request(
         stage="distill",
         model=None,
@@ -319,6 +320,7 @@ def test_students_that_are_no_transformers_learn_in_two_phases(
         ({"methods": ("hidden",), "student": "cnn"}, "layers"),
         ({"methods": ("hidden",), "layer_map": "1:5"}, "2"),
         ({"layer_map": "3:1"}, "1"),
+        ({"layer_map": "uniform"}, "no chosen method compares"),
     ],
 )
 def test_what_means_nothing_here_is_refused_before_the_teacher_is_trained(

@@ -14,10 +14,11 @@ from torch import nn
 from kdcli.data import batching
 from kdcli.data.text import Encoded
 from kdcli.models import transforms
+from kdcli.models.tokens import token_tables
 from kdcli.progress import Progress
 from kdcli.training import loop
 from kdcli.training.batches import model_inputs
-from kdcli.training.compact import compacted, tables
+from kdcli.training.compact import compacted
 from kdcli.training.loop import FitOptions, fit
 from kdcli.training.losses import cross_entropy
 from kdcli.training.together import Together
@@ -165,7 +166,7 @@ def test_every_table_of_models_side_by_side_is_shrunk() -> None:
     members = [tiny.checkpoint(seed=n).model for n in range(2)]
     both, rows = Together(members, [0, 1], [1.0, 1.0]), texts(12, USED)
     assert [id(t) for t in both.token_tables()] == [id(m.get_input_embeddings()) for m in members]  # type: ignore[operator]
-    assert tables(both) == both.token_tables()
+    assert token_tables(both) == both.token_tables()
     before = [table_of(m).clone() for m in members]
 
     def answers(encoded: Encoded) -> list[torch.Tensor]:

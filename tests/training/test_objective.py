@@ -136,7 +136,7 @@ def weigh(names: list[str] = NAMES, **more: Any) -> tuple[float, dict[str, float
 def test_weights_of_alpha_beta_gamma_and_the_rest() -> None:
     assert weigh() == (
         0.7,
-        {"response": 0.3, "hidden": 1.0, "rkd": 1.0, "dkd": 1.0, "adversarial": 0.1},  # WEIGHT of each
+        {"response": 0.3, "hidden": 0.01, "rkd": 1.0, "dkd": 1.0, "adversarial": 0.1},  # WEIGHT of each
     )
     _, found = weigh(beta=5.0, gamma=7.0)
     assert (found["hidden"], found["rkd"], found["response"]) == (5.0, 7.0, 0.3)
@@ -149,9 +149,9 @@ def test_weights_of_alpha_beta_gamma_and_the_rest() -> None:
 def test_weights_alpha_belongs_to_the_first_response_method() -> None:
     hard, found = weigh(["hidden", "dkd", "response"], alpha=0.6)
     assert hard == pytest.approx(0.4)
-    assert found == {"hidden": 1.0, "dkd": 0.6, "response": 1.0}
+    assert found == {"hidden": 0.01, "dkd": 0.6, "response": 1.0}
     hard, found = weigh(["hidden"], alpha=0.6)
-    assert (hard, found) == (1.0, {"hidden": 1.0})
+    assert (hard, found) == (1.0, {"hidden": 0.01})
     with pytest.raises(UsageError, match="the weight of 'dkd' is --alpha"):
         weigh(["hidden", "dkd", "response"], given={"dkd": 1.0})
     _, found = weigh(["hidden", "dkd", "response"], given={"response": 0.2})

@@ -27,7 +27,7 @@ from kdcli.methods.layer_map import need_layers
 from kdcli.methods.signals import Needs, Setting, Signals, Step
 
 KIND = "feature"
-WEIGHT = 1.0
+WEIGHT = 0.01  # with 1 a student of two layers loses 11 points on CLINC150, with 0.1 two
 
 
 class Config(BaseModel):

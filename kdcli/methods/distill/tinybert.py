@@ -29,7 +29,7 @@ from kdcli.methods.layer_map import need_layers
 from kdcli.methods.signals import Needs, Setting, Signals, Step
 
 KIND = "feature"
-WEIGHT = 1.0
+WEIGHT = 0.001  # with 1 a student of two layers loses 17 points on CLINC150, with 0.01 five
 
 
 class Config(BaseModel):

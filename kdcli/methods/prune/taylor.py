@@ -21,7 +21,7 @@ layers compete for one budget, for which their scores must stay in one unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from kdcli.methods.prune_budget import Units
+from kdcli.methods.prune_budget import search
+from kdcli.methods.pruning import Batch, Found, UnitJob, Units
 from kdcli.models.families import Layer
 
 Score = Literal["absolute", "squared"]
-Batch = tuple[Mapping[str, Tensor], Tensor]
-"""Model inputs, and the labels (B,) whose cross entropy is the loss."""
+STRUCTURES = ("heads", "neurons", "heads+neurons")
 
 
 class Config(BaseModel):
@@ -119,9 +119,24 @@ def importance(
     Returns:
         The scores as float64, and the mean loss of the rows in nats.
     """
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
     total = Units([np.zeros(x.heads) for x in layers], [np.zeros(x.neurons) for x in layers])
     loss_sum, rows = 0.0, 0
+    for loss, found in row_gradients(model, layers, batches):
+        for sums, grads in ((total.heads, found.heads), (total.neurons, found.neurons)):
+            for at, grad in zip(sums, grads, strict=True):
+                at += reduce_rows(grad, score).cpu().numpy()
+        loss_sum, rows = loss_sum + loss, rows + len(found.heads[0])
+    return total, loss_sum / rows
+
+
+def row_gradients(
+    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Batch]
+) -> Iterator[tuple[float, Gates]]:
+    """For every batch, its rows' summed loss and the gradient of each row's loss with respect to its gates.
+
+    The weights are frozen until the last batch, or until the iterator is closed.
+    """
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
@@ -129,14 +144,23 @@ def importance(
             with torch.enable_grad(), gated(layers, len(labels)) as gates:
                 loss = F.cross_entropy(model(**inputs).logits.float(), labels, reduction="sum")
                 found = gradients(loss, gates)
-            for sums, grads in ((total.heads, found.heads), (total.neurons, found.neurons)):
-                for at, grad in zip(sums, grads, strict=True):
-                    at += reduce_rows(grad, score).cpu().numpy()
-            loss_sum, rows = loss_sum + float(loss.detach()), rows + len(labels)
+            yield float(loss.detach()), found
     finally:
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
-    return total, loss_sum / rows
+
+
+def prune(job: UnitJob, config: Config) -> Found:
+    """Cut by Taylor importance, estimated again after every part of the cut where the schedule says so."""
+    steps = config.steps if job.iterative else 1
+    with job.progress.task("importance", steps * len(job.batches)) as task:
+
+        def counted() -> Iterator[Batch]:
+            for batch in job.batches:
+                yield batch
+                task.advance()
+
+        return search(job, lambda: importance(job.model, job.layers, counted(), config.score), steps)
 
 
 def _multiply(gate: Tensor, width: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

@@ -17,8 +17,8 @@ from kdcli import processes
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.stages.context import Applied, Context
+from kdcli.stages.strategies import control, lesson, teacher_assisted
 from kdcli.stages.strategies import student as students
-from kdcli.stages.strategies import teacher_assisted
 from kdcli.stages.strategies.plan import Plan, assistants
 from kdcli.stages.strategies.student import Taught
 from kdcli.training import distributed
@@ -43,7 +43,7 @@ def run(context: Context, plan: Plan) -> Applied:
         weights = copy.deepcopy(made.checkpoint.model.state_dict()) if plan.options.control else None
         title = "student" if last else f"generation {number}" if own else f"assistant {name}"
         context.progress.note(f"{title}: taught by {_name(taught_by, table)}")
-        taught = students.teach(context, plan, made, taught_by, rows, title=title)
+        taught = lesson.teach(context, plan, made, taught_by, rows, title=title)
         table.append(
             {
                 "student": name,
@@ -60,7 +60,7 @@ def run(context: Context, plan: Plan) -> Applied:
     detail = students.describe(context, best, rows) | {"chain": table}
     warnings = list(best.warnings)
     if first_weights is not None:
-        detail["control"], more = students.control(context, best, first_weights, context.encoded["train"])
+        detail["control"], more = control.control(context, best, first_weights, context.encoded["train"])
         warnings += more
     applied = Applied(best.checkpoint, teacher_assisted.method_of(plan, best, detail), warnings=warnings)
     applied.method.layers = []

@@ -28,7 +28,7 @@ from kdcli.models.families import FAMILIES, encoder_layers
 from kdcli.models.students import Student
 from kdcli.models.transforms import TransformLog
 from kdcli.stages.context import Applied, Context
-from kdcli.stages.strategies import chain, teacher_assisted
+from kdcli.stages.strategies import chain, control, fitting, lesson, teacher_assisted
 from kdcli.stages.strategies import student as students
 from kdcli.stages.strategies.plan import Plan
 from kdcli.stages.strategies.student import Taught
@@ -38,6 +38,8 @@ from kdcli.training.capture import Capture, Cut
 from kdcli.training.loop import Batch, FitOptions, evaluate, inference
 from kdcli.training.losses import cross_entropy, hard
 from kdcli.training.together import Outputs
+
+CLASSIFIER_RATE = 10.0  # times the layer's
 
 
 class LayerClassifier(nn.Module):
@@ -61,6 +63,10 @@ class LayerClassifier(nn.Module):
     def token_tables(self) -> list[nn.Embedding]:
         """None: the table is not trained."""
         return []
+
+    def rated(self) -> list[tuple[nn.Module, float]]:
+        """The layer has the rate of a fine-tuning; the classifier starts from nothing and needs a higher one."""
+        return [(self.encoder, 1.0), (self.classifier, CLASSIFIER_RATE)]
 
     def forward(
         self,
@@ -114,15 +120,15 @@ def run(context: Context, plan: Plan) -> Applied:
     ).to(context.device)
     whole = Checkpoint(model, teacher.tokenizer, list(names), TransformLog(), teacher.path)
     students.set_dropout(whole, plan.settings.dropout)
-    options = students.fit_options(context, plan, made, rows)
-    result = students.run_fit(
+    options = fitting.fit_options(context, plan, made, rows)
+    result = fitting.run_fit(
         context, model, teacher.pad_id, rows, _loss(context, plan, rows, targets), options, "ensemble"
     )
     _weigh(context, whole, table)
     detail: dict[str, Any] = {"training": result.detail(), "ensemble": {"members": count}}
     for split in ("validation", "test"):
         if split in context.encoded:
-            detail["ensemble"][f"{split}_accuracy"] = students.accuracy(context, whole, split)
+            detail["ensemble"][f"{split}_accuracy"] = control.accuracy(context, whole, split)
     shown = ", ".join(f"{row['student_accuracy']:.1%}" for row in table)
     context.progress.note(
         f"validation: students {shown}; ensemble {detail['ensemble']['validation_accuracy']:.1%}"
@@ -131,7 +137,7 @@ def run(context: Context, plan: Plan) -> Applied:
     if plan.settings.distill_ensemble:
         kept = chain.keep(context, whole, "ensemble")
         single = students.make(context, plan, teacher, plan.options.student)
-        last = students.teach(context, plan, single, [kept], rows, title="student")
+        last = lesson.teach(context, plan, single, [kept], rows, title="student")
         last.detail["layerwise"] = detail
         taught = last
     applied = Applied(
@@ -166,7 +172,7 @@ def _tune(context: Context, plan: Plan, teacher: Checkpoint) -> tuple[list[nn.Li
         )
         loss = cross_entropy(labelled.labels, context.device)
         title = f"teacher layer {layer.index + 1} of {len(layers)}"
-        students.run_fit(context, part, teacher.pad_id, labelled, loss, options, title)
+        fitting.run_fit(context, part, teacher.pad_id, labelled, loss, options, title)
         found, _ = evaluate(part, validation, inference(validation, 128, teacher.pad_id), context.device)
         part.close()
         heads.append(part.classifier)

@@ -23,7 +23,7 @@ from torch import Tensor
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.students import Student
 from kdcli.stages.context import Applied, Context
-from kdcli.stages.strategies import chain, teacher_assisted
+from kdcli.stages.strategies import chain, control, fitting, teacher_assisted
 from kdcli.stages.strategies import student as students
 from kdcli.stages.strategies.plan import Plan
 from kdcli.stages.strategies.student import Taught
@@ -39,7 +39,7 @@ def prepare(context: Context, plan: Plan) -> None:
     teacher = context.checkpoint
     made = students.make(context, plan, teacher, plan.options.student)
     rows = context.encoded["train"]
-    options = students.fit_options(context, plan, made, rows)
+    options = fitting.fit_options(context, plan, made, rows)
     rate = plan.settings.teacher_lr or TEACHER_RATE
     both = Together([made.checkpoint.model, teacher.model], [0], [1.0, rate / options.lr])
     assert rows.labels is not None
@@ -52,7 +52,7 @@ def prepare(context: Context, plan: Plan) -> None:
         value = hard(theirs, targets) + (1 - alpha) * hard(own, targets)
         return value + alpha * soft.module.loss(own, theirs.detach(), soft.config)
 
-    result = students.run_fit(context, both, teacher.pad_id, rows, loss, options, "student and teacher")
+    result = fitting.run_fit(context, both, teacher.pad_id, rows, loss, options, "student and teacher")
     teacher.has_head = True
     context.checkpoint = chain.keep(context, teacher, "teacher")
     context.teacher_detail = {"fine_tuned": True, "together_with_the_student": True, "lr": rate}
@@ -73,7 +73,7 @@ def _peers(context: Context, plan: Plan) -> Taught:
         students.make(context, plan, context.checkpoint, plan.options.student, seed=context.seed + number)
         for number in range(plan.settings.peers)
     ]
-    options = students.fit_options(context, plan, made[0], rows)
+    options = fitting.fit_options(context, plan, made[0], rows)
     models = [one.checkpoint.model for one in made]
     peers = Together(models, list(range(len(models))), [1.0] * len(models))
     assert rows.labels is not None
@@ -84,7 +84,7 @@ def _peers(context: Context, plan: Plan) -> Taught:
         targets = labels[torch.from_numpy(batch.rows).to(context.device)]
         return mutual(output.every, targets, alpha, lambda s, t: soft.module.loss(s, t, soft.config))
 
-    result = students.run_fit(context, peers, made[0].checkpoint.pad_id, rows, loss, options, "peers")
+    result = fitting.run_fit(context, peers, made[0].checkpoint.pad_id, rows, loss, options, "peers")
     accuracies = [_validation(context, one.checkpoint) for one in made]
     best = accuracies.index(max(accuracies))
     context.progress.note(
@@ -110,7 +110,7 @@ def mutual(every: list[Tensor], targets: Tensor, alpha: float, soft: Any) -> Ten
 
 
 def _validation(context: Context, model: Checkpoint) -> float:
-    return students.accuracy(context, model, "validation")
+    return control.accuracy(context, model, "validation")
 
 
 def _taught(made: Student, options: Any, result: Any, detail: dict[str, Any]) -> Taught:

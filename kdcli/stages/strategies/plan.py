@@ -118,6 +118,11 @@ def check(request: Request) -> Plan:
             f"strategy '{options.strategy}' compares answers only",
             "leave --method out, or use another strategy",
         )
+    if options.strategy == "online" and options.augment:
+        raise UsageError(
+            "strategy 'online' learns from the training rows alone: its teacher changes, so it labels no further texts",
+            "leave --augment out, or use another strategy",
+        )
     if len(options.teachers) > 1 and options.strategy in ("online", "layerwise"):
         raise UsageError(f"strategy '{options.strategy}' has one teacher; give --teacher once")
     if options.control and options.strategy in ("online", "layerwise"):

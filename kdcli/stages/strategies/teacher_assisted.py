@@ -7,6 +7,7 @@ from typing import Any
 
 from kdcli.report.schema import Method, Warning_
 from kdcli.stages.context import Applied, Context
+from kdcli.stages.strategies import control, lesson
 from kdcli.stages.strategies import student as students
 from kdcli.stages.strategies.plan import Plan
 
@@ -16,11 +17,11 @@ def run(context: Context, plan: Plan) -> Applied:
     rows = students.rows_of(context, plan, context.checkpoint)
     made = students.make(context, plan, context.checkpoint, plan.options.student)
     first_weights = copy.deepcopy(made.checkpoint.model.state_dict()) if plan.options.control else None
-    taught = students.teach(context, plan, made, [context.checkpoint, *context.more_teachers], rows)
+    taught = lesson.teach(context, plan, made, [context.checkpoint, *context.more_teachers], rows)
     warnings: list[Warning_] = list(taught.warnings)
     detail = students.describe(context, taught, rows)
     if first_weights is not None:
-        detail["control"], more = students.control(context, taught, first_weights, context.encoded["train"])
+        detail["control"], more = control.control(context, taught, first_weights, context.encoded["train"])
         warnings += more
     return Applied(taught.checkpoint, method_of(plan, taught, detail), warnings=warnings)
 

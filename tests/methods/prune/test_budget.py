@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdcli.errors import InputError, UsageError
 from kdcli.methods.prune_budget import (
-    Units,
     choose,
     costs,
     head_macs,
@@ -20,6 +19,7 @@ from kdcli.methods.prune_budget import (
     neuron_macs,
     search,
 )
+from kdcli.methods.pruning import UnitJob, Units
 from kdcli.models import transforms
 from kdcli.models.families import encoder_layers, encoder_linears
 from tests import tiny
@@ -157,6 +157,10 @@ def random_scores(layers, seed: int = 0):
     )
 
 
+def job(model, layers, structure: str, remove: float) -> UnitJob:
+    return UnitJob(model, layers, structure, lambda now: costs(now, TOKENS), remove, [])
+
+
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
 @pytest.mark.parametrize("structure", ["heads", "neurons", "heads+neurons"])
 def test_one_composed_cut_replays_all_steps_of_the_search(family: str, structure: str) -> None:
@@ -164,8 +168,8 @@ def test_one_composed_cut_replays_all_steps_of_the_search(family: str, structure
     layers = layers_of(made)
     whole = sum(layer_macs(layer, TOKENS) for layer in layers)
     remove = 0.5 * float(costs(layers, TOKENS).only(structure).flat().sum())
-    options = {"structure": structure, "remove": remove, "steps": 5, "tokens": TOKENS}
-    cut, trace = search(made.model, layers, random_scores(layers), **options)
+    found = search(job(made.model, layers, structure, remove), random_scores(layers), 5)
+    cut, trace = found.cut, found.trace
     transforms.apply(fresh.model, cut)
     with torch.no_grad():
         assert torch.equal(fresh.model(**inputs).logits, made.model(**inputs).logits)
@@ -184,9 +188,8 @@ def test_nothing_to_remove_asks_for_no_estimate() -> None:
     def never():
         raise AssertionError("estimated")
 
-    options = {"structure": "heads", "remove": 0.0, "steps": 8, "tokens": TOKENS}
-    cut, trace = search(made.model, layers_of(made), never, **options)
-    assert (cut.heads, cut.neurons, trace) == ({}, {}, [])
+    found = search(job(made.model, layers_of(made), "heads", 0.0), never, 8)
+    assert (found.cut.heads, found.cut.neurons, found.trace) == ({}, {}, [])
 
 
 def test_steps_estimate_anew_and_so_keep_one_of_two_redundant_heads() -> None:
@@ -204,7 +207,6 @@ def test_steps_estimate_anew_and_so_keep_one_of_two_redundant_heads() -> None:
             return units([[pair if h < 2 else h for h in heads]], [[1] * 48]), 0.0
 
         remove = 2 * head_macs(layer, TOKENS)
-        options = {"structure": "heads", "remove": remove, "steps": steps, "tokens": TOKENS}
-        search(made.model, [layer], estimate, **options)
+        search(job(made.model, [layer], "heads", remove), estimate, steps)
         left[steps] = layer.value.bias.detach()[::8].tolist()
     assert left == {1: [2, 3], 2: [0, 3]}

@@ -1,0 +1,39 @@
+"""The training rows that a method of pruning looks at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcli.data import batching
+from kdcli.methods.pruning import Batch
+from kdcli.stages.context import Context
+from kdcli.training.batches import model_inputs
+from kdcli.training.losses import UNLABELLED
+
+
+def of(context: Context, config: Any) -> list[Batch]:
+    """The batches that a method's settings ask for; none for a method that reads no rows."""
+    samples = getattr(config, "samples", 0)
+    return batches(context, samples, config.batch_size) if samples else []
+
+
+def batches(context: Context, samples: int, batch_size: int) -> list[Batch]:
+    """Inputs and labels of some training rows, by length; a row without a label gets the model's own answer."""
+    model, train = context.checkpoint.model, context.encoded["train"]
+    count = min(samples, len(train))
+    rows = np.sort(np.random.default_rng(context.seed).choice(len(train), count, replace=False))
+    sample = train.take(rows)
+    labels = np.full(count, UNLABELLED, dtype=np.int64) if sample.labels is None else sample.labels
+    made: list[Batch] = []
+    for at in batching.inference_batches(sample.lengths, batch_size):
+        inputs = model_inputs(model, batching.collate(sample, at, context.checkpoint.pad_id), context.device)
+        targets = torch.from_numpy(labels[at]).to(context.device)
+        if (labels[at] < 0).any():
+            with torch.no_grad():
+                own = model(**inputs).logits.argmax(1)
+            targets = torch.where(targets < 0, own, targets)
+        made.append((inputs, targets))
+    return made
