@@ -223,7 +223,10 @@ class Layer:
     def keep_features(self, kept: Sequence[int]) -> None:
         """Cut the features of the residual stream that are not in ``kept``: what the layer reads and writes."""
         readers = [self.query, self.key, self.value] if self.heads else []
-        for projection in readers + ([self.ffn_in] if self.neurons else []):
+        readers += [self.ffn_in] if self.neurons else []
+        # Query, key and value may have one right factor together, which is cut once.
+        own = {id(r.first) if isinstance(r, LowRankLinear) else id(r): r for r in readers}
+        for projection in own.values():
             keep_inputs(projection, kept)
         for path in (self.family.attention_output, self.family.ffn_out):
             writer: Any = self._get(path)
@@ -310,6 +313,8 @@ def keep_features(model: nn.Module, family: Family, kept: Sequence[int]) -> None
                 keep_outputs(table.second, kept)
             elif isinstance(table, nn.Embedding):
                 keep_columns(table, kept)
+            elif isinstance(table, LowRankEmbedding):
+                keep_outputs(table.second, kept)
         keep_normalised(first, kept)
     else:
         keep_outputs(first, kept)

@@ -261,13 +261,29 @@ def factorise(model: nn.Module, name: str, rank: int) -> LowRankLinear | LowRank
 
 def shared_weights(log: TransformLog) -> dict[str, str]:
     """Weights that are stored under another name only: name in the model -> name in the file."""
-    return {
-        f"{name}.first.weight": f"{group[0]}.first.weight"
-        for transform in log.transforms
-        if isinstance(transform, Factorise)
-        for group in transform.shared
-        for name in group[1:]
-    }
+    found: dict[str, str] = {}
+    for at, transform in enumerate(log.transforms):
+        for group in transform.shared if isinstance(transform, Factorise) else []:
+            names = [now for name in group if (now := _name_now(name, log.transforms[at + 1 :])) is not None]
+            found |= {f"{name}.first.weight": f"{names[0]}.first.weight" for name in names[1:]}
+    return found
+
+
+def _name_now(name: str, later: Sequence[Any]) -> str | None:
+    """What a layer of the encoder is called after later transforms; None when it was dropped."""
+    prefix = next(
+        (f"{f.layers}." for f in families.FAMILIES.values() if name.startswith(f"{f.layers}.")), None
+    )
+    if prefix is None:
+        return name
+    number, _, rest = name.removeprefix(prefix).partition(".")
+    at = int(number)
+    for transform in later:
+        if isinstance(transform, Layers):
+            if at not in transform.keep:
+                return None
+            at = transform.keep.index(at)
+    return f"{prefix}{at}.{rest}"
 
 
 def factorise_linears(model: nn.Module, names: Sequence[str], rank: int) -> list[LowRankLinear]:
@@ -327,15 +343,21 @@ def _named(model: nn.Module, name: str) -> nn.Module:
 
 
 def merged(log: TransformLog, names: Collection[str]) -> None:
-    """Take layers whose factors were multiplied back out of the log: a fresh model has them dense already."""
-    for transform in log.transforms:
+    """Take layers whose factors were multiplied back out of the log: a fresh model has them dense already.
+
+    Args:
+        log: Changed in place.
+        names: As the model has them now; an older transform may know them by the number they had before.
+    """
+    for at, transform in enumerate(log.transforms):
+        if not isinstance(transform, Factorise | FactoriseConv):
+            continue
+        gone = {n for n in transform.ranks if _name_now(n, log.transforms[at + 1 :]) in names}
+        for name in gone:
+            del transform.ranks[name]
         if isinstance(transform, Factorise):
-            transform.ranks = {n: r for n, r in transform.ranks.items() if n not in names}
-            transform.shared = [
-                kept for g in transform.shared if len(kept := [n for n in g if n not in names]) > 1
-            ]
-        elif isinstance(transform, FactoriseConv):
-            transform.ranks = {n: r for n, r in transform.ranks.items() if n not in names}
+            left = ([n for n in group if n not in gone] for group in transform.shared)
+            transform.shared = [group for group in left if len(group) > 1]
     log.transforms = [t for t in log.transforms if not isinstance(t, Factorise | FactoriseConv) or t.ranks]
 
 

@@ -17,7 +17,7 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models import transforms
 from kdcli.models.families import encoder_linears
 from kdcli.models.layers import LowRankEmbedding, LowRankLinear
-from kdcli.models.transforms import Cut, Factorise
+from kdcli.models.transforms import Cut, Factorise, Layers, Width
 from kdcli.progress import Progress
 from kdcli.stages import calibration, lowrank, lowrank_linear, lowrank_merge
 from kdcli.stages.base import Common, Gates, LowRankOptions, Request
@@ -79,7 +79,9 @@ def check_table(applied, budget: float | None = None) -> None:
             assert row["rank"] == layer.rank < row["break_even"]
             assert row["parameters_after"] < row["parameters_before"]
             assert 0 <= row["error_predicted"] < 1
-            assert row["error_measured"] > 0.9 * row["error_predicted"]
+            # Behind a sub-layer without heads the first token is constant, and both are rounding.
+            assert row["error_measured"] >= 0.9 * row["error_predicted"] - 1e-6
+            assert row["error_measured"] > 0 or row["error_predicted"] < 1e-6
         assert row["latency_before_ms"] > 0
         assert row["latency_after_ms"] > 0
     detail = applied.method.detail
@@ -568,3 +570,28 @@ def test_long_texts_give_fewer_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(calibration, "MOST_TOKENS", 100)
     applied = lowrank.apply(context_of(tiny.checkpoint(), tmp_path, rank=5))
     assert 80 < applied.method.detail["tokens"] <= 100
+
+
+def test_layers_and_features_dropped_from_a_factorised_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names in the log are those of their time; a shared right factor is cut once, a table by its map."""
+    made = tiny.checkpoint()
+    options = {"rank": 12, "include": ("embeddings",), "settings": {"share_right": "true"}}
+    lowrank.apply(context_of(made, tmp_path, method="whitening", **options))
+    for cut in (Layers(keep=[1]), Width(keep=[i for i in range(32) if i % 4])):
+        transforms.apply(made.model, cut)
+        made.log.transforms.append(cut)
+    now = logits(made, "bert")
+    again = tiny.reload(made, tmp_path / "out")
+    torch.testing.assert_close(logits(again, "bert"), now, rtol=0, atol=TOLERANCE)
+    attention = again.model.get_submodule("bert.encoder.layer.0.attention.self")
+    assert attention.query.first is attention.value.first
+    assert attention.query.first.in_features == 24
+    monkeypatch.setattr(
+        lowrank_merge.Clock, "product", lambda self, outputs, inputs, rank: 1.0 if rank is None else 2.0
+    )
+    lowrank.apply(context_of(again, tmp_path, merge=True))
+    merged = tiny.reload(again, tmp_path / "merged")
+    torch.testing.assert_close(logits(merged, "bert"), now, rtol=0, atol=TOLERANCE)
+    assert isinstance(merged.model.get_submodule("bert.encoder.layer.0.attention.self.key"), torch.nn.Linear)

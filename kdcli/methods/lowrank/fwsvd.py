@@ -10,8 +10,8 @@ are outputs, M = P^T P and K = Q diag(F) Q^T for rows that are inputs.
 
 Source: Hsu et al. 2022, "Language model compression with weighted low-rank factorization", ICLR 2022,
 arXiv:2207.00112, equations 6 to 10.
-Differs: the paper writes a layer as x W, so its rows are the inputs of ``nn.Linear.weight`` (``rows="inputs"``);
-both sides are offered, and the outputs are the default because they lost less where it was measured. The root
+Differs: the rows of W may be its outputs, as ``nn.Linear.weight`` has them (the default), or its inputs, which are
+the rows where a layer is written x W (``rows="inputs"``). The root
 is the one that makes the objective above come true; implementations without it weigh by F squared. Gradients
 are taken row by row of the data, not batch by batch. F has a floor of 1e-8 of its mean.
 """

@@ -50,7 +50,8 @@ class Config(BaseModel):
         0.3, gt=0, description="how strongly a fit holds to the weights, in units of the inputs' variance"
     )
     share_right: bool = Field(
-        False, description="one right factor for query, key and value together (0.5 times as many parameters)"
+        False,
+        description="one right factor for query, key and value together: two thirds of their parameters at a rank",
     )
 
 
