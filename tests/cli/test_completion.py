@@ -13,7 +13,7 @@ import pytest
 from kdcli import methods
 from kdcli.cli.command import COMMANDS
 from kdcli.models.aliases import MODELS, SMALL_STUDENTS
-from kdcli.stages.base import INITS, STRATEGIES, STRUCTURES, STUDENT_PRESETS
+from kdcli.stages.base import INITS, SCHEMES, STRATEGIES, STRUCTURES, STUDENT_PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,7 +24,7 @@ CASES = [
     ("kdcli prune model --method ", set(methods.names("prune"))),
     ("kdcli distill --method ", set(methods.names("distill"))),
     ("kdcli prune model --structure h", {name for name in STRUCTURES if name.startswith("h")}),
-    ("kdcli quantize model --scheme ", set(methods.names("quantize"))),
+    ("kdcli quantize model --scheme ", set(SCHEMES)),
     ("kdcli lowrank model --method ", set(methods.names("lowrank"))),
     ("kdcli distill --strategy ", set(STRATEGIES)),
     ("kdcli distill --init ", set(INITS)),

@@ -59,7 +59,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CASES = {
-    # Each training has 6 steps an epoch (3 without further texts): 2 x 6 of the features, 4 x 6 of the student and so on.
+    # Each training has 6 steps an epoch, 3 without further texts: 2 x 6 of the features, 4 x 6 of the student
+    # and so on.
     "features": (3, {"methods": ("response", "hidden")}, "student features"),
     "student": (8, {"methods": ("response", "hidden")}, "the student"),
     "assistant": (9, {"strategy": "assistant-chain"}, "assistant"),
