@@ -8,7 +8,8 @@ teacher's answers, plus the squared differences of attention scores and hidden s
 
 Source: Li and Liu 2016, "Ternary Weight Networks", arXiv:1605.04711, equations 5 and 6; Zhang et al. 2020,
 "TernaryBERT: Distillation-aware Ultra-low Bit BERT", EMNLP, arXiv:2009.12812, sections 3.1 and 3.2.
-Differs: activations stay float, because onnxruntime multiplies packed weights by floats. Matrices outside the encoder, the classifier among them, have 8 bits with a scale a row.
+Differs: activations stay float, because onnxruntime multiplies packed weights by
+floats. Matrices outside the encoder, the classifier among them, have 8 bits with a scale a row.
 """
 
 from __future__ import annotations
