@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from kdcli import processes
 
 
+_inside = False  # a block of first_then_others
+
+
 def start(device: torch.device) -> None:
     """Join the other processes, if there are any."""
     if processes.count() > 1:
@@ -22,14 +25,23 @@ def start(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def first_then_others() -> Iterator[None]:
-    """The first process runs the block alone, the others when it is done (and find its result in the cache)."""
-    if processes.count() == 1:
+    """The first process runs the block alone, the others when it is done (and find its result in the cache).
+
+    A block inside another one waits for nobody: there the other processes wait already, and may have nothing to do
+    inside when their turn comes.
+    """
+    global _inside
+    if processes.count() == 1 or _inside:
         yield
         return
     from accelerate import PartialState
 
     with PartialState().main_process_first():
-        yield
+        _inside = True
+        try:
+            yield
+        finally:
+            _inside = False
 
 
 def share(rows: np.ndarray) -> tuple[np.ndarray, float]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,35 @@ from kdcli.training import distributed
 def as_process(patch: pytest.MonkeyPatch, rank: int, count: int) -> None:
     patch.setattr(processes, "rank", lambda: rank)
     patch.setattr(processes, "count", lambda: count)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_block_inside_a_block_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Otherwise the processes would meet a different number of times whenever the inner result is there already."""
+    met = []
+
+    class State:
+        @contextlib.contextmanager
+        def main_process_first(self) -> Iterator[None]:
+            met.append("enter")
+            yield
+            met.append("leave")
+
+    monkeypatch.setattr("accelerate.PartialState", State)
+    as_process(monkeypatch, rank, 2)
+    for _ in range(2):
+        with distributed.first_then_others():
+            for _ in range(rank):  # one process goes inside, the other need not
+                with distributed.first_then_others():
+                    met.append("inside")
+    expected = ["enter", *["inside"] * rank, "leave"]
+    assert met == expected * 2
+    with pytest.raises(RuntimeError), distributed.first_then_others():
+        raise RuntimeError
+    met.clear()
+    with distributed.first_then_others():
+        pass
+    assert met == ["enter", "leave"]  # an error does not leave the block open
 
 
 def shares(patch: pytest.MonkeyPatch, rows: np.ndarray, count: int) -> list[tuple[np.ndarray, float]]:
