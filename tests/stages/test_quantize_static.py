@@ -295,14 +295,14 @@ def test_smoothing_leaves_full_precision_as_it_is(family: str, case: str, tmp_pa
     ]
 
 
-def outliers(made) -> None:
-    """Make four features of every layer norm forty times as large, and their columns as much smaller."""
+def outliers(made, factor: float = 12.0) -> None:
+    """Make two features of every layer norm but the last much larger, and the columns that read them smaller."""
     with torch.no_grad():
         for name, module in made.model.named_modules():
-            if isinstance(module, nn.LayerNorm):
-                module.weight[:4] *= 40
+            if isinstance(module, nn.LayerNorm) and "layer.1.output" not in name:
+                module.weight[:2] *= factor
             if isinstance(module, nn.Linear) and {"self", "intermediate"} & set(name.split(".")):
-                module.weight[:, :4] /= 40
+                module.weight[:, :2] /= factor
 
 
 def test_smoothing_helps_where_features_have_outliers(tmp_path: Path) -> None:
@@ -315,6 +315,7 @@ def test_smoothing_helps_where_features_have_outliers(tmp_path: Path) -> None:
             with torch.no_grad():
                 arrays = batch(made)
                 want = made.model(**model_inputs(made.model, arrays, "cpu")).logits.numpy()
+            assert want.std(0).min() > 0.02  # a model whose answers differ
             applied = quantize.apply(context_of(made, work, {"smooth": alpha}, scheme=scheme))
             _, target, detail = graphs(applied, made, work)
             assert detail["float"] == []
@@ -349,7 +350,6 @@ def test_other_operators_are_rounded_only_when_asked(tmp_path: Path) -> None:
     for operators in ("", "layernorm", "gelu", "add", "softmax", "layernorm,gelu,add,softmax"):
         (work := tmp_path / f"x{operators}").mkdir()
         made = tiny.checkpoint("bert")
-        outliers(made)
         applied = quantize.apply(context_of(made, work, {"operators": operators}))
         source, target, detail = graphs(applied, made, work)
         layers, both = 2, operators.split(",")
@@ -361,8 +361,9 @@ def test_other_operators_are_rounded_only_when_asked(tmp_path: Path) -> None:
         assert detail["float"] == []
         arrays = batch(made)
         errors[operators] = float(np.abs(answers(source, arrays) - answers(target, arrays)).mean())
-    assert len(set(errors.values())) == len(errors)  # each of them really changes what is computed
-    assert errors["layernorm,gelu,add,softmax"] > errors[""]
+    # What a product reads is rounded anyway: the output of GELU twice with one range is as good as once.
+    assert errors["gelu"] == pytest.approx(errors[""], rel=0.2)
+    assert all(abs(errors[o] / errors[""] - 1) > 0.01 for o in ("layernorm", "add", "softmax"))
 
 
 @pytest.mark.parametrize("operators", ["relu", "gelu,", "gelu add", ",gelu"])
