@@ -8,24 +8,28 @@ product between them when it loads the file. What runs then (onnxruntime 1.32, p
     Attention  QAttention             written as such, because no pattern of Q and DQ leads to it
     Conv       QLinearConv            integers go in and come out, so its output has a range as well
 
-Outputs of the other products stay float. Layer norms, GELU, residual sums and softmax are not touched: their
-outputs have outliers that eight bits with one scale a tensor cannot hold.
+Outputs of the other products stay float. Layer norms, GELU, residual sums and softmax are not touched unless
+asked for: their outputs have outliers that eight bits with one scale a tensor cannot hold.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import NodeProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from kdcli.export.int8 import Range, Rewriter, Stored, _digest
 
 _INT32_MAX = 2**31 - 1
+
+OPERATORS = ("layernorm", "gelu", "add", "softmax")
+"""What is rounded only when asked for."""
+_OWN_OPERATORS = {"LayerNormalization": "layernorm", "Softmax": "softmax"}
 
 
 def quantise_graph(
@@ -37,6 +41,7 @@ def quantise_graph(
     outputs: Mapping[str, Range] | None = None,
     unsigned: bool = False,
     smooth: Mapping[str, np.ndarray] | None = None,
+    tensors: Mapping[str, Range] | None = None,
 ) -> dict[str, Any]:
     """Write ``source`` with integers for weights and fixed ranges for what they are multiplied by.
 
@@ -50,6 +55,7 @@ def quantise_graph(
         outputs: Weight of a convolution -> scale and zero point of its output.
         unsigned: Integers of matrices as uint8 with zero point 128.
         smooth: Weight -> what its input (..., I) is multiplied by first, before the range applies.
+        tensors: Further tensors of ``source`` to round, such as those of :func:`outputs_of`.
 
     Returns:
         As :func:`kdcli.export.int8.quantise_graph`.
@@ -58,19 +64,77 @@ def quantise_graph(
     rewriter = _Fixed(model.graph, integers, "integer", ranges, unsigned, 0)
     rewriter.outputs = outputs or {}
     rewriter.smooth_by(smooth or {})
+    rewriter.tensors = tensors or {}
     rewriter.run()
     return rewriter.save(model, target)
 
 
+def outputs_of(source: Path, operators: Collection[str]) -> list[str]:
+    """Names of the tensors in a graph without fusions that these :data:`OPERATORS` give, in its order."""
+    graph = onnx.load(str(source), load_external_data=False).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    norms = {node.input[0] for node in graph.node if node.op_type == "LayerNormalization"}
+    found = []
+    for node in graph.node:
+        output = node.output[0] if node.output else ""
+        if (name := _OWN_OPERATORS.get(node.op_type)) is not None:
+            found += [output] if name in operators else []
+        elif node.op_type == "Add" and output in norms and not constants & set(node.input):
+            found += [output] if "add" in operators else []
+        elif node.op_type == "Erf" and "gelu" in operators:
+            # 0.5 x (1 + erf(x / sqrt(2))): the sum and the products behind the error function
+            while len(after := readers.get(output, [])) == 1 and after[0].op_type in ("Add", "Mul"):
+                output = after[0].output[0]
+            found.append(output)
+    return found
+
+
+def showing(source: Path, target: Path, tensors: Sequence[str]) -> None:
+    """Write ``source`` with these tensors as its outputs, to look at them."""
+    model = onnx.load(str(source))
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in tensors)
+    onnx.save(model, str(target))
+
+
 class _Fixed(Rewriter):
     outputs: Mapping[str, Range]
+    tensors: Mapping[str, Range]
 
     def run(self) -> None:
         """Rewrite every node that can be, convolutions too."""
         self.consumers = Counter(name for node in self.graph.node for name in node.input)
         self.readers = {name: node for node in self.graph.node for name in node.input}
         self.absorbed: set[str] = set()  # activation functions that went into the operator before them
+        self._round_tensors()
         super().run()
+
+    def _round_tensors(self) -> None:
+        """Put a pair of Q and DQ behind whatever gives one of ``tensors``."""
+        nodes = list(self.graph.node)
+        del self.graph.node[:]
+        for node in nodes:
+            named = [i for i, name in enumerate(node.output) if name in self.tensors]
+            outputs = [node.output[i] for i in named]
+            for i, name in zip(named, outputs, strict=True):
+                node.output[i] = f"{name}_float"
+            self.graph.node.append(node)
+            for name in outputs:
+                scale, zero = self.tensors[name]
+                self._initialise(f"{name}_step", np.array(scale, np.float32))
+                self._initialise(f"{name}_origin", np.array(zero, np.uint8))
+                parts = [f"{name}_step", f"{name}_origin"]
+                for kind, inputs, output in (
+                    ("QuantizeLinear", [f"{name}_float", *parts], f"{name}_rounded"),
+                    ("DequantizeLinear", [f"{name}_rounded", *parts], name),
+                ):
+                    self.graph.node.append(helper.make_node(kind, inputs, [output], name=f"{output}_{kind}"))
+                self.counts["rounded"] += 1
 
     def rewrites(self) -> dict[str, Any]:
         """Operator -> what rewrites it."""

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdcli.errors import InputError
-from kdcli.models import activations, safety, tokens, transforms
+from kdcli.models import activations, mapped, safety, tokens, transforms
 from kdcli.models.families import FAMILIES, Family, family_of
 from kdcli.models.integers import Integers, pack, unpack
 from kdcli.models.transforms import Layout, Quantise, TransformLog, Vocab
@@ -204,6 +204,8 @@ def _fill(model: nn.Module, state: dict[str, Tensor], log: TransformLog) -> None
         RuntimeError: Names or shapes do not fit.
         InputError: A tensor that the log names is missing or is not an integer one.
     """
+    if log.quantised is not None:
+        mapped.parameters(model)
     own = dict(model.named_parameters())
     for layout in [] if log.quantised is None else layouts_of(log.quantised):
         for name in layout.tensors:

@@ -6,7 +6,8 @@ training data (``--calibration``, ``--calibration-samples``) and is rounded to u
     s = (high - low) / 255,   z = round(-low / s),   x ~ s * (clip(round(x / s) + z, 0, 255) - z)
 
 Products are sums of integers; their outputs are floats again, except those of convolutions, which have a range
-of their own. Layer norms, GELU, residual sums and softmax are computed in float.
+of their own. Layer norms, GELU, residual sums and softmax are computed in float; ``operators`` rounds their
+outputs too, in a graph without fusions.
 
 Fixed ranges save the pass over the activations that finds them at run time, and make an answer independent
 of the other rows of its batch. They cost accuracy where the rows of the calibration do not show what comes later.
@@ -30,11 +31,20 @@ from kdcli.models.integers import Integers
 CONVOLUTIONS = True  # are quantised too: QLinearConv
 
 
+_OPERATOR = "(layernorm|gelu|add|softmax)"
+
+
 class Config(dynamic_int8.Config):
     """Parameters of static int8 quantisation: those of dynamic-int8 and of the calibration."""
 
     percentile: float = Field(
         PERCENTILE, gt=50, le=100, description="--calibration percentile: share of values inside, in percent"
+    )
+    operators: str = Field(
+        "",
+        pattern=f"^({_OPERATOR}(,{_OPERATOR})*)?$",
+        description="outputs to round as well, by commas: layernorm, gelu, add (residual sums), softmax; "
+        "most models do not survive it",
     )
 
 

@@ -52,6 +52,7 @@ def apply(context: Context, plan: Plan) -> Applied:
         warnings=[] if config.unsigned else saturation(largest),
     )
     assert applied.integers is not None
+    integers.clear()
     stored = storing.arrays(applied.integers)
     smooth = smoothing.vectors(context.checkpoint.model)
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from kdcli.errors import UsageError, did_you_mean
-from kdcli.export import qdq
+from kdcli.export import qdq, sessions
 from kdcli.methods.calibration import Affine, Histogram, Rule, affine, find_range
 from kdcli.models.integers import Integers
 from kdcli.report.schema import Warning_
@@ -54,7 +55,10 @@ def apply(context: Context, plan: Plan) -> Applied:
     convolutions = {name: layers[name] for name in plan.convolutions}
     outputs = _ranges(context, plan, convolutions, rule, outputs=True) if convolutions else {}
     warnings = saturation(largest) if not plan.config.unsigned else []
-    return finish(context, plan, integers, ranges, outputs, detail=detail, warnings=warnings)
+    applied = finish(context, plan, integers, ranges, outputs, detail=detail, warnings=warnings)
+    if plan.config.operators:
+        applied.fusion = "none"  # what has been fused has no output in between
+    return applied
 
 
 def finish(
@@ -93,10 +97,34 @@ def finish(
             outputs={f"{name}.weight": pair for name, pair in _pairs(outputs).items()},
             unsigned=plan.config.unsigned,
             smooth=smooth,
+            tensors=_pairs(_tensors(context, plan, source)),
         )
 
     applied.rewrite_onnx = rewrite
     return applied
+
+
+def _tensors(context: Context, plan: Plan, source: Path) -> dict[str, Affine]:
+    """Tensor of a graph -> how it is rounded, for the operators that were asked for; by running that graph."""
+    operators = getattr(plan.config, "operators", "")
+    names = qdq.outputs_of(source, operators.split(",")) if operators else []
+    if not names:
+        return {}
+    found = {name: Histogram() for name in names}
+    shown = source.with_suffix(".showing")
+    qdq.showing(source, shown, names)
+    try:
+        session = sessions.open_session(shown, threads=torch.get_num_threads(), spinning=False)
+        feeds = [i.name for i in session.get_inputs()]
+        for batch in storing.calibration_batches(context, plan.options.calibration_samples):
+            values = session.run(names, {name: batch[name] for name in feeds})
+            for name, value in zip(names, values, strict=True):
+                found[name].add(torch.from_numpy(value))
+    finally:
+        shown.unlink(missing_ok=True)
+    rule: Any = plan.options.calibration or RULE
+    share = plan.config.percentile
+    return {name: affine(*find_range(h, rule, percentile=share)) for name, h in found.items()}
 
 
 def _pairs(ranges: Mapping[str, Affine]) -> dict[str, tuple[float, int]]:

@@ -14,6 +14,7 @@ from kdcli.data import batching
 from kdcli.export.int8 import Kernel, Stored, quantise_graph
 from kdcli.methods import rounding
 from kdcli.models import checkpoint as checkpoints
+from kdcli.models import mapped
 from kdcli.models.integers import Integers
 from kdcli.models.transforms import Quantise
 from kdcli.report.schema import Method, Warning_
@@ -75,7 +76,7 @@ def finish(
             rounded = matrix.dense()
             table.append(_row(name, weight, rounded, matrix, plan))
             weight.copy_(rounded)
-    kept = {name: matrix.cpu() for name, matrix in integers.items()}
+    kept = mapped.integers({name: matrix.cpu() for name, matrix in integers.items()})
     log = checkpoint.log
     # A model that was dequantised on the way in is quantised anew: only the last integers are in the file.
     log.transforms = [t for t in log.transforms if not isinstance(t, Quantise)]
