@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from kdcli import processes
 
-
 _inside = False  # a block of first_then_others
 
 
