@@ -37,6 +37,10 @@ def methods() -> str:
             module = registry.load(family, name)
             summary, _, text = (module.__doc__ or "").strip().partition("\n")
             parts.append(f"### {name}\n\n{summary}\n\n```text\n{text.strip()}\n```\n")
+            if getattr(module, "KIND", "response") != "response":
+                parts.append(f"Default weight in the loss: `{module.WEIGHT:g}`.\n")
+            if hasattr(module, "STRUCTURES"):
+                parts.append("Prunes: " + ", ".join(f"`{one}`" for one in module.STRUCTURES) + ".\n")
             fields = getattr(module, "Config", None)
             rows = [
                 f"| `{key}` | {_default(field)} | {(field.description or '').replace('|', chr(92) + '|')} |"
