@@ -54,7 +54,7 @@ def chosen(context: Context, module: Any, amount: Mapping[str, Any]) -> dict[str
     if not found and not inside:
         raise UsageError(
             f"--method {options.method} factorises convolutions, and the model has none",
-            "matrices are factorised by --method whitening",
+            "matrices are factorised by --method two-sided",
         )
     layers = patterns_leave(found, options.include, options.exclude, "dense convolution")
     if (budget := amount.get("budget")) is not None and layers:
