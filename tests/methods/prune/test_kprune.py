@@ -9,11 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdcli.methods.prune import kprune, taylor
-from kdcli.methods.prune_budget import layer_macs
-from kdcli.models import transforms
+from kdcli.methods.prune import kprune
 from tests import tiny
-from tests.methods.prune.refitting import TOKENS, batches, divergence, doubled, job_of
+from tests.methods.prune.refitting import (
+    batches,
+    divergence,
+    doubled,
+    halves_and_beats_taylor,
+    job_of,
+)
 
 CONFIG = kprune.Config(ridge=1e-5)
 
@@ -101,19 +105,7 @@ def tiny_layers(made: Any) -> list[Any]:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_half_of_the_cost_goes_and_taylor_loses_more(family: str) -> None:
-    dense, made, other = (tiny.checkpoint(family) for _ in range(3))
-    job = job_of(made, "heads+neurons", 0.5)
-    whole = sum(layer_macs(layer, TOKENS) for layer in job.layers)
-    found = kprune.prune(job, CONFIG)
-    left = sum(layer_macs(layer, TOKENS) for layer in job.layers)
-    assert 0.4 * whole < left <= 0.5 * whole * (1 + 1e-9)
-    fresh = tiny.checkpoint(family)
-    transforms.apply(fresh.model, found.cut)
-    fresh.model.load_state_dict(made.model.state_dict())
-    rows = batches(family, seed=5)
-    assert divergence(made, fresh, rows) < 1e-9
-    taylor.prune(job_of(other, "heads+neurons", 0.5), taylor.Config(samples=64))
-    assert divergence(dense, made, rows) < divergence(dense, other, rows)
+    halves_and_beats_taylor(family, lambda job: kprune.prune(job, CONFIG))
 
 
 def test_the_refit_takes_over_what_was_cut() -> None:

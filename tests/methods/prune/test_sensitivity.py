@@ -10,10 +10,14 @@ import torch
 
 from kdcli.methods.prune import sensitivity, taylor
 from kdcli.methods.prune.sensitivity import Curve, interpolate, keep_one, share_out
-from kdcli.methods.prune_budget import layer_macs
-from kdcli.models import transforms
 from tests import tiny
-from tests.methods.prune.refitting import TOKENS, batches, divergence, doubled, job_of
+from tests.methods.prune.refitting import (
+    batches,
+    divergence,
+    doubled,
+    halves_and_beats_taylor,
+    job_of,
+)
 
 CONFIG = sensitivity.Config(ridge=1e-5)
 
@@ -89,20 +93,7 @@ def test_redundant_units_cost_nothing(structure: str) -> None:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_half_of_the_cost_goes_and_taylor_loses_more(family: str) -> None:
-    dense, made, other = (tiny.checkpoint(family) for _ in range(3))
-    job = job_of(made, "heads+neurons", 0.5)
-    whole = sum(layer_macs(layer, TOKENS) for layer in job.layers)
-    found = sensitivity.prune(job, CONFIG)
-    left = sum(layer_macs(layer, TOKENS) for layer in job.layers)
-    assert 0.4 * whole < left <= 0.5 * whole
-    # The cut alone rebuilds the shapes on a fresh model, which the weights then fit.
-    fresh = tiny.checkpoint(family)
-    transforms.apply(fresh.model, found.cut)
-    fresh.model.load_state_dict(made.model.state_dict())
-    rows = batches(family, seed=5)
-    assert divergence(made, fresh, rows) < 1e-9
-    taylor.prune(job_of(other, "heads+neurons", 0.5), taylor.Config(samples=64))
-    assert divergence(dense, made, rows) < divergence(dense, other, rows)
+    halves_and_beats_taylor(family, lambda job: sensitivity.prune(job, CONFIG))
 
 
 def test_the_table_has_every_sub_layer_at_every_level() -> None:
