@@ -237,10 +237,11 @@ TargetSpeedupOpt = Annotated[
     ),
 ]
 ScheduleOpt = Annotated[
-    str,
+    str | None,
     _option(
         "--schedule",
-        help="iterative, one-shot, or gradual: while --epochs train.",
+        help="gradual: prune while --epochs train. iterative (default of taylor and fisher) or one-shot: how often "
+        "they score the model again.",
         parse=values.one_of("schedule", lambda: values.SCHEDULES),
         names=lambda: values.SCHEDULES,
         metavar="NAME",

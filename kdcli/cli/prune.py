@@ -24,7 +24,7 @@ def command(
     sparsity: o.SparsityOpt = None,
     budget: o.MacsBudgetOpt = None,
     target_speedup: o.TargetSpeedupOpt = None,
-    schedule: o.ScheduleOpt = PruneOptions.schedule,
+    schedule: o.ScheduleOpt = None,
     epochs: o.RecoveryOpt = PruneOptions.epochs,
     lr: o.LrOpt = None,
     batch_size: o.BatchSizeOpt = None,

@@ -160,7 +160,7 @@ class PruneOptions:
     sparsity: float | None = None
     budget: float | None = None
     target_speedup: float | None = None
-    schedule: str = "iterative"
+    schedule: str | None = None  # None: the method's own
     epochs: int = 0
     lr: float | None = None
     batch_size: int | None = None

@@ -46,7 +46,7 @@ def judge(*names: Path, data: Path, common: dict | None = None, **options) -> ru
 
 
 def prune(model: Path, out: Path, data: Path, **common) -> runner.Outcome:
-    options = PruneOptions(sparsity=0.4, schedule="one-shot")
+    options = PruneOptions(sparsity=0.4, method="taylor", schedule="one-shot")
     given = Common(out=out, data=str(data), **common)
     return runner.run(Request(stage="prune", model=str(model), options=options, common=given), Progress())
 
@@ -180,7 +180,7 @@ def test_a_recipe_takes_unchanged_stages_from_the_cache(models: Path, data_dir: 
     file = tmp_path / "recipe.yaml"
     file.write_text(
         f"model: {models / 'a'}\ndata: {data_dir}\nstages:\n"
-        "  - prune: {sparsity: 0.4, schedule: one-shot}\n  - quantize\n  - evaluate: {max-drop: 1.0}\n"
+        "  - prune: {sparsity: 0.4, method: taylor, schedule: one-shot}\n  - quantize\n  - evaluate: {max-drop: 1.0}\n"
     )
     first = recipe.run(file, tmp_path / "one", False, Progress(), False)
     notes = Notes()
@@ -203,7 +203,7 @@ def test_a_missed_gate_ends_a_recipe(models: Path, data_dir: Path, tmp_path: Pat
     file = tmp_path / "recipe.yaml"
     file.write_text(
         f"model: {models / 'a'}\ndata: {data_dir}\nstages:\n"
-        "  - prune: {sparsity: 0.2, schedule: one-shot, gate: accuracy>=1.01}\n  - quantize\n"
+        "  - prune: {sparsity: 0.2, method: taylor, schedule: one-shot, gate: accuracy>=1.01}\n  - quantize\n"
     )
     outcome = recipe.run(file, tmp_path / "out", False, Progress(), False)
     assert isinstance(outcome, recipe.RecipeOutcome)
@@ -243,7 +243,7 @@ def test_the_chain_remembers_data_and_columns(models: Path, data_dir: Path, tmp_
         (data / file.name).write_text(file.read_text().replace("text,label", "sentence,intent", 1))
     columns = "text=sentence,label=intent"
     prune(models / "a", tmp_path / "p1", data, columns=columns)
-    options = PruneOptions(sparsity=0.2, schedule="one-shot")
+    options = PruneOptions(sparsity=0.2, method="taylor", schedule="one-shot")
     for number in (1, 2):  # the second step has only the first one's report to go by
         source, out = tmp_path / f"p{number}", tmp_path / f"p{number + 1}"
         common = Common(out=out)

@@ -256,6 +256,8 @@ def test_recovery_trains_what_is_left_and_keeps_the_zeros(
     [
         ({"structure": "head"}, "did you mean 'heads'"),
         ({"schedule": "oneshot"}, "did you mean 'one-shot'"),
+        ({"schedule": "one-shot"}, "sensitivity judges it once"),
+        ({"structure": "weights", "schedule": "iterative"}, "sparsegpt judges it once"),
         ({"method": "tailor"}, "did you mean 'taylor'"),
         ({"method": "wanda"}, "does not prune heads\\+neurons"),
         ({"structure": "weights", "method": "taylor"}, "use magnitude"),

@@ -129,7 +129,8 @@ def check(request: Request) -> Chain:
         if file is not None and not Path(file).is_file():
             raise UsageError(f"--set vocab_text={file}: there is no such file")
         if part.structure in plan.UNITS:
-            params["schedule"] = options.schedule
+            if (schedule := plan.schedule_of(options, part.name, part.module)) is not None:
+                params["schedule"] = schedule
             plan.check(_alone(request, part))
     max_drop = request.common.gates.max_drop
     if options.sparsity is not None or all(part.sparsity is None for part in parts):

@@ -57,8 +57,6 @@ def check(request: Request) -> Plan:
         raise UsageError(
             f"unknown structure '{options.structure}': {did_you_mean(options.structure, STRUCTURE_NAMES)}"
         )
-    if (schedule := options.schedule) not in SCHEDULES:
-        raise UsageError(f"unknown schedule '{schedule}': {did_you_mean(schedule, SCHEDULES)}")
     name = options.method or STRUCTURES[structure]
     module = methods.load("prune", name)
     if structure not in module.STRUCTURES:
@@ -100,6 +98,7 @@ def check(request: Request) -> Plan:
             )
     if options.epochs < 0:
         raise UsageError(f"--epochs {options.epochs} is negative; 0 means no recovery training")
+    schedule = schedule_of(options, name, module)
     config = methods.parse_settings(module, request.common.settings)
     params: dict[str, Any] = {"structure": options.structure}
     sparsity, max_drop = None, None
@@ -118,13 +117,35 @@ def check(request: Request) -> Plan:
         sparsity = SPARSITY if options.sparsity is None else options.sparsity
         of = "encoder weights" if structure in ZEROS else f"multiply-accumulates of the {structure}"
         params |= {"sparsity": sparsity, "sparsity_of": of}
-    if (
-        structure not in ZEROS or schedule == "gradual"
-    ):  # magnitudes do not change while they are cut: both schedules are the same
+    if schedule is not None:
         params["schedule"] = schedule
     params |= config.model_dump() | {"epochs": options.epochs}
     training = {"epochs": options.epochs, "lr": options.lr, "batch_size": options.batch_size}
     return Plan(options, name, module, config, sparsity, params, training, max_drop, n_of_m=pattern)
+
+
+def schedule_of(options: PruneOptions, name: str, module: Any) -> str | None:
+    """The schedule of a method; None for one that judges the model once.
+
+    Raises:
+        UsageError: The schedule is unknown, or the method does not have it.
+    """
+    given, able = options.schedule, _scores_again(module)
+    if given is not None and given not in SCHEDULES:
+        raise UsageError(f"unknown schedule '{given}': {did_you_mean(given, SCHEDULES)}")
+    if given in (None, "gradual"):
+        return given or ("iterative" if able else None)
+    if not able:
+        others = [n for n in methods.names("prune") if _scores_again(methods.load("prune", n))]
+        raise UsageError(
+            f"--schedule {given} says how often a method scores the model again, and {name} judges it once",
+            f"leave out --schedule, or choose --method {' or '.join(others)}",
+        )
+    return given
+
+
+def _scores_again(module: Any) -> bool:
+    return "steps" in module.Config.model_fields
 
 
 def _n_of_m(options: PruneOptions) -> Pattern | None:

@@ -46,7 +46,7 @@ def apply(context: Context, plan: Plan, amount: Amount | None = None) -> Applied
         amount.price,
         amount.remove,
         batches,
-        iterative=options.schedule == "iterative",
+        iterative=options.schedule != "one-shot",
         seed=context.seed,
         progress=context.progress,
         memo=plan.memo,
