@@ -15,14 +15,12 @@ and alone on the machine, and judges each with onnxruntime and the tokenizer alo
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline import by_onnxruntime_alone, kdcli
+import common
+from common import by_onnxruntime_alone, header, mean, pairs, reports
 
 SHORT = ["--augment", "0", "--epochs", "6", "--set", "phases=one"]  # for comparing methods: the rows alone
 
@@ -106,44 +104,18 @@ PLAN: dict[str, list[tuple[str, tuple[str, ...], tuple[int, ...], list[str]]]] =
 def run(given: argparse.Namespace) -> None:
     """Run every line of the chosen groups that is not there yet."""
     data, teachers = pairs(given.data), pairs(given.teacher)
-    number, lanes = (int(part) for part in given.lane.split("/"))
     lines = [
-        (name, source, seed, options)
+        (
+            f"{name} {source} seed {seed}",
+            given.out / f"{name}--{source}--{seed}",
+            ["--teacher", teachers[source], "--data", data[source], "--seed", str(seed), *options],
+        )
         for group in given.groups
         for name, sources, seeds, options in PLAN[group]
         for source in sources
         for seed in seeds
     ]
-    for name, source, seed, options in lines[number::lanes]:
-        out = given.out / f"{name}--{source}--{seed}"
-        if (out / "report.json").is_file():
-            continue
-        words = ["--teacher", teachers[source], "--data", data[source], "--seed", str(seed)]
-        print(f"{name} {source} seed {seed}", file=sys.stderr, flush=True)
-        try:
-            kdcli("distill", *words, *options, "-o", str(out))
-        except subprocess.CalledProcessError as error:
-            print(f"  failed with exit code {error.returncode}", file=sys.stderr, flush=True)
-
-
-def pairs(given: list[str]) -> dict[str, str]:
-    return dict(one.split("=", 1) for one in given)
-
-
-def reports(out: Path) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
-    """(name, data) -> seed -> report."""
-    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for path in sorted(out.glob("*--*--*/report.json")):
-        name, source, seed = path.parent.name.split("--")
-        report = json.loads(path.read_text(encoding="utf-8"))
-        found.setdefault((name, source), {})[int(seed)] = report | {"path": path.parent}
-    return found
-
-
-def mean(values: list[float]) -> str:
-    """Mean and spread (standard deviation over seeds) in per cent."""
-    shown = f"{100 * statistics.mean(values):.2f}"
-    return shown + (f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    common.run_lines("distill", lines, given.lane)
 
 
 def table(given: argparse.Namespace) -> None:
@@ -154,25 +126,14 @@ def table(given: argparse.Namespace) -> None:
     if given.latency:
         for source in data:
             models = [
-                str(by_seed[0]["path"])
+                by_seed[0]["path"]
                 for (_, one), by_seed in everything.items()
                 if one == source and 0 in by_seed
             ]
-            measured = json.loads(
-                kdcli("evaluate", teachers[source], *models, "--data", data[source], "--json")
-            )
-            for path, report in zip([teachers[source], *models], measured, strict=True):
-                fresh[Path(path)] = report["after"]
-            print(
-                line(
-                    f"teacher {source}",
-                    [measured[0]["after"]["quality"]["accuracy"]["value"]],
-                    [],
-                    measured[0]["after"],
-                    None,
-                    None,
-                )
-            )
+            teacher, *measured = common.measured_together([teachers[source], *models], "--data", data[source])
+            fresh |= dict(zip(models, measured, strict=True))
+            title = f"teacher {source}"
+            print(line(title, [teacher["quality"]["accuracy"]["value"]], [], teacher, None, None))
     for group, lines in PLAN.items():
         printed = False
         for name, sources, _, _ in lines:
@@ -181,8 +142,7 @@ def table(given: argparse.Namespace) -> None:
                 if not by_seed:
                     continue
                 if not printed:
-                    print(f"\n## {group}\n")
-                    print("| " + " | ".join(TITLES) + " |\n" + "|---" * len(TITLES) + "|")
+                    print(f"\n## {group}\n\n{header(TITLES)}")
                     printed = True
                 some = next(iter(by_seed.values()))
                 after = fresh.get(some["path"], some["after"])
@@ -206,7 +166,7 @@ def line(
     report: dict[str, Any] | None,
     alone: float | None,
 ) -> str:
-    p50 = {entry["batch"]: entry["p50_ms"] for entry in after["latency"]}
+    p50 = common.p50(after)
     gain = f"{100 * (statistics.mean(distilled) - statistics.mean(controls)):+.2f}" if controls else ""
     detail = {} if report is None else report["method"]["detail"]
     cells = [
@@ -214,34 +174,27 @@ def line(
         mean(distilled),
         mean(controls) if controls else "",
         gain,
-        "" if alone is None else f"{100 * alone:.2f}",
-        f"{after['size']['parameters'] / 1e6:.2f} M",
-        f"{after['size']['onnx_bytes'] / 2**20:.2f} MiB",
-        f"{after['compute']['macs'] / 1e6:.2f} M",
+        common.share(alone),
+        common.parameters(after),
+        common.mib(after["size"]["onnx_bytes"]),
+        common.macs(after),
         f"{p50.get(1, 0):.3f} ms",
         f"{p50.get(32, 0):.2f} ms",
         f"{detail['training']['seconds']:.0f} s" if detail else "",
         f"{detail['rows']['augmented']:,}" if "rows" in detail else "",
     ]
-    return "| " + " | ".join(cells) + " |"
+    return common.row(cells)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True)
-    for name, function in (("run", run), ("table", table)):
-        command = commands.add_parser(name)
-        if name == "run":
-            command.add_argument("groups", nargs="+", choices=PLAN)
-            command.add_argument("--lane", default="0/1", help="K/N: every N-th line, from the K-th")
-        else:
-            command.add_argument("--latency", action="store_true")
-        command.add_argument("--data", action="append", default=[], metavar="NAME=DIR")
-        command.add_argument("--teacher", action="append", default=[], metavar="NAME=DIR")
+    parser = common.parser(__doc__)
+    running, showing = common.commands(parser, run, table)
+    running.add_argument("groups", nargs="+", choices=PLAN)
+    common.lane(running)
+    showing.add_argument("--latency", action="store_true")
+    for command in (running, showing):
+        common.named(command, "data", "teacher")
         command.add_argument("--out", type=Path, default=Path("kdcli-out/distill"))
-        command.set_defaults(function=function)
     given = parser.parse_args()
     given.function(given)
 

@@ -30,6 +30,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from common import anonymous
+
 EVERY = 0.02  # seconds between two samples
 START, TRAINING = "start", "distill"  # phases: before kdcli names one, and teacher's pass and training
 ANNOUNCED = "kdcli distill: "  # what a line of stderr begins with that names the next phase
@@ -77,15 +79,6 @@ def write(directory: Path, given: Path, train: list[Row]) -> None:
 def strings(rows: list[Row]) -> int:
     """Bytes of the texts and labels of all rows as Python keeps them, with one reference to each."""
     return sum(sys.getsizeof(text) + sys.getsizeof(label) + 16 for text, label in rows)
-
-
-def anonymous(pid: int) -> int:
-    """Bytes of memory of a process that belong to no file; 0 when it has ended."""
-    try:
-        with open(f"/proc/{pid}/status", encoding="ascii") as stream:
-            return next((1024 * int(line.split()[1]) for line in stream if line.startswith("RssAnon")), 0)
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
 
 
 def distill(cache: Path, out: Path, *words: str) -> tuple[dict[str, Any], dict[str, int], float]:

@@ -13,7 +13,6 @@ prints one Markdown table a data set. Nothing is trained, except in the line tha
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline import by_onnxruntime_alone, kdcli
+import common
+from common import by_onnxruntime_alone, pairs, report_of
 
 METHODS = ("svd", "fwsvd", "asvd", "whitening", "two-sided")
 DEFAULT = "two-sided"
@@ -43,10 +43,6 @@ TITLES = [
 ]
 
 
-def pairs(given: list[str]) -> dict[str, str]:
-    return dict(one.split("=", 1) for one in given)
-
-
 def place(out: Path, name: str, source: str) -> Path:
     return out / f"{name.replace(' ', '-').replace(',', '')}--{source}"
 
@@ -54,38 +50,37 @@ def place(out: Path, name: str, source: str) -> Path:
 def run(given: argparse.Namespace) -> None:
     """Run every line that is not there yet."""
     data, models = pairs(given.data), pairs(given.model)
-    number, lanes = (int(part) for part in given.lane.split("/"))
-    lines = [(name, source) for name in given.only or PLAN for source in data]
     limit = ["--limit", str(given.limit)] if given.limit else []
-    for name, source in lines[number::lanes]:
-        out = place(given.out, name, source)
-        if (out / "report.json").is_file():
-            continue
-        print(f"{name} {source}", file=sys.stderr, flush=True)
-        try:
-            kdcli("lowrank", models[source], "--data", data[source], *PLAN[name], *limit, "-o", str(out))
-        except subprocess.CalledProcessError as error:
-            print(f"  failed with exit code {error.returncode}", file=sys.stderr, flush=True)
-
-
-def line(name: str, report: dict[str, Any], latency: dict[int, float], alone: float | None) -> str:
-    accuracy, size = report["after"]["quality"]["accuracy"], report["after"]["size"]
-    detail = report["method"]["detail"]
-    recovery = detail.get("recovery")
-    cells = [
-        name,
-        f"{100 * accuracy['value']:.2f} ± {100 * accuracy['stderr']:.2f}",
-        f"{-100 * report['delta']['accuracy']:+.2f}",
-        "" if alone is None else f"{100 * alone:.2f}",
-        f"{detail['parameters_after'] / 1e6:.2f} M ({100 * detail['parameters_kept']:.0f}%)",
-        f"{size['onnx_bytes'] / 2**20:.1f} MiB",
-        f"{report['after']['compute']['macs'] / 1e6:.1f} M",
-        f"{latency[1]:.2f} ms",
-        f"{latency[32]:.1f} ms",
-        detail.get("allocation", {}).get("chosen", ""),
-        f"{report['timings']['apply']:.0f} s" + (" with training" if recovery else ""),
+    lines = [
+        (
+            f"{name} {source}",
+            place(given.out, name, source),
+            [models[source], "--data", data[source], *PLAN[name], *limit],
+        )
+        for name in given.only or PLAN
+        for source in data
     ]
-    return "| " + " | ".join(cells) + " |"
+    common.run_lines("lowrank", lines, given.lane)
+
+
+def line(name: str, report: dict[str, Any], after: dict[str, Any], alone: float | None) -> str:
+    detail = report["method"]["detail"]
+    cells = [
+        *(name, common.accuracy(report["after"])),
+        f"{-100 * report['delta']['accuracy']:+.2f}",
+        common.share(alone),
+        f"{detail['parameters_after'] / 1e6:.2f} M ({100 * detail['parameters_kept']:.0f}%)",
+        *measures(report["after"], after),
+        detail.get("allocation", {}).get("chosen", ""),
+        f"{report['timings']['apply']:.0f} s" + (" with training" if detail.get("recovery") else ""),
+    ]
+    return common.row(cells)
+
+
+def measures(measured: dict[str, Any], timed: dict[str, Any]) -> list[str]:
+    p50 = common.p50(timed)
+    size = common.mib(measured["size"]["onnx_bytes"], 1)
+    return [size, common.macs(measured, 1), f"{p50[1]:.2f} ms", f"{p50[32]:.1f} ms"]
 
 
 def table(given: argparse.Namespace) -> None:
@@ -93,42 +88,28 @@ def table(given: argparse.Namespace) -> None:
     data, models = pairs(given.data), pairs(given.model)
     for source in data:
         found = {
-            name: json.loads((where / "report.json").read_text(encoding="utf-8"))
+            name: report_of(where)
             for name in PLAN
             if (where := place(given.out, name, source)).joinpath("report.json").is_file()
         }
         if not found:
             continue
-        latencies = {}
+        fresh: dict[str, dict[str, Any]] = {}
         if given.latency:
-            names = [str(place(given.out, name, source)) for name in found]
-            words = [models[source], *names, "--data", data[source], "--limit", "100", "--json"]
-            together = json.loads(kdcli("evaluate", *words))
-            latencies = dict(zip(["input", *found], together, strict=True))
+            together = [models[source], *(place(given.out, name, source) for name in found)]
+            measured = common.measured_together(together, "--data", data[source], "--limit", "100")
+            fresh = dict(zip(["input", *found], measured, strict=True))
         first = next(iter(found.values()))
         before = first["before"]
         print(f"\n### {source}: {before['quality']['accuracy']['n']} test rows\n")
-        print("| " + " | ".join(TITLES) + " |")
-        print("|---" * len(TITLES) + "|")
-        accuracy = before["quality"]["accuracy"]
-        p50 = of(latencies.get("input", first | {"after": before}))
-        cells = [
-            *("dense", f"{100 * accuracy['value']:.2f} ± {100 * accuracy['stderr']:.2f}", "", ""),
-            f"{first['method']['detail']['parameters_before'] / 1e6:.2f} M",
-            f"{before['size']['onnx_bytes'] / 2**20:.1f} MiB",
-            f"{before['compute']['macs'] / 1e6:.1f} M",
-            *(f"{p50[1]:.2f} ms", f"{p50[32]:.1f} ms", "", ""),
-        ]
-        print("| " + " | ".join(cells) + " |")
+        print(common.header(TITLES))
+        encoder = f"{first['method']['detail']['parameters_before'] / 1e6:.2f} M"
+        dense = measures(before, fresh.get("input", before))
+        print(common.row(["dense", common.accuracy(before), "", "", encoder, *dense, "", ""]))
         for name, report in found.items():
             test = Path(data[source]) / "test.csv"
             alone = by_onnxruntime_alone(place(given.out, name, source), test) if given.alone else None
-            print(line(name, report, of(latencies.get(name, report)), alone))
-
-
-def of(report: dict[str, Any]) -> dict[int, float]:
-    """Batch size -> p50 in ms."""
-    return {entry["batch"]: entry["p50_ms"] for entry in report["after"]["latency"]}
+            print(line(name, report, fresh.get(name, report["after"]), alone))
 
 
 def cost(given: argparse.Namespace) -> None:
@@ -155,33 +136,21 @@ def cost(given: argparse.Namespace) -> None:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         peak = 0
         while process.poll() is None:
-            peak = max(peak, anonymous(process.pid))
+            peak = max(peak, common.anonymous(process.pid))
             time.sleep(0.2)
-        report = json.loads((Path(temporary) / "out" / "report.json").read_text(encoding="utf-8"))
+        report = report_of(Path(temporary) / "out")
         print(
             f"apply {report['timings']['apply']:.0f} s, whole command {time.monotonic() - started:.0f} s, "
             f"peak {peak / 2**20:.0f} MiB, {peak / size:.2f} times the model's {size / 2**20:.0f} MiB"
         )
 
 
-def anonymous(pid: int) -> int:
-    """Memory of a process that is no file, in bytes; Linux only."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    return sum(int(row.split()[1]) * 1024 for row in text.splitlines() if row.startswith("RssAnon"))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("action", choices=["run", "table", "cost"])
-    parser.add_argument("--data", action="append", default=[], metavar="NAME=DIR")
-    parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR")
+    common.named(parser, "data", "model")
     parser.add_argument("--out", type=Path, default=Path("kdcli-out/lowrank"))
-    parser.add_argument("--lane", default="0/1")
+    common.lane(parser)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--only", action="append", choices=list(PLAN))
     parser.add_argument("--latency", action="store_true", help="time all models again, in turns")

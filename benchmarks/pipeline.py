@@ -10,65 +10,25 @@ one Markdown table.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-
-def kdcli(*words: str) -> str:
-    """Run one command of the installed kdcli and return its stdout; anything but exit 0 stops the benchmark."""
-    command = [sys.executable, "-m", "kdcli", *words]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def by_onnxruntime_alone(directory: Path, file: Path) -> float:
-    """Accuracy of model.onnx with onnxruntime and tokenizers, one row at a time, without kdcli."""
-    import numpy as np
-    import onnxruntime
-    from tokenizers import Tokenizer
-
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    names = config["id2label"]
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    tokenizer.enable_truncation(config.get("max_position_embeddings", 512))
-    session = onnxruntime.InferenceSession(str(directory / "model.onnx"), providers=["CPUExecutionProvider"])
-    inputs = {i.name for i in session.get_inputs()}
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    right = 0
-    for row in rows:
-        e = tokenizer.encode(row["text"])
-        feed = {"input_ids": e.ids, "attention_mask": e.attention_mask, "token_type_ids": e.type_ids}
-        given = {name: np.array([feed[name]], dtype=np.int64) for name in inputs}
-        right += names[str(int(session.run(None, given)[0].argmax()))] == row["label"]
-    return right / len(rows)
+import common
+from common import by_onnxruntime_alone, kdcli, report_of
 
 
 def line(name: str, measured: dict[str, Any], seconds: float | None, alone: float | None) -> str:
-    accuracy, size = measured["quality"]["accuracy"], measured["size"]
-    p50 = {entry["batch"]: entry["p50_ms"] for entry in measured["latency"]}
+    p50 = common.p50(measured)
     cells = [
-        name,
-        f"{100 * accuracy['value']:.2f} ± {100 * accuracy['stderr']:.2f}",
-        "" if alone is None else f"{100 * alone:.2f}",
-        f"{size['parameters'] / 1e6:.2f} M",
-        f"{size['onnx_bytes'] / 2**20:.2f} MiB",
-        f"{measured['compute']['macs'] / 1e6:.2f} M",
-        f"{p50[1]:.3f} ms",
-        f"{p50[32]:.2f} ms",
-        "" if seconds is None else f"{seconds:.0f} s",
+        *(name, common.accuracy(measured), common.share(alone), common.parameters(measured)),
+        *(common.mib(measured["size"]["onnx_bytes"]), common.macs(measured)),
+        *(f"{p50[1]:.3f} ms", f"{p50[32]:.2f} ms", "" if seconds is None else f"{seconds:.0f} s"),
     ]
-    return "| " + " | ".join(cells) + " |"
+    return common.row(cells)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--teacher", default="minilm")
     parser.add_argument("--student", default="tiny")
     parser.add_argument("--data")
@@ -90,14 +50,12 @@ def main() -> None:
         kdcli("prune", student, "--sparsity", given.sparsity, "-o", pruned, "-f")
         kdcli("lowrank", student, "--budget", given.budget, "-o", thin, "-f")
         kdcli("quantize", pruned, "-o", small, "-f")
-    # One command for all of them, so that every latency comes from the same alternating rounds.
     models = [student, pruned, thin, small]
-    first = json.loads((out / "student" / "report.json").read_text(encoding="utf-8"))
+    first = report_of(out / "student")
     fine_tuned = first["method"]["detail"]["teacher"].get("path", given.teacher)
-    reports = json.loads(kdcli("evaluate", fine_tuned, *models, *data, "--json"))
+    teacher, *measured = common.measured_together([fine_tuned, *models], *data)
     test = Path(given.data) / "test.csv" if given.data else None
     titles = [
-        "",
         "accuracy",
         "onnxruntime alone",
         "parameters",
@@ -107,13 +65,11 @@ def main() -> None:
         "p50 b32",
         "took",
     ]
-    print("| " + " | ".join(titles) + " |")
-    print("|---" * len(titles) + "|")
-    print(line("teacher", reports[0]["after"], None, None))
-    for path, report in zip(models, reports[1:], strict=True):
-        own = json.loads((Path(path) / "report.json").read_text(encoding="utf-8"))
-        alone = by_onnxruntime_alone(Path(path), test) if test is not None and test.is_file() else None
-        print(line(Path(path).name, report["after"], sum(own["timings"].values()), alone))
+    print(common.header(["", *titles]))
+    print(line("teacher", teacher, None, None))
+    for path, after in zip(map(Path, models), measured, strict=True):
+        alone = by_onnxruntime_alone(path, test) if test is not None and test.is_file() else None
+        print(line(path.name, after, sum(report_of(path)["timings"].values()), alone))
 
 
 if __name__ == "__main__":

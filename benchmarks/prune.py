@@ -16,15 +16,12 @@ again, together and alone on the machine, and judges each with onnxruntime and t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from distill import mean, pairs, reports
-from pipeline import by_onnxruntime_alone, kdcli
+import common
+from common import by_onnxruntime_alone, header, mean, pairs, reports
 
 from kdcli import methods
 from kdcli.stages.base import STRUCTURES
@@ -82,24 +79,18 @@ def trained(name: str) -> list[str]:
 def run(given: argparse.Namespace) -> None:
     """Run every line of the chosen groups that is not there yet."""
     data, models = pairs(given.data), pairs(given.model)
-    number, lanes = (int(part) for part in given.lane.split("/"))
     lines = [
-        (name, source, seed, options)
+        (
+            f"{name} {source} seed {seed}",
+            given.out / f"{name}--{source}--{seed}",
+            [models[source], "--structure", STRUCTURE, "--data", data[source], "--seed", str(seed), *options],
+        )
         for group in given.groups
         for name, seeds, options in plan(group, given.rival)
         for source in data
         for seed in seeds
     ]
-    for name, source, seed, options in lines[number::lanes]:
-        out = given.out / f"{name}--{source}--{seed}"
-        if (out / "report.json").is_file():
-            continue
-        words = [models[source], "--structure", STRUCTURE, "--data", data[source], "--seed", str(seed)]
-        print(f"{name} {source} seed {seed}", file=sys.stderr, flush=True)
-        try:
-            kdcli("prune", *words, *options, "-o", str(out))
-        except subprocess.CalledProcessError as error:
-            print(f"  failed with exit code {error.returncode}", file=sys.stderr, flush=True)
+    common.run_lines("prune", lines, given.lane)
 
 
 def table(given: argparse.Namespace) -> None:
@@ -115,10 +106,9 @@ def table(given: argparse.Namespace) -> None:
             paths = [
                 by_seed[min(by_seed)]["path"] for (_, one), by_seed in everything.items() if one == source
             ]
-            words = [models[source], *map(str, paths), "--data", data[source], "--json"]
-            measured = json.loads(kdcli("evaluate", *words))
-            dense[source] = measured[0]["after"]
-            fresh |= {path: one["after"] for path, one in zip(paths, measured[1:], strict=True)}
+            measured = common.measured_together([models[source], *paths], "--data", data[source])
+            dense[source] = measured[0]
+            fresh |= dict(zip(paths, measured[1:], strict=True))
     for group in GROUPS:
         lines = [
             row(name, source, everything[name, source], dense[source], fresh, data if given.latency else {})
@@ -127,8 +117,7 @@ def table(given: argparse.Namespace) -> None:
             if (name, source) in everything
         ]
         if lines:
-            print(f"\n## {group}\n\n| " + " | ".join(TITLES) + " |\n" + "|---" * len(TITLES) + "|")
-            print("\n".join(lines))
+            print(f"\n## {group}\n", header(TITLES), *lines, sep="\n")
 
 
 def row(
@@ -144,47 +133,35 @@ def row(
     after = fresh.get(first["path"], first["after"])
     accuracies = [report["after"]["quality"]["accuracy"]["value"] for report in by_seed.values()]
     lost = dense["quality"]["accuracy"]["value"] - statistics.mean(accuracies)
-    alone = (
-        f"{100 * by_onnxruntime_alone(first['path'], Path(data[source]) / 'test.csv'):.2f}" if data else ""
-    )
-    before, now = (
-        {entry["batch"]: entry["p50_ms"] for entry in measured["latency"] if entry["runtime"] == "onnx"}
-        for measured in (dense, after)
-    )
+    alone = by_onnxruntime_alone(first["path"], Path(data[source]) / "test.csv") if data else None
+    before, now = common.p50(dense), common.p50(after)
     cells = [
         name,
         source,
         mean(accuracies),
-        f"{100 * lost:.2f}",
-        alone,
+        common.share(lost),
+        common.share(alone),
         f"{first['method']['detail']['encoder_macs_kept']:.1%}",
-        f"{after['size']['parameters'] / 1e6:.2f} M",
-        f"{after['size']['onnx_bytes'] / 2**20:.2f} MiB",
+        common.parameters(after),
+        common.mib(after["size"]["onnx_bytes"]),
         *(f"{now[batch]:.3f} ms" for batch in (1, 32)),
         *(f"{before[batch] / now[batch]:.2f}" for batch in (1, 32)),
         f"{statistics.mean(report['timings']['apply'] for report in by_seed.values()):.0f} s",
         f"{statistics.mean(sum(report['timings'].values()) for report in by_seed.values()):.0f} s",
     ]
-    return "| " + " | ".join(cells) + " |"
+    return common.row(cells)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True)
-    for name, function in (("run", run), ("table", table)):
-        command = commands.add_parser(name)
-        if name == "run":
-            command.add_argument("groups", nargs="+", choices=GROUPS)
-            command.add_argument("--lane", default="0/1", help="K/N: every N-th line, from the K-th")
-        else:
-            command.add_argument("--latency", action="store_true")
+    parser = common.parser(__doc__)
+    running, showing = common.commands(parser, run, table)
+    running.add_argument("groups", nargs="+", choices=GROUPS)
+    common.lane(running)
+    showing.add_argument("--latency", action="store_true")
+    for command in (running, showing):
         command.add_argument("--rival", default="fisher", choices=unit_methods())
-        command.add_argument("--data", action="append", default=[], metavar="NAME=DIR")
-        command.add_argument("--model", action="append", default=[], metavar="NAME=DIR")
+        common.named(command, "data", "model")
         command.add_argument("--out", type=Path, default=Path("kdcli-out/prune"))
-        command.set_defaults(function=function)
     given = parser.parse_args()
     given.function(given)
 

@@ -12,13 +12,11 @@ there, and prints one Markdown table.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from distill import pairs, reports
-from pipeline import kdcli
+import common
+from common import header, mib, pairs, reports
 
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
 SHARES = ("0.5", "0.7", "0.8")
@@ -44,17 +42,16 @@ PLAN: dict[str, list[str]] = {
 def run(given: argparse.Namespace) -> None:
     """Run every line that is not there yet."""
     data, models = pairs(given.data), pairs(given.model)
-    number, lanes = (int(part) for part in given.lane.split("/"))
-    lines = [(name, source, options) for name, options in PLAN.items() for source in data]
-    for name, source, options in lines[number::lanes]:
-        out = given.out / f"{name}--{source}--0"
-        if (out / "report.json").is_file():
-            continue
-        print(f"{name} {source}", file=sys.stderr, flush=True)
-        try:
-            kdcli("prune", models[source], "--data", data[source], *options, "-o", str(out))
-        except subprocess.CalledProcessError as error:
-            print(f"  failed with exit code {error.returncode}", file=sys.stderr, flush=True)
+    lines = [
+        (
+            f"{name} {source}",
+            given.out / f"{name}--{source}--0",
+            [models[source], "--data", data[source], *options],
+        )
+        for name, options in PLAN.items()
+        for source in data
+    ]
+    common.run_lines("prune", lines, given.lane)
 
 
 def table(given: argparse.Namespace) -> None:
@@ -62,7 +59,7 @@ def table(given: argparse.Namespace) -> None:
     everything = reports(given.out)
     for source in sorted({source for _, source in everything}):
         found = {name: by_seed[0] for name in PLAN if (by_seed := everything.get((name, source))) is not None}
-        print(f"\n{source}\n\n| " + " | ".join(TITLES) + " |\n" + "|---" * len(TITLES) + "|")
+        print(f"\n{source}\n\n{header(TITLES)}")
         dense = next(iter(found.values()))["before"]
         print(line(["dense", ""], dense, dense, ["", ""]))
         for name, report in found.items():
@@ -72,34 +69,23 @@ def table(given: argparse.Namespace) -> None:
 
 
 def line(first: list[str], measured: dict[str, Any], dense: dict[str, Any], last: list[str]) -> str:
-    accuracy, before = (one["quality"]["accuracy"] for one in (measured, dense))
     size = measured["size"]
-    p50 = {entry["batch"]: entry["p50_ms"] for entry in measured["latency"]}
+    now, before = (one["quality"]["accuracy"]["value"] for one in (measured, dense))
     cells = [
-        *first,
-        f"{100 * accuracy['value']:.2f} ± {100 * accuracy['stderr']:.2f}",
-        f"{100 * (before['value'] - accuracy['value']):.2f}",
-        f"{size['onnx_bytes'] / 2**20:.1f} MiB",
-        f"{size['onnx_gzip_bytes'] / 2**20:.1f} MiB",
-        f"{p50[1]:.2f} ms",
-        *last,
+        *(*first, common.accuracy(measured), common.share(before - now)),
+        *(mib(size["onnx_bytes"], 1), mib(size["onnx_gzip_bytes"], 1)),
+        *(f"{common.p50(measured)[1]:.2f} ms", *last),
     ]
-    return "| " + " | ".join(cells) + " |"
+    return common.row(cells)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True)
-    for name, function in (("run", run), ("table", table)):
-        command = commands.add_parser(name)
-        if name == "run":
-            command.add_argument("--lane", default="0/1", help="K/N: every N-th line, from the K-th")
-            command.add_argument("--data", action="append", default=[], metavar="NAME=DIR")
-            command.add_argument("--model", action="append", default=[], metavar="NAME=DIR")
+    parser = common.parser(__doc__)
+    running, showing = common.commands(parser, run, table)
+    common.lane(running)
+    common.named(running, "data", "model")
+    for command in (running, showing):
         command.add_argument("--out", type=Path, default=Path("kdcli-out/prune-zeros"))
-        command.set_defaults(function=function)
     given = parser.parse_args()
     given.function(given)
 

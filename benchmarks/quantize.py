@@ -15,7 +15,6 @@ at batch 1 and 32, all models in turns in one process, so that a slow minute is 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -23,9 +22,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
+import common
 import numpy as np
+from common import answers, encode, session
 
 #: Line -> options of `kdcli quantize`.
 LINES: dict[str, list[str]] = {
@@ -155,38 +155,6 @@ def peers(given: argparse.Namespace) -> None:
     known.write_text(json.dumps(earlier | seconds, indent=1) + "\n", encoding="utf-8")
 
 
-def encode(model: Path, file: Path) -> tuple[list[dict[str, np.ndarray]], list[str]]:
-    """Feeds of one row each (1, T), and labels; the tokenizer alone."""
-    from tokenizers import Tokenizer
-
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    tokenizer.enable_truncation(config.get("max_position_embeddings", 512))
-    tokenizer.no_padding()
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    made = []
-    for one in tokenizer.encode_batch([row["text"] for row in rows]):
-        arrays = {"input_ids": one.ids, "attention_mask": one.attention_mask, "token_type_ids": one.type_ids}
-        made.append({name: np.array([values], dtype=np.int64) for name, values in arrays.items()})
-    return made, [row["label"] for row in rows]
-
-
-def session(path: Path, threads: int) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def answers(path: Path, rows: list[dict[str, np.ndarray]], threads: int) -> np.ndarray:
-    """The top-1 class of every row, alone."""
-    opened = session(path, threads)
-    names = [i.name for i in opened.get_inputs()]
-    return np.array([int(opened.run(None, {n: row[n] for n in names})[0].argmax()) for row in rows])
-
-
 def batch(rows: list[dict[str, np.ndarray]], pad: int) -> dict[str, np.ndarray]:
     width = max(row["input_ids"].shape[1] for row in rows)
 
@@ -236,9 +204,8 @@ def table(given: argparse.Namespace) -> None:
     seconds: dict[str, float | None] = {"fp32": None, "fp32, not fused": None}
     for line in LINES:
         if (folder / line / "report.json").is_file():
-            report = json.loads((folder / line / "report.json").read_text(encoding="utf-8"))
             graphs[line] = folder / line / "model.onnx"
-            seconds[line] = report["timings"].get("apply")
+            seconds[line] = common.report_of(folder / line)["timings"].get("apply")
     took = json.loads((folder / "peers.json").read_text(encoding="utf-8"))
     for peer in PEERS:
         if (folder / f"{peer}.onnx").is_file():
@@ -248,8 +215,7 @@ def table(given: argparse.Namespace) -> None:
         picked = np.sort(np.random.default_rng(0).choice(len(rows), given.rows, replace=False))
         rows, labels = [rows[i] for i in picked], [labels[i] for i in picked]
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    classes = {label: int(i) for i, label in config["id2label"].items()}
-    truth = np.array([classes[label] for label in labels])
+    truth = common.truth(model, labels)
     pad = int(config.get("pad_token_id") or 0)
     known_file = folder / "measured.json"
     known = json.loads(known_file.read_text(encoding="utf-8")) if known_file.is_file() else {}
@@ -262,11 +228,8 @@ def table(given: argparse.Namespace) -> None:
     reference = np.array(known[f"fp32, {len(rows)} rows"])
     whole = graphs["fp32"].stat().st_size
     print(f"{name}: {len(rows)} rows of test.csv, {given.threads} threads\n")
-    print(
-        "| | accuracy | same answer | model.onnx | of fp32 | p50 b1 | p50 b32 | quantising |\n"
-        + "|---" * 8
-        + "|"
-    )
+    titles = ["accuracy", "same answer", "model.onnx", "of fp32", "p50 b1", "p50 b32", "quantising"]
+    print(common.header(["", *titles]))
     for (title, path), found in zip(graphs.items(), times, strict=True):
         got = np.array(known[f"{title}, {len(rows)} rows"])
         right = float((got == truth).mean())
@@ -276,19 +239,17 @@ def table(given: argparse.Namespace) -> None:
             title,
             f"{100 * right:.2f} ± {100 * error:.2f}",
             f"{100 * float((got == reference).mean()):.2f} %",
-            f"{size / 2**20:.2f} MiB",
+            common.mib(size),
             f"{100 * size / whole:.1f} %",
             f"{found[1]:.2f} ms",
             f"{found[32]:.1f} ms",
             "" if seconds[title] is None else f"{seconds[title]:.1f} s",
         ]
-        print("| " + " | ".join(cells) + " |")
+        print(common.row(cells))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("what", choices=("run", "peers", "table"))
     parser.add_argument("--model", required=True, help="NAME=DIR")
     parser.add_argument(

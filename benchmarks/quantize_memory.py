@@ -27,6 +27,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from common import anonymous
+
 EVERY = 0.02  # seconds between two samples
 MEASURED = 64  # rows of validation and test: their answers do not matter here
 ANNOUNCED = "kdcli quantize: "
@@ -82,20 +84,6 @@ def large(directory: Path, tokenizer: Path) -> tuple[Path, int]:
     return directory, int(made.stdout.split()[-1])
 
 
-def anonymous(pid: int) -> int:
-    """Bytes of a process and its children that belong to no file."""
-    total = 0
-    for one in [pid, *children(pid)]:
-        try:
-            with open(f"/proc/{one}/status", encoding="ascii") as stream:
-                total += next(
-                    (1024 * int(line.split()[1]) for line in stream if line.startswith("RssAnon")), 0
-                )
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return total
-
-
 def children(pid: int) -> list[int]:
     try:
         with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as stream:
@@ -129,7 +117,7 @@ def quantize(model: Path, data: Path, scheme: str, calibration: int, work: Path)
     listener.start()
     peaks: dict[str, int] = defaultdict(int)
     while process.poll() is None:
-        peaks[phases[-1]] = max(peaks[phases[-1]], anonymous(process.pid))
+        peaks[phases[-1]] = max(peaks[phases[-1]], sum(map(anonymous, [process.pid, *children(process.pid)])))
         time.sleep(EVERY)
     listener.join()
     if process.returncode:

@@ -45,13 +45,23 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.saved(tmp_path_factory.mktemp("teacher") / "teacher")
 
 
-def test_the_output_directory_is_complete_and_plain(teacher: Path, data_dir: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def distilled(teacher: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> runner.Outcome:
+    """The plain run, with a cache of its own, for the tests that only look at it."""
+    base = tmp_path_factory.mktemp("distilled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDCLI_CACHE", str(tmp_path_factory.mktemp("cache")))
+        outcome = runner.run(request(teacher, data_dir, base / "student"), Progress())
+    assert outcome is not None
+    assert outcome.path == base / "student"
+    return outcome
+
+
+def test_the_output_directory_is_complete_and_plain(distilled: runner.Outcome, data_dir: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import AutoModelForSequenceClassification
 
-    out = tmp_path / "student"
-    outcome = runner.run(request(teacher, data_dir, out), Progress())
-    assert outcome.path == out
+    out, outcome = distilled.path, distilled
     names = {p.name for p in out.iterdir()}
     expected = {
         "config.json",
@@ -62,7 +72,7 @@ def test_the_output_directory_is_complete_and_plain(teacher: Path, data_dir: Pat
         "report.json",
     }
     assert expected | {"README.md"} <= names
-    assert not list(tmp_path.glob(".*"))  # neither temporary directory nor resume point is left
+    assert not list(out.parent.glob(".*"))  # neither temporary directory nor resume point is left
     report = io.read(out)
     assert report == outcome.report
     assert report.complete
@@ -96,11 +106,12 @@ def test_the_output_directory_is_complete_and_plain(teacher: Path, data_dir: Pat
         assert torch.allclose(theirs(**batch).logits, ours.model(**batch).logits, atol=1e-6)
 
 
-def test_same_seed_same_bytes(teacher: Path, data_dir: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        runner.run(request(teacher, data_dir, tmp_path / name), Progress())
+def test_same_seed_same_bytes(
+    distilled: runner.Outcome, teacher: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    runner.run(request(teacher, data_dir, tmp_path / "again"), Progress())
     for file in ("model.safetensors", "model.onnx", "config.json", "tokenizer.json"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+        assert (distilled.path / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
 
 
 def test_a_teacher_without_head_is_fine_tuned_once(data_dir: Path, tmp_path: Path) -> None:

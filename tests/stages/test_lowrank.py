@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from pathlib import Path
 
 import pytest
 import torch
 
-from kdcli.data import text
-from kdcli.data.sources import Dataset, Rows
 from kdcli.errors import UsageError
 from kdcli.methods import rank_budget
 from kdcli.models import checkpoint as checkpoints
@@ -18,40 +15,19 @@ from kdcli.models import transforms
 from kdcli.models.families import encoder_linears
 from kdcli.models.layers import LowRankEmbedding, LowRankLinear
 from kdcli.models.transforms import Cut, Factorise, Layers, Width
-from kdcli.progress import Progress
 from kdcli.stages import calibration, lowrank, lowrank_linear, lowrank_merge
-from kdcli.stages.base import Common, Gates, LowRankOptions, Request
+from kdcli.stages.base import Gates, LowRankOptions
 from kdcli.stages.context import Context
 from tests import tiny
+from tests.stages import contexts
 
 # float32 sums in another order; logits are of order 1.
 TOLERANCE = 1e-5
 
 
-def rows(count: int, seed: int) -> Rows:
-    rng = random.Random(seed)
-    texts = [tiny.sentence(rng, i % 2 == 1) for i in range(count)]
-    return Rows(texts, None, [tiny.LABELS[i % 2] for i in range(count)])
-
-
 def context_of(made, work: Path, *, settings=None, seed: int = 0, **options) -> Context:
-    splits = {"train": rows(80, 1), "validation": rows(16, 2)}
-    index = {name: i for i, name in enumerate(made.labels)}
-    return Context(
-        request=Request(
-            stage="lowrank",
-            model="m",
-            options=LowRankOptions(**options),
-            common=Common(seed=seed, settings=settings or {}),
-        ),
-        checkpoint=made,
-        dataset=Dataset("tiny", splits, "0" * 64, list(tiny.LABELS)),
-        encoded={n: text.encode(s, made.tokenizer, made.max_length, index) for n, s in splits.items()},
-        device=torch.device("cpu"),
-        seed=seed,
-        progress=Progress(),
-        resume_dir=work / "resume",
-    )
+    splits = {"train": contexts.rows(80, 1), "validation": contexts.rows(16, 2)}
+    return contexts.of(LowRankOptions(**options), made, work, splits=splits, settings=settings, seed=seed)
 
 
 def without_clock(method) -> list[dict]:

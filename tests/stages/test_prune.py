@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,53 +9,30 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli.data import text
-from kdcli.data.sources import Dataset, Rows
 from kdcli.errors import InputError, UsageError
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import transforms
 from kdcli.models.families import encoder_layers
 from kdcli.models.layers import projections
-from kdcli.progress import Progress
 from kdcli.stages import prune
-from kdcli.stages.base import Common, PruneOptions, Request
+from kdcli.stages.base import PruneOptions
 from kdcli.stages.context import Context
 from tests import tiny
+from tests.stages import contexts
 
 # float32 sums in another order; logits are of order 1.
 TOLERANCE = 1e-5
 
 
-def rows(count: int, seed: int) -> Rows:
-    rng = random.Random(seed)
-    return Rows(
-        [tiny.sentence(rng, i % 2 == 1) for i in range(count)],
-        None,
-        [tiny.LABELS[i % 2] for i in range(count)],
-    )
-
-
 def context_of(
     made, work: Path, *, settings=None, labelled: bool = True, seed: int = 0, **options
 ) -> Context:
-    splits = {"train": rows(64, 1), "validation": rows(24, 2)}
-    index = {name: i for i, name in enumerate(made.labels)}
-    encoded = {
-        name: text.encode(split, made.tokenizer, made.max_length, index) for name, split in splits.items()
-    }
+    splits = {"train": contexts.rows(64, 1), "validation": contexts.rows(24, 2)}
+    context = contexts.of(PruneOptions(**options), made, work, splits=splits, settings=settings, seed=seed)
     if not labelled:
-        encoded["train"] = replace(encoded["train"], labels=None)
-    common = Common(seed=seed, settings=settings or {})
-    return Context(
-        request=Request(stage="prune", model="m", options=PruneOptions(**options), common=common),
-        checkpoint=made,
-        dataset=Dataset("tiny", splits, "0" * 64, list(tiny.LABELS)),
-        encoded=encoded,
-        device=torch.device("cpu"),
-        seed=seed,
-        progress=Progress(),
-        resume_dir=work / "resume",
-    )
+        train = replace(context.encoded["train"], labels=None)
+        context.encoded = {**context.encoded, "train": train}
+    return context
 
 
 def logits(model, family: str) -> torch.Tensor:

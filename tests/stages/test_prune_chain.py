@@ -25,7 +25,8 @@ from kdcli.progress import Progress
 from kdcli.stages import base, plan, prune, runner
 from kdcli.stages.base import Common, PruneOptions, Request
 from tests import tiny
-from tests.stages.test_prune import context_of, logits, rows
+from tests.stages.contexts import rows
+from tests.stages.test_prune import context_of, logits
 
 
 def without(texts, words: set[str]):

@@ -20,30 +20,17 @@ from kdcli.export import onnx as exporter
 from kdcli.models import activations, transforms
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.transforms import Cut, Factorise, Quantise
-from kdcli.progress import Progress
 from kdcli.stages import quantize
-from kdcli.stages.base import Common, QuantizeOptions, Request
+from kdcli.stages.base import QuantizeOptions
 from kdcli.stages.context import Context
 from kdcli.training.batches import model_inputs, torch_runner
 from tests import tiny
+from tests.stages import contexts
 
 
 def context_of(made, work: Path, *, settings=None, **options) -> Context:
-    request = Request(
-        stage="quantize",
-        model="m",
-        options=QuantizeOptions(**options),
-        common=Common(settings=settings or {}),
-    )
-    return Context(
-        request=request,
-        checkpoint=made,
-        dataset=None,  # type: ignore[arg-type]  # dynamic quantisation looks at no data
-        encoded={},
-        device=torch.device("cpu"),
-        seed=0,
-        progress=Progress(),
-        resume_dir=work / "resume",
+    return contexts.without_data(
+        contexts.of(QuantizeOptions(**options), made, work, splits={}, settings=settings)
     )
 
 

@@ -14,7 +14,6 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from kdcli.data import sources
 from kdcli.errors import UsageError
 from kdcli.export import fusion, sessions
 from kdcli.export import onnx as exporter
@@ -23,17 +22,16 @@ from kdcli.models import activations, transforms
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.layers import SmoothLinear
 from kdcli.models.transforms import Cut
-from kdcli.progress import Progress
 from kdcli.stages import quantize
-from kdcli.stages.base import Common, QuantizeOptions, Request
+from kdcli.stages.base import QuantizeOptions
 from kdcli.stages.context import Context
 from kdcli.stages.quantizing import plan as plans
 from kdcli.stages.quantizing import smoothing
 from kdcli.stages.quantizing.observing import observe
-from kdcli.stages.runner import Splits
 from kdcli.training.batches import model_inputs
 from tests import tiny
 from tests.models.test_small import made as small
+from tests.stages import contexts
 
 # Logits of these models are of order 1; rounding every input and weight of two random layers to 8 bits moves
 # one of them by up to 0.12 over all families and rules.
@@ -41,22 +39,8 @@ LOGIT_TOLERANCE = 0.25
 
 
 def context_of(made, work: Path, settings: dict[str, str] | None = None, **options) -> Context:
-    if not (data := work / "data").is_dir():
-        tiny.write_data(data)
-    dataset = sources.load(str(data), columns=None, seed=0, offline=True)
     options = {"scheme": "static-int8", "calibration_samples": 96} | options
-    common = Common(settings=settings or {})
-    request = Request(stage="quantize", model="m", options=QuantizeOptions(**options), common=common)
-    return Context(
-        request=request,
-        checkpoint=made,
-        dataset=dataset,
-        encoded=Splits(dataset, made),
-        device=torch.device("cpu"),
-        seed=0,
-        progress=Progress(),
-        resume_dir=work / "resume",
-    )
+    return contexts.of(QuantizeOptions(**options), made, work, settings=settings)
 
 
 def batch(made, rows: int = 24) -> dict[str, np.ndarray]:
@@ -135,7 +119,7 @@ def test_graph_answers_as_the_float_graph_and_every_product_is_one_of_integers(
 
 @pytest.mark.parametrize("rule", ["minmax", "percentile", "entropy", "mse"])
 def test_ranges_are_those_of_the_rule_on_all_rows_at_once(rule: str, tmp_path: Path) -> None:
-    made = tiny.checkpoint("bert")
+    made = tiny.checkpoint("bert", layers=1)
     context = context_of(made, tmp_path, calibration=rule)
     seen: dict[str, list[torch.Tensor]] = collections.defaultdict(list)
     handles = [

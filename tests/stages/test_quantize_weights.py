@@ -11,17 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kdcli.data import sources
 from kdcli.errors import InputError, UsageError
 from kdcli.models import activations
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import layouts_of
-from kdcli.progress import Progress
 from kdcli.stages import quantize
-from kdcli.stages.base import Common, QuantizeOptions, Request
+from kdcli.stages.base import QuantizeOptions
 from kdcli.stages.context import Context
-from kdcli.stages.runner import Splits
 from tests import tiny
+from tests.stages import contexts
 
 CASES = {
     "int4 rtn": ({"scheme": "int4"}, {"rounding": "rtn"}),
@@ -44,22 +42,7 @@ CASES = {
 
 
 def context_of(made, work: Path, options: dict, settings: dict) -> Context:
-    data = work / "data"
-    if not data.is_dir():
-        tiny.write_data(data)
-    dataset = sources.load(str(data), columns=None, seed=0, offline=True)
-    common = Common(settings=settings)
-    request = Request(stage="quantize", model="m", options=QuantizeOptions(**options), common=common)
-    return Context(
-        request=request,
-        checkpoint=made,
-        dataset=dataset,
-        encoded=Splits(dataset, made),
-        device=torch.device("cpu"),
-        seed=0,
-        progress=Progress(),
-        resume_dir=work / "resume",
-    )
+    return contexts.of(QuantizeOptions(**options), made, work, settings=settings)
 
 
 def stored(made, work: Path, options: dict, settings: dict):

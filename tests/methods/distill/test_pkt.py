@@ -9,18 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdcli.methods import signals
 from kdcli.methods.distill import pkt
-from kdcli.methods.distill.pkt import Config, loss, term
+from kdcli.methods.distill.pkt import Config, loss
 from kdcli.methods.distill.similarity import unit_rows
-from kdcli.methods.signals import Needs, Setting, Shape, Signals, Step
+from kdcli.methods.signals import Setting, Shape
+from tests.methods.distill import checks
+from tests.methods.distill.checks import features
 
 SHAPE = Shape(layers=2, hidden=4, heads=2, classes=5, pooled=4)
-
-
-def features(seed: int, rows: int = 7, width: int = 4, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def naive(student: np.ndarray, teacher: np.ndarray) -> float:
@@ -115,38 +111,19 @@ def test_without_a_choice_of_neighbours_loss_and_gradient_are_exactly_zero(rows:
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_degenerate_batches_have_finite_gradients(rows: torch.Tensor, side: str) -> None:
     student, teacher = (rows, features(1, 3)) if side == "student" else (features(1, 3), rows)
-    leaf = student.clone().requires_grad_()
-    value = loss(leaf, teacher)
-    (gradient,) = torch.autograd.grad(value, leaf)
-    assert bool(torch.isfinite(value))
-    # A division by a norm of 1e-12 would be finite as well, and useless.
-    assert float(gradient.abs().max()) < 10
+    checks.finite(loss, student, teacher, most=10)
 
 
 def test_gradients_are_exact_and_none_reaches_the_teacher() -> None:
-    teacher = features(1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: loss(s, teacher.detach()), features(0).requires_grad_())
-    student = features(0).requires_grad_()
-    loss(student, teacher).backward()
-    assert teacher.grad is None
-    assert student.grad is not None
+    checks.exact_gradients(loss, features(0), features(1))
 
 
 @pytest.mark.parametrize("on", ["pooled", "logits"])
 def test_the_term_reads_what_was_chosen_and_asks_for_it(on: str) -> None:
+    pooled, logits = [features(0), features(1)], [features(2, width=5), features(3, width=5)]
     setting = Setting(Config(on=on), SHAPE, SHAPE)
-    asked = Needs(pooled=on == "pooled")
-    assert signals.needs(pkt, setting) == (asked, asked)
-    pooled = [features(0), features(1)] if on == "pooled" else [None, None]
-    logits = [features(2, width=5), features(3, width=5)]
-    mask = torch.ones(7, 3, dtype=torch.bool)
-    student, teacher = (Signals(z, mask, p) for z, p in zip(logits, pooled, strict=True))
-    want = loss(*(pooled if on == "pooled" else logits))  # type: ignore[arg-type]
-    assert torch.equal(term(student, teacher, setting, Step(torch.zeros(7, dtype=torch.long), 0.5)), want)
+    checks.reads_what_was_chosen(pkt, setting, loss, pooled, logits)
 
 
 def test_half_precision_is_lifted() -> None:
-    student, teacher = (features(seed, dtype=torch.bfloat16) for seed in (0, 1))
-    found = loss(student, teacher)
-    assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(naive(student.double().numpy(), teacher.double().numpy()), rel=2e-4)
+    checks.lifted(loss, naive, features(0), features(1), error=2e-4)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kdcli.methods import signals
 from kdcli.methods.distill import rkd
-from kdcli.methods.distill.rkd import Config, loss, term
-from kdcli.methods.signals import Needs, Setting, Shape, Signals, Step
+from kdcli.methods.distill.rkd import Config, loss
+from kdcli.methods.signals import Setting, Shape
+from tests.methods.distill import checks
+from tests.methods.distill.checks import features
 
 SHAPE = Shape(layers=2, hidden=4, heads=2, classes=5, pooled=4)
 DISTANCE = Config(distance_weight=1.0, angle_weight=0.0)
 ANGLE = Config(distance_weight=0.0, angle_weight=1.0)
-
-
-def features(seed: int, rows: int = 7, width: int = 4, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def huber(gap: float) -> float:
@@ -113,41 +110,22 @@ def test_without_pairs_or_triplets_loss_and_gradient_are_exactly_zero(rows: int,
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_coinciding_rows_have_finite_gradients(rows: torch.Tensor, side: str) -> None:
     student, teacher = (rows, features(1, 4)) if side == "student" else (features(1, 4), rows)
-    leaf = student.clone().requires_grad_()
-    value = loss(leaf, teacher, Config())
-    (gradient,) = torch.autograd.grad(value, leaf)
-    assert bool(torch.isfinite(value))
-    # The weights are 25 and 50; a division by a norm of 1e-12 would be finite as well, and useless.
-    assert float(gradient.abs().max()) < 1000
+    # The weights are 25 and 50.
+    checks.finite(partial(loss, config=Config()), student, teacher, most=1000)
 
 
 def test_gradients_are_exact_and_none_reaches_the_teacher() -> None:
-    teacher = features(1).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda s: loss(s, teacher.detach(), Config()), features(0).requires_grad_()
-    )
-    student = features(0).requires_grad_()
-    loss(student, teacher, Config()).backward()
-    assert teacher.grad is None
-    assert student.grad is not None
+    checks.exact_gradients(partial(loss, config=Config()), features(0), features(1))
 
 
 @pytest.mark.parametrize("on", ["pooled", "logits"])
 def test_the_term_reads_what_was_chosen_and_asks_for_it(on: str) -> None:
+    pooled, logits = [features(0), features(1)], [features(2, width=5), features(3, width=5)]
     setting = Setting(Config(on=on, angle_rows=3), SHAPE, SHAPE)
-    asked = Needs(pooled=on == "pooled")
-    assert signals.needs(rkd, setting) == (asked, asked)
-    pooled = [features(0), features(1)] if on == "pooled" else [None, None]
-    logits = [features(2, width=5), features(3, width=5)]
-    mask = torch.ones(7, 3, dtype=torch.bool)
-    student, teacher = (Signals(z, mask, p) for z, p in zip(logits, pooled, strict=True))
-    want = loss(*(pooled if on == "pooled" else logits), setting.config)  # type: ignore[arg-type]
-    assert torch.equal(term(student, teacher, setting, Step(torch.zeros(7, dtype=torch.long), 0.5)), want)
+    checks.reads_what_was_chosen(rkd, setting, partial(loss, config=setting.config), pooled, logits)
 
 
 def test_half_precision_is_lifted() -> None:
-    student, teacher = (features(seed, dtype=torch.bfloat16) for seed in (0, 1))
-    found = loss(student, teacher, Config())
-    assert found.dtype == torch.float32
-    want = naive(student.double().numpy(), teacher.double().numpy(), Config())
-    assert float(found) == pytest.approx(want, rel=1e-5)
+    checks.lifted(
+        partial(loss, config=Config()), partial(naive, config=Config()), features(0), features(1), error=1e-5
+    )

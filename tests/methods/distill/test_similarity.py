@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from kdcli.methods import signals
 from kdcli.methods.distill import similarity
-from kdcli.methods.distill.similarity import Config, loss, term
-from kdcli.methods.signals import Needs, Setting, Shape, Signals, Step
+from kdcli.methods.distill.similarity import Config, loss
+from kdcli.methods.signals import Setting, Shape
+from tests.methods.distill import checks
+from tests.methods.distill.checks import features
 
 SHAPE = Shape(layers=2, hidden=4, heads=2, classes=5, pooled=4)
-
-
-def features(seed: int, rows: int = 7, width: int = 4, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def rotation(width: int, into: int) -> torch.Tensor:
@@ -93,12 +90,7 @@ def test_a_narrow_student_learns_who_belongs_together() -> None:
     ids=["one", "identical", "zero", "one of them zero"],
 )
 def test_degenerate_batches_have_finite_gradients(kernel: str, rows: torch.Tensor) -> None:
-    student = rows.clone().requires_grad_()
-    value = loss(student, features(1, len(rows), 6), Config(kernel=kernel))
-    (gradient,) = torch.autograd.grad(value, student)
-    assert bool(torch.isfinite(value))
-    # A division by a norm of 1e-12 would be finite as well, and useless.
-    assert float(gradient.abs().max()) < 100
+    checks.finite(partial(loss, config=Config(kernel=kernel)), rows, features(1, len(rows), 6), most=100)
 
 
 def test_a_single_row_is_like_itself_in_both_models() -> None:
@@ -106,33 +98,17 @@ def test_a_single_row_is_like_itself_in_both_models() -> None:
 
 
 def test_gradients_are_exact_and_none_reaches_the_teacher() -> None:
-    teacher = features(1).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda s: loss(s, teacher.detach(), Config()), features(0).requires_grad_()
-    )
-    student = features(0).requires_grad_()
-    loss(student, teacher, Config()).backward()
-    assert teacher.grad is None
-    assert student.grad is not None
+    checks.exact_gradients(partial(loss, config=Config()), features(0), features(1))
 
 
 @pytest.mark.parametrize("on", ["pooled", "logits"])
 def test_the_term_reads_what_was_chosen_and_asks_for_it(on: str) -> None:
+    pooled, logits = [features(0), features(1, width=6)], [features(2, width=5), features(3, width=5)]
     setting = Setting(Config(on=on), SHAPE, replace(SHAPE, pooled=6))
-    asked = Needs(pooled=on == "pooled")
-    assert signals.needs(similarity, setting) == (asked, asked)
-    pooled = [features(0), features(1, width=6)] if on == "pooled" else [None, None]
-    logits = [features(2, width=5), features(3, width=5)]
-    mask = torch.ones(7, 3, dtype=torch.bool)
-    student, teacher = (Signals(z, mask, p) for z, p in zip(logits, pooled, strict=True))
-    want = loss(*(pooled if on == "pooled" else logits), Config())  # type: ignore[arg-type]
-    step = Step(torch.zeros(7, dtype=torch.long), 0.5)
-    assert torch.equal(term(student, teacher, setting, step), want)
+    checks.reads_what_was_chosen(similarity, setting, partial(loss, config=setting.config), pooled, logits)
 
 
 def test_half_precision_is_lifted() -> None:
-    student, teacher = (features(seed, dtype=torch.bfloat16) for seed in (0, 1))
-    found = loss(student, teacher, Config())
-    assert found.dtype == torch.float32
-    want = naive(student.double().numpy(), teacher.double().numpy(), "cosine")
-    assert float(found) == pytest.approx(want, rel=1e-5)
+    checks.lifted(
+        partial(loss, config=Config()), partial(naive, kernel="cosine"), features(0), features(1), error=1e-5
+    )

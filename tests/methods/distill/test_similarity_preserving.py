@@ -6,17 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli.methods import signals
 from kdcli.methods.distill import similarity, similarity_preserving
-from kdcli.methods.distill.similarity_preserving import Config, loss, term
-from kdcli.methods.signals import Needs, Setting, Shape, Signals, Step
+from kdcli.methods.distill.similarity_preserving import Config, loss
+from kdcli.methods.signals import Setting, Shape
+from tests.methods.distill import checks
+from tests.methods.distill.checks import features
 
 SHAPE = Shape(layers=2, hidden=4, heads=2, classes=5, pooled=4)
-
-
-def features(seed: int, rows: int = 7, width: int = 4, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def naive(student: np.ndarray, teacher: np.ndarray) -> float:
@@ -81,12 +77,7 @@ def test_descent_brings_the_teachers_pattern_without_its_features() -> None:
     ids=["one", "identical", "zero", "one of them zero"],
 )
 def test_degenerate_batches_have_finite_gradients(rows: torch.Tensor) -> None:
-    student = rows.clone().requires_grad_()
-    value = loss(student, features(1, len(rows), 6))
-    (gradient,) = torch.autograd.grad(value, student)
-    assert bool(torch.isfinite(value))
-    # A division by a norm of 1e-12 would be finite as well, and useless.
-    assert float(gradient.abs().max()) < 10
+    checks.finite(loss, rows, features(1, len(rows), 6), most=10)
 
 
 def test_a_single_row_gives_zero() -> None:
@@ -94,29 +85,15 @@ def test_a_single_row_gives_zero() -> None:
 
 
 def test_gradients_are_exact_and_none_reaches_the_teacher() -> None:
-    teacher = features(1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: loss(s, teacher.detach()), features(0).requires_grad_())
-    student = features(0).requires_grad_()
-    loss(student, teacher).backward()
-    assert teacher.grad is None
-    assert student.grad is not None
+    checks.exact_gradients(loss, features(0), features(1))
 
 
 @pytest.mark.parametrize("on", ["pooled", "logits"])
 def test_the_term_reads_what_was_chosen_and_asks_for_it(on: str) -> None:
+    pooled, logits = [features(0), features(1)], [features(2, width=5), features(3, width=5)]
     setting = Setting(Config(on=on), SHAPE, SHAPE)
-    asked = Needs(pooled=on == "pooled")
-    assert signals.needs(similarity_preserving, setting) == (asked, asked)
-    pooled = [features(0), features(1)] if on == "pooled" else [None, None]
-    logits = [features(2, width=5), features(3, width=5)]
-    mask = torch.ones(7, 3, dtype=torch.bool)
-    student, teacher = (Signals(z, mask, p) for z, p in zip(logits, pooled, strict=True))
-    want = loss(*(pooled if on == "pooled" else logits))  # type: ignore[arg-type]
-    assert torch.equal(term(student, teacher, setting, Step(torch.zeros(7, dtype=torch.long), 0.5)), want)
+    checks.reads_what_was_chosen(similarity_preserving, setting, loss, pooled, logits)
 
 
 def test_half_precision_is_lifted() -> None:
-    student, teacher = (features(seed, dtype=torch.bfloat16) for seed in (0, 1))
-    found = loss(student, teacher)
-    assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(naive(student.double().numpy(), teacher.double().numpy()), rel=1e-5)
+    checks.lifted(loss, naive, features(0), features(1), error=1e-5)
