@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ def by_damage(sizes: Mapping[str, Size], damage: Mapping[str, np.ndarray], budge
 class Choices:
     """What one layer may become: ``options`` of rising ``cost`` (n,) and falling ``damage`` (n,); the last is dense."""
 
-    options: Sequence[int | None]
+    options: Sequence[Any]
     cost: np.ndarray
     damage: np.ndarray
 

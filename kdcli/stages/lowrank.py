@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from kdcli import methods
+from kdcli import methods, processes
 from kdcli.errors import UsageError
 from kdcli.methods import rank_budget
 from kdcli.methods.sequential import Unit, unit_of
 from kdcli.models.families import Family, encoder_linears
 from kdcli.models.transforms import Factorise
 from kdcli.report.schema import Method, Warning_
-from kdcli.stages import lowrank_conv, lowrank_merge
+from kdcli.stages import lowrank_conv, lowrank_merge, speedup
 from kdcli.stages.base import LowRankOptions
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.lowrank_linear import Work
@@ -51,8 +51,8 @@ def apply(context: Context) -> Applied:
 
     ``--budget F`` keeps the share F of the parameters of all chosen layers together, ``--energy F`` in each
     layer the fewest directions with the share F of what the method minimises, ``--rank N`` N directions in each
-    (``evbmf``: as many as stand out of noise), ``--target-speedup F`` as many as make the model F times as fast by
-    latencies that are measured here. With ``--max-drop`` and none of them the smallest budget is searched that
+    (``evbmf``: as many as stand out of noise), ``--target-speedup F`` as many as leave the model F times as fast,
+    which is measured on its finished graph. With ``--max-drop`` and none of them the smallest budget is searched that
     keeps the accuracy on the validation rows. ``--merge`` multiplies factors back where that pays.
 
     Raises:
@@ -93,6 +93,8 @@ def apply(context: Context) -> Applied:
             reason = "no rank is below break-even"
         text = f"nothing was factorised, the model is unchanged: {reason}"
         warnings.append(Warning_(code="nothing-factorised", message=text))
+    if "target_speedup" in detail:
+        warnings += speedup.missed(detail["target_speedup"])
     slower = [
         row for row in table if not row["kept_dense"] and row["latency_after_ms"] > row["latency_before_ms"]
     ]
@@ -152,6 +154,11 @@ def _check_ranges(options: LowRankOptions) -> None:
     if options.target_speedup is not None and not 1 < options.target_speedup < 1000:
         raise UsageError(
             f"--target-speedup {options.target_speedup} is not above 1: it is a ratio of latencies"
+        )
+    if options.target_speedup is not None and processes.count() > 1:
+        raise UsageError(
+            "--target-speedup measures latencies, which several processes would disturb",
+            "run it in one process, or give --budget",
         )
     if options.epochs < 0:
         raise UsageError(f"--epochs {options.epochs} is negative; 0 means no recovery training")

@@ -17,13 +17,14 @@ from kdcli.models import conv_factors
 from kdcli.models.conv_factors import FactorisedConv
 from kdcli.models.transforms import FactoriseConv
 from kdcli.report.schema import Method, Warning_
-from kdcli.stages import calibration
+from kdcli.stages import calibration, lowrank_speed, speedup
 from kdcli.stages.base import LowRankOptions
 from kdcli.stages.budget_search import JUDGED_ROWS, search
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.patterns import patterns_leave
 from kdcli.stages.products import torch_milliseconds
 from kdcli.stages.recovery import recover
+from kdcli.stages.speedup import Speed
 
 Ranks = tuple[int, ...]
 
@@ -114,6 +115,8 @@ def apply(
         text = "nothing was factorised, the model is unchanged: no ranks are below break-even"
         warnings.append(Warning_(code="nothing-factorised", message=text))
     else:
+        if "target_speedup" in detail:
+            warnings += speedup.missed(detail["target_speedup"])
         log.transforms.append(FactoriseConv(kind=kind, ranks={name: list(r) for name, r in kept.items()}))
         if options.epochs:
             detail["recovery"] = recover(
@@ -167,7 +170,7 @@ def _decide(
             task.advance()
     if "target_speedup" in amount:
         return none | _for_speedup(
-            model, kind, layers, curves, amount["target_speedup"], batches, inputs, factors
+            context, layers, curves, amount["target_speedup"], batches, inputs, factors, detail
         )
 
     def shared(budget: float, detail: dict[str, Any]) -> dict[str, Ranks | None]:
@@ -252,47 +255,46 @@ def _even(module: Any, layers: Mapping[str, Any], kind: str, budget: float) -> d
 
 
 def _for_speedup(
-    model: nn.Module,
-    kind: str,
+    context: Context,
     layers: Mapping[str, Any],
     curves: Mapping[str, tuple[list[Ranks], np.ndarray]],
     target: float,
     batches: list[dict[str, Tensor]],
     inputs: Mapping[str, Tensor],
     factors: Any,
+    detail: dict[str, Any],
 ) -> dict[str, Ranks | None]:
-    """The least damage among the ranks that make the model so much faster, by torch's latencies.
+    """The least damage among the ranks with which the finished graph is so much faster.
 
-    Raises:
-        UsageError: The lowest ranks everywhere are not that fast.
+    The predictions are torch's latencies, of the layers and of the whole model.
     """
+    if (earlier := lowrank_speed.resumed(context, detail)) is not None:
+        return earlier
+    model = context.checkpoint.model
 
     class Whole(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return model(**{key: value[:1] for key, value in batches[0].items()}).logits
 
-    whole = torch_milliseconds(Whole(), torch.zeros(1))
     choices: dict[str, Choices] = {}
-    options: dict[str, list[Ranks | None]] = {}
     for name, (steps, harm) in curves.items():
         at = np.unique(np.linspace(0, len(steps) - 1, _TRIED).astype(int))
         times = [torch_milliseconds(factors(name, steps[i]), inputs[name]) for i in at]
         before = torch_milliseconds(layers[name], inputs[name])
         cost = np.maximum.accumulate(np.interp(np.arange(len(steps)), at, times))
         faster = np.flatnonzero(cost < before)
-        options[name] = [*(steps[i] for i in faster), None]
         choices[name] = Choices(
-            range(len(faster) + 1), np.append(cost[faster], before), np.append(harm[faster], 0.0)
+            [*(steps[i] for i in faster), None], np.append(cost[faster], before), np.append(harm[faster], 0.0)
         )
-    before = sum(float(c.cost[-1]) for c in choices.values())
-    fastest = whole - before + sum(float(c.cost.min()) for c in choices.values())
-    allowed = whole / target - (whole - before)
-    if fastest > whole / target:
-        raise UsageError(
-            f"--target-speedup {target} cannot be met: the lowest ranks are {whole / fastest:.2f} times as fast",
-            "give a lower one",
-        )
-    return {name: options[name][i] for name, i in rank_budget.least(choices, allowed).items()}
+
+    def measure(picked: Mapping[str, Ranks | None]) -> Speed:
+        _put(model, {n: factors(n, r) for n, r in picked.items() if r is not None})
+        found = speedup.against_input(context, context.checkpoint)
+        _put(model, layers)
+        return found
+
+    whole = torch_milliseconds(Whole(), torch.zeros(1))
+    return lowrank_speed.choose(context, target, choices, whole, measure, detail)
 
 
 @torch.no_grad()

@@ -17,10 +17,11 @@ from kdcli.methods.factors import Factors, Problem
 from kdcli.methods.moments import Moments
 from kdcli.methods.rank_budget import Choices, Ranks, Size
 from kdcli.methods.sequential import Fit, Sample, Unit
-from kdcli.stages import calibration
+from kdcli.stages import calibration, lowrank_speed, speedup
 from kdcli.stages.budget_search import JUDGED_ROWS, search
 from kdcli.stages.context import Context
 from kdcli.stages.products import Clock
+from kdcli.stages.speedup import Speed
 from kdcli.training.losses import UNLABELLED
 
 _HELD = 4  # one row in four of the calibration rows judges the shares of a budget
@@ -232,13 +233,10 @@ class Work:
         return shares[best]
 
     def _for_speedup(self, damage: Mapping[str, np.ndarray], target: float, detail: dict[str, Any]) -> Ranks:
-        """The least damage among the ranks whose products take so much less time.
-
-        Raises:
-            UsageError: Rank 1 everywhere is not that fast.
-        """
-        whole = self.clock.model(self.context)
-        choices: dict[str, Choices] = {}
+        """The least damage among the ranks with which the finished graph is so much faster."""
+        if (earlier := lowrank_speed.resumed(self.context, detail)) is not None:
+            return earlier
+        options: dict[str, Choices] = {}
         with self.context.progress.task("latencies", len(self.units)) as task:
             for name, unit in self.units.items():
                 size = self.sizes[name]
@@ -250,26 +248,22 @@ class Work:
                 times = [self._milliseconds(unit, int(rank)) for rank in grid]
                 cost = np.maximum.accumulate(np.interp(ranks, grid, times)) if len(ranks) else np.zeros(0)
                 faster = cost < before  # a slower pair is never chosen
-                options: list[int | None] = [*ranks[faster].tolist(), None]
-                choices[name] = Choices(
-                    options, np.append(cost[faster], before), np.append(damage[name][ranks[faster]], 0.0)
+                options[name] = Choices(
+                    [*ranks[faster].tolist(), None],
+                    np.append(cost[faster], before),
+                    np.append(damage[name][ranks[faster]], 0.0),
                 )
                 task.advance()
-        before = sum(float(c.cost[-1]) for c in choices.values())
-        allowed = whole / target - (whole - before)
-        fastest = sum(float(c.cost.min()) for c in choices.values())
-        detail["latency"] = {"model_ms": whole, "products_ms": before, "allowed_ms": allowed}
-        if fastest > allowed:
-            reached = whole / (whole - before + fastest)
-            raise UsageError(
-                f"--target-speedup {target} cannot be met: rank 1 everywhere is {reached:.2f} times as fast",
-                "give a lower one, or shorten the model first: kdcli prune",
-            )
-        picked = rank_budget.least(choices, allowed)
-        detail["latency"]["predicted_ms"] = (
-            whole - before + sum(float(choices[n].cost[i]) for n, i in picked.items())
-        )
-        return {name: choices[name].options[i] for name, i in picked.items()}
+
+        def measure(picked: Ranks) -> Speed:
+            # The speed is that of the shapes: what is fitted later only changes the numbers in them.
+            self._install(picked)
+            found = speedup.against_input(self.context, self.context.checkpoint)
+            self._dense()
+            return found
+
+        whole = self.clock.model(self.context)
+        return lowrank_speed.choose(self.context, target, options, whole, measure, detail)
 
     def _search(
         self,

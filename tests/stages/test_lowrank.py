@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdcli import processes
 from kdcli.errors import UsageError
 from kdcli.methods import rank_budget
 from kdcli.models import checkpoint as checkpoints
@@ -15,9 +16,10 @@ from kdcli.models import transforms
 from kdcli.models.families import encoder_linears
 from kdcli.models.layers import LowRankEmbedding, LowRankLinear
 from kdcli.models.transforms import Cut, Factorise, Layers, Width
-from kdcli.stages import calibration, lowrank, lowrank_linear, lowrank_merge
+from kdcli.stages import calibration, lowrank, lowrank_linear, lowrank_merge, speedup
 from kdcli.stages.base import Gates, LowRankOptions
 from kdcli.stages.context import Context
+from kdcli.stages.speedup import Speed
 from tests import tiny
 from tests.stages import contexts
 
@@ -511,26 +513,135 @@ def test_max_drop_that_nothing_keeps_leaves_the_model_as_it_is(
     assert made.log.transforms == []
 
 
-def test_target_speedup_by_a_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+WHOLE = 20.0  # milliseconds of the model on the machine that the tests imagine, of which 12 are products
+
+
+def pair_ms(rank: int | None) -> float:
+    """Slower than the matrix from rank 10 on."""
+    return 1.0 if rank is None else 0.2 + 0.08 * rank
+
+
+def speed_of(made, gain: float = 1.0) -> Speed:
+    """On a machine on which ``gain`` of what the clock says is saved in the finished graph."""
+    pairs = [m for m in made.model.modules() if isinstance(m, LowRankLinear)]
+    return Speed(WHOLE / (WHOLE - gain * sum(1.0 - pair_ms(pair.rank) for pair in pairs)), 0.01)
+
+
+@pytest.fixture
+def imagined(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = lowrank_linear.Clock
-    monkeypatch.setattr(clock, "model", lambda self, context: 20.0)
+    monkeypatch.setattr(clock, "model", lambda self, context: WHOLE)
+    monkeypatch.setattr(clock, "product", lambda self, outputs, inputs, rank: pair_ms(rank))
 
-    def product(self, outputs: int, inputs: int, rank: int | None) -> float:
-        return 1.0 if rank is None else 0.2 + 0.08 * rank  # slower than the matrix from rank 10 on
 
-    monkeypatch.setattr(clock, "product", product)
+def finished(monkeypatch: pytest.MonkeyPatch, measure) -> None:
+    monkeypatch.setattr(speedup, "against_input", lambda context, made: measure(made))
+
+
+@pytest.mark.usefixtures("imagined")
+def test_a_target_speedup_that_the_finished_graph_has_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(monkeypatch, speed_of)
     made = tiny.checkpoint()
     applied = lowrank.apply(context_of(made, tmp_path, target_speedup=1.25))
-    latency = applied.method.detail["latency"]
-    assert latency["model_ms"] == 20
-    assert latency["products_ms"] == 12
+    found = applied.method.detail["target_speedup"]
+    assert found["latency"] == {"model_ms": 20, "layers_ms": 12}
     spent = sum(row["latency_after_ms"] for row in applied.method.layers)
-    assert latency["allowed_ms"] == pytest.approx(8)  # 20 / 1.25 - (20 - 12)
-    assert spent == pytest.approx(latency["predicted_ms"] - 8)
-    assert 7.5 < spent <= 8
+    assert 7.5 < spent <= 8  # 20 / 1.25 - (20 - 12)
+    assert found["predicted"] == pytest.approx(20 / (8 + spent))
+    assert found["measured"] == pytest.approx(found["predicted"])
+    assert len(found["tries"]) == 1
     assert all(row["rank"] is None or row["rank"] < 10 for row in applied.method.layers)
-    with pytest.raises(UsageError, match=r"--target-speedup 3.0 cannot be met: rank 1 everywhere is 1\.76"):
+    assert applied.warnings == []
+    ranks = {row["name"]: row["rank"] for row in applied.method.layers if not row["kept_dense"]}
+    assert made.log.transforms == [Factorise(ranks=ranks)]
+
+
+@pytest.mark.usefixtures("imagined")
+@pytest.mark.parametrize("gain", [0.8, 1.4])
+def test_a_target_speedup_is_corrected_by_the_finished_graph(
+    gain: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def measure(made) -> Speed:
+        seen.append({n: m.rank for n, m in made.model.named_modules() if isinstance(m, LowRankLinear)})
+        return speed_of(made, gain)
+
+    finished(monkeypatch, measure)
+    made = tiny.checkpoint()
+    applied = lowrank.apply(context_of(made, tmp_path, target_speedup=1.35))
+    found = applied.method.detail["target_speedup"]
+    first, last = found["tries"][0], found["tries"][-1]
+    assert (first["measured"] < 1.32) == (gain < 1)
+    assert 1.32 <= last["measured"] <= 1.35 * 1.1 + 0.01
+    assert (first["predicted"] < last["predicted"]) == (gain < 1)
+    assert 1 < len(seen) == len(found["tries"]) <= speedup.ROUNDS
+    # Every try starts from the dense model, and what is kept is what was measured.
+    assert seen[-1] == {r["name"]: r["rank"] for r in applied.method.layers if not r["kept_dense"]}
+    assert speed_of(made, gain).value == pytest.approx(found["measured"])
+    assert applied.warnings == []
+
+
+@pytest.mark.usefixtures("imagined")
+def test_a_target_speedup_out_of_reach_is_refused_with_the_fastest_or_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(monkeypatch, speed_of)
+    # 12 pairs of rank 1 save 0.72 ms each.
+    with pytest.raises(
+        UsageError, match=r"--target-speedup 3 cannot be met: .* 1\.76 times as fast, .* the most"
+    ):
         lowrank.apply(context_of(tiny.checkpoint(), tmp_path, target_speedup=3.0))
+    finished(monkeypatch, lambda made: Speed(1.03, 0.0))
+    stubborn = lowrank.apply(context_of(tiny.checkpoint(), tmp_path, target_speedup=1.08))
+    assert [w.code for w in stubborn.warnings] == ["speedup-missed"]
+    assert len(stubborn.method.detail["target_speedup"]["tries"]) == speedup.ROUNDS
+    monkeypatch.setattr(
+        lowrank_linear.Clock, "product", lambda self, outputs, inputs, rank: 1.0 + (rank or 0)
+    )
+    with pytest.raises(
+        UsageError, match="no factors are faster here than the layer they replace, so 1 is the most"
+    ):
+        lowrank.apply(context_of(tiny.checkpoint(), tmp_path, target_speedup=1.2))
+
+
+@pytest.mark.usefixtures("imagined")
+def test_of_those_that_meet_a_target_speedup_the_slowest_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([Speed(1.9, 0.0), Speed(1.1, 0.0), Speed(1.4, 0.0)])
+    finished(monkeypatch, lambda made: next(answers))
+    applied = lowrank.apply(context_of(tiny.checkpoint(), tmp_path, target_speedup=1.25))
+    assert applied.method.detail["target_speedup"]["measured"] == 1.4
+
+
+@pytest.mark.usefixtures("imagined")
+def test_a_resumed_recovery_belongs_to_the_ranks_that_were_measured_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.saved(tmp_path / "m")
+    options = {"target_speedup": 1.25, "epochs": 1, "batch_size": 16}
+    finished(monkeypatch, speed_of)
+    first = lowrank.apply(context_of(checkpoints.load(tmp_path / "m"), tmp_path, **options))
+
+    def broken(made) -> Speed:
+        raise AssertionError("the speed is known")
+
+    finished(monkeypatch, broken)
+    context = context_of(checkpoints.load(tmp_path / "m"), tmp_path, **options)
+    common = dataclasses.replace(context.request.common, resume=True)
+    context.request = dataclasses.replace(context.request, common=common)
+    later = lowrank.apply(context)
+    assert without_clock(later.method) == without_clock(first.method)
+    assert later.method.detail["target_speedup"] == first.method.detail["target_speedup"]
+
+
+def test_a_target_speedup_is_for_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(UsageError, match="several processes would disturb"):
+        lowrank.prepare(context_of(tiny.checkpoint(), tmp_path, target_speedup=2.0))
 
 
 def test_thin_products_that_are_slower_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

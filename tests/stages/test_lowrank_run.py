@@ -19,8 +19,9 @@ from kdcli.models.conv_factors import FactorisedConv
 from kdcli.models.layers import LowRankEmbedding
 from kdcli.models.transforms import FactoriseConv
 from kdcli.progress import Progress
-from kdcli.stages import lowrank, runner
+from kdcli.stages import layer_speed, lowrank, lowrank_linear, runner, speedup
 from kdcli.stages.base import Common, Gates, LowRankOptions, QuantizeOptions, Request
+from kdcli.stages.speedup import Speed
 from tests import tiny
 from tests.stages.test_lowrank import context_of
 
@@ -199,5 +200,63 @@ def test_convolutions_are_refused_in_one_line(tmp_path: Path) -> None:
         lowrank.prepare(context_of(cnn(), tmp_path, method="tucker2", budget=0.001))
     with pytest.raises(UsageError, match="--include 'nothing' matches no dense convolution"):
         lowrank.prepare(context_of(cnn(), tmp_path, method="tucker2", include=("nothing",)))
-    with pytest.raises(UsageError, match=r"--target-speedup 900.0 cannot be met"):
-        lowrank.apply(context_of(cnn(), tmp_path, method="tucker2", target_speedup=900.0))
+
+
+def test_a_target_speedup_is_that_of_the_graph_that_ships(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that takes a nanosecond for every weight of a graph, by a clock that sees only half of it."""
+
+    def weights(path: Path) -> float:
+        return sum(onnx.numpy_helper.to_array(t).size for t in onnx.load(path).graph.initializer) / 1e6
+
+    def product(self, outputs: int, inputs: int, rank: int | None) -> float:
+        return (outputs * inputs if rank is None else rank * (outputs + inputs)) / 2e6
+
+    def in_turns(paths, batches, **_):
+        return np.array([[weights(path)] * 4 for path in paths])
+
+    clock, before = lowrank_linear.Clock, []
+    monkeypatch.setattr(layer_speed, "in_turns", in_turns)
+    monkeypatch.setattr(clock, "product", product)
+    monkeypatch.setattr(
+        clock, "model", lambda self, context: before.append(weights(context.input_graph)) or before[-1]
+    )
+    data = place / "data"
+    report = run("lowrank", place / "model", tmp_path / "out", data, LowRankOptions(target_speedup=1.3))
+    found = report.method.detail["target_speedup"]
+    assert found["tries"][0]["measured"] > 1.5  # twice the saving that was predicted
+    assert found["measured"] == pytest.approx(1.3, rel=0.03)
+    assert before[0] / weights(tmp_path / "out" / "model.onnx") == pytest.approx(found["measured"], rel=1e-9)
+    assert "speedup-missed" not in {w.code for w in report.warnings}
+    with pytest.raises(UsageError, match=r"--target-speedup 90 cannot be met: .* is the most"):
+        run("lowrank", place / "model", tmp_path / "no", data, LowRankOptions(target_speedup=90.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_target_speedup_of_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdcli.stages import lowrank_conv
+
+    def clock(layer, x) -> float:
+        """Milliseconds as weights of the convolutions, and as many elsewhere as the dense ones have."""
+        if isinstance(layer, FactorisedConv | torch.nn.Conv1d):
+            return sum(p.numel() for p in layer.parameters()) / 1000
+        return 2 * whole
+
+    whole = sum(p.numel() for p in cnn().model.convolutions.parameters()) / 1000
+    monkeypatch.setattr(lowrank_conv, "torch_milliseconds", clock)
+
+    def measure(context, made) -> Speed:
+        spent = sum(p.numel() for p in made.model.convolutions.parameters()) / 1000
+        return Speed(2 * whole / (2 * whole - 0.8 * (whole - spent)), 0.0)
+
+    monkeypatch.setattr(speedup, "against_input", measure)
+    made = cnn()
+    applied = lowrank.apply(context_of(made, tmp_path, method="tucker2", target_speedup=1.3))
+    found = applied.method.detail["target_speedup"]
+    assert [row["measured"] >= 1.274 for row in found["tries"]] == [False, True]
+    assert measure(None, made).value == found["measured"] == pytest.approx(1.3, rel=0.05)
+    assert applied.warnings == []
+    # Twice the time is spent, half of it elsewhere, and a fifth of what is saved is lost.
+    with pytest.raises(UsageError, match=r"--target-speedup 1\.8 cannot be met: .* 1\.6. times as fast"):
+        lowrank.apply(context_of(cnn(), tmp_path, method="tucker2", target_speedup=1.8))

@@ -19,11 +19,11 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models.families import encoder_layers, family_of
 from kdcli.models.transforms import Zero
 from kdcli.progress import Progress
-from kdcli.stages import layer_speed, prune
+from kdcli.stages import layer_speed, prune, speedup
 from kdcli.stages.base import Gates
 from kdcli.stages.pruning import chain, gradual, search, speed
 from kdcli.stages.pruning import plan as plans
-from kdcli.stages.pruning.speed import Speed
+from kdcli.stages.speedup import Speed
 from tests import tiny
 from tests.stages.test_prune import TOLERANCE, context_of, encoder_weights, logits, masked_logits
 
@@ -223,14 +223,14 @@ def test_the_real_model_is_measured_against_its_input(tmp_path: Path) -> None:
     for layer in encoder_layers(other.model, other.family):
         layer.keep_heads([0])
         layer.keep_neurons([])
-    found = speed.against_input(context, other)
+    found = speedup.against_input(context, other)
     assert found.value > 1.2  # four layers of one head against four of four and 1024 neurons
     assert 0 <= found.noise < found.value
 
 
 def test_noise_is_the_standard_error_of_a_median() -> None:
     rng = np.random.default_rng(0)
-    estimates = [speed.speed_of(rng.normal(2.0, 0.1, 64)) for _ in range(2000)]
+    estimates = [speedup.speed_of(rng.normal(2.0, 0.1, 64)) for _ in range(2000)]
     real = np.std([one.value for one in estimates])
     # The standard deviation of 2000 estimates is known to 1.6 %, and 1.25 is the limit for many rows.
     assert np.mean([one.noise for one in estimates]) == pytest.approx(real, rel=0.06)

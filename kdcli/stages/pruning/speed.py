@@ -3,48 +3,27 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from kdcli.errors import UsageError
 from kdcli.measure import environment
 from kdcli.methods.prune_latency import Curve, Table, kind_of, sizes
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.families import Layer, encoder_layers
-from kdcli.report.schema import Warning_
-from kdcli.stages import graph as graphs
-from kdcli.stages import layer_speed, measuring
+from kdcli.stages import layer_speed, speedup
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.layer_speed import Timer
 from kdcli.stages.pruning import units
 from kdcli.stages.pruning.plan import Plan
 from kdcli.stages.pruning.units import Amount
 from kdcli.stages.recovery import recover
-from kdcli.stages.timing import Timings
+from kdcli.stages.runner import session_device
+from kdcli.stages.speedup import Attempt, Chosen, Measure
 
-ROUNDS = 3  # cuts at most: the first by the table, the others corrected by what the one before measured
 HEADS, NEURONS = 4, 5  # sizes of each sub-layer that are measured
-_RUNS = 7
 _FEW = 2  # sizes of each sub-layer where layers differ in more than their units
-_SLACK = 0.02  # a speed-up is not known better than that
-_OVER = 0.1  # more than that above the target gives away accuracy
-
-
-@dataclass(frozen=True)
-class Speed:
-    """A measured speed-up and its standard error."""
-
-    value: float
-    noise: float
-
-
-Measure = Callable[[Context, Checkpoint], Speed]
 
 
 def table(context: Context, *, timer: Timer | None = None) -> Table:
@@ -82,7 +61,7 @@ def table(context: Context, *, timer: Timer | None = None) -> Table:
         _tokens(context),
         progress=context.progress,
         threads=environment.threads(),
-        device=_device(context),
+        device=session_device(context.device),
         timer=timer,
     )
     curves = {
@@ -133,63 +112,42 @@ def apply(
     layers = encoder_layers(start.model, start.family)
     dense, table_row = prices.total(layers), _described(prices, layers, context)
 
-    def cut(share: float, number: int) -> tuple[Applied, Context]:
+    uncut = True
+
+    def cut(share: float) -> tuple[Applied, Context]:
+        nonlocal uncut
         inner = context
-        if number > 1:  # the first one cuts the model as it was loaded
+        if not uncut:  # the first one cuts the model as it was loaded
             loaded = checkpoints.load(start.path, labels=start.labels, device=context.device)
             inner = replace(context, checkpoint=loaded)
+        uncut = False
         now = encoder_layers(inner.checkpoint.model, inner.checkpoint.family)
         amount = Amount(prices.price, prices.remove(now, options.structure, share), recover=False)
         return units.apply(inner, plan, amount), inner
 
-    tries: list[dict[str, Any]] = []
     if context.request.common.resume and options.epochs and not gradual and chosen.exists():
         # Another measurement could ask for another cut, and the training that goes on belongs to this one.
         earlier = json.loads(chosen.read_text(encoding="utf-8"))
         tries, number = earlier["tries"], earlier["number"]
-        applied, inner = cut(tries[number]["share_of_time"], 1)
+        found = Chosen(cut(tries[number]["share_of_time"]), number, tries)
     else:
-        share, best = 1 / target, None
-        for _ in range(1 if gradual else ROUNDS):
-            done = cut(share, len(tries) + 1)
-            model = done[1].checkpoint
-            speed = (measure or against_input)(context, model)
-            row = {
-                "share_of_time": share,
-                "macs_kept": done[0].method.detail["encoder_macs_kept"],
-                "predicted": dense / prices.total(encoder_layers(model.model, model.family)),
-                "measured": speed.value,
-                "noise": speed.noise,
-            }
-            tries.append(row)
-            context.progress.note(
-                f"{target:g} times faster asked for, {row['predicted']:.2f} predicted, {speed.value:.2f} measured"
-            )
-            if best is None or _better(speed, _speed(tries[best[0]]), target):
-                best = (len(tries) - 1, *done)
-            if target - _noise(speed, target) <= speed.value <= target * (1 + _OVER) + speed.noise:
-                break
-            # What was saved is off by one factor, as far as one number can tell.
-            saved = max(1 - 1 / speed.value, 1e-6)
-            share = max(0.0, 1 - (1 - share) * min(2.0, (1 - 1 / target) / saved))
-        assert best is not None
-        number, applied, inner = best
-    speed = _speed(tries[number])
+
+        def attempt(share: float) -> Attempt[tuple[Applied, Context]]:
+            made = cut(share)
+            model = made[1].checkpoint
+            predicted = dense / prices.total(encoder_layers(model.model, model.family))
+            facts = {"macs_kept": made[0].method.detail["encoder_macs_kept"]}
+            return Attempt(made, predicted, (measure or speedup.against_input)(context, model), facts)
+
+        found = speedup.correct(context, target, attempt, rounds=1 if gradual else speedup.ROUNDS)
+    applied, inner = found.result
     if options.epochs and not gradual:
         chosen.parent.mkdir(parents=True, exist_ok=True)
-        chosen.write_text(json.dumps({"tries": tries, "number": number}), encoding="utf-8")
+        chosen.write_text(json.dumps({"tries": found.tries, "number": found.number}), encoding="utf-8")
         applied.method.detail["recovery"] = recover(inner, **plan.training)
-    applied.method.detail["target_speedup"] = {
-        "target": target,
-        "predicted": tries[number]["predicted"],
-        "measured": speed.value,
-        "noise": speed.noise,
-        "tries": tries,
-        "table": table_row,
-    }
-    if speed.value < target - _noise(speed, target):
-        said = f"{speed.value:.2f} times faster at batch 1 where {target:g} was asked for"
-        applied.warnings.append(Warning_(code="speedup-missed", message=said))
+    summary = speedup.summary(target, found)
+    applied.method.detail["target_speedup"] = summary | {"table": table_row}
+    applied.warnings += speedup.missed(summary)
     return applied
 
 
@@ -205,52 +163,6 @@ def _described(prices: Table, layers: Sequence[Layer], context: Context) -> dict
             for kind, curve in prices.curves.items()
         ],
     }
-
-
-def _speed(row: Mapping[str, Any]) -> Speed:
-    return Speed(row["measured"], row["noise"])
-
-
-def _noise(speed: Speed, target: float) -> float:
-    return max(speed.noise, _SLACK * target)
-
-
-def against_input(context: Context, checkpoint: Checkpoint) -> Speed:
-    """How many times faster than the input a model is at batch 1, on rows of the measured split, in turns."""
-    rows = context.encoded["test" if "test" in context.encoded else "validation"]
-    threads, device, progress = environment.threads(), _device(context), context.progress
-    before = context.input_graph
-    if before is None:
-        given = checkpoints.load(context.checkpoint.path, device=context.device)
-        before, _ = graphs.of_input(given, rows, threads=threads, timings=Timings(), progress=progress)
-    with tempfile.TemporaryDirectory(prefix="kdcli-speed-") as folder:
-        after = graphs.build(
-            checkpoint,
-            Path(folder) / graphs.FILE,
-            rows,
-            threads=threads,
-            timings=Timings(),
-            progress=progress,
-        ).path
-        batches = measuring.latency_batches(rows, checkpoint.pad_id, 1)
-        times = layer_speed.in_turns(
-            [before, after], batches, threads=threads, device=device, rounds=_RUNS, progress=progress
-        )
-    return speed_of(times[0] / times[1])
-
-
-def speed_of(ratios: np.ndarray) -> Speed:
-    """The median of the rows' ratios (B,), and its standard error, about 1.25 times that of a mean."""
-    spread = float(np.subtract(*np.percentile(ratios, [75, 25]))) / 1.349  # as a standard deviation
-    return Speed(float(np.median(ratios)), 1.25 * spread / len(ratios) ** 0.5)
-
-
-def _better(one: Speed, other: Speed, target: float) -> bool:
-    """Of those that meet the target the slowest, which was cut least; else the fastest."""
-    limit = target * (1 - _SLACK)
-    if (one.value >= limit) != (other.value >= limit):
-        return one.value >= limit
-    return one.value < other.value if one.value >= limit else one.value > other.value
 
 
 def _stack(context: Context, masker: int, layer: int, part: str, count: int) -> Callable[[], Any]:
@@ -271,9 +183,3 @@ def _count(layer: Layer, part: str) -> int:
 
 def _tokens(context: Context) -> int:
     return max(2, round(float(context.encoded["train"].lengths.mean())))
-
-
-def _device(context: Context) -> str:
-    from kdcli.stages.runner import session_device
-
-    return session_device(context.device)
