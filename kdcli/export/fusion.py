@@ -84,12 +84,34 @@ def fuse(
 
 
 def load(source: Path) -> onnx.ModelProto:
-    """Read a graph that has no external data, without holding the file's bytes beside it."""
+    """Read a graph that has no external data, without holding the file's bytes beside it.
+
+    Of equal weights the exporter stores one, and the others as copies made by Identity; here all who read a copy
+    read the weight itself, so that it is seen to be one.
+    """
     with source.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         model = onnx.ModelProto()
         with memoryview(content) as view:
             model.ParseFromString(view)
+    _read_originals(model.graph)
     return model
+
+
+def _read_originals(graph: GraphProto) -> None:
+    weights = {tensor.name for tensor in graph.initializer}
+    kept = {output.name for output in graph.output}
+    original: dict[str, str] = {}
+    copies = []
+    for node in graph.node:
+        if node.op_type == "Identity" and node.input[0] in weights and node.output[0] not in kept:
+            original[node.output[0]] = node.input[0]
+            copies.append(node)
+    for node in copies:
+        graph.node.remove(node)
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name in original:
+                node.input[place] = original[name]
 
 
 def _put_aside(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:

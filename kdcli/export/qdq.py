@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from kdcli.export import fusion
 from kdcli.export.int8 import Range, Rewriter, Stored, _digest
 
 _INT32_MAX = 2**31 - 1
@@ -60,7 +61,7 @@ def quantise_graph(
     Returns:
         As :func:`kdcli.export.int8.quantise_graph`.
     """
-    model = onnx.load(str(source))
+    model = fusion.load(source)
     rewriter = _Fixed(model.graph, integers, "integer", ranges, unsigned, 0)
     rewriter.outputs = outputs or {}
     rewriter.smooth_by(smooth or {})
@@ -154,7 +155,7 @@ class _Fixed(Rewriter):
         plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
         found = None
         if plain and not attributes.get("transA") and len(node.input) > 2 and node.input[2] in self.floats:
-            found = self._find(node.input[1], transposed=not attributes.get("transB"))
+            found = self._find(node, 1, transposed=not attributes.get("transB"))
         bias = None if found is None else self._bias(node.input[2], found)
         if found is None or bias is None:
             return super()._gemm(node)
@@ -174,7 +175,7 @@ class _Fixed(Rewriter):
         names = [n for n in self.names.get(_digest(dense), []) if n in self.ranges and n in self.outputs]
         if not names:
             return False
-        found = names[0]
+        found = self._layer_of(node, 1, names)
         bias = self._bias(node.input[2], found) if len(node.input) > 2 and node.input[2] else ""
         if bias is None:
             return False
