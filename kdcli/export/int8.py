@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from kdcli.export import fusion
+from kdcli.export import files
 
 Kernel = Literal["integer", "blocks"]
 """``integer``: products of integers, activations rounded to uint8. ``blocks``: MatMulNBits, float activations."""
@@ -91,7 +90,7 @@ def quantise_graph(
         inside one that also holds a float weight, or not at all; ``largest``: the largest magnitude of an
         integer that is multiplied by activations; ``stored`` and ``executed``: in words, how many weights.
     """
-    model = fusion.load(source)
+    model = files.load(source)
     rewriter = Rewriter(model.graph, integers, kernel, ranges or {}, unsigned, accuracy_level)
     rewriter.smooth_by(smooth or {})
     rewriter.run()
@@ -164,7 +163,7 @@ class Rewriter:
         """Write the model whose graph was rewritten; returns what :func:`quantise_graph` does."""
         if self.foreign and "com.microsoft" not in {entry.domain for entry in model.opset_import}:
             model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-        onnx.save(model, str(target))
+        files.save(model, target)
         return {
             "int8": dict(sorted(self.counts.items())),
             "float": sorted(set(self.integers) - self.placed),

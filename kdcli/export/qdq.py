@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from kdcli.export import fusion
+from kdcli.export import files
 from kdcli.export.int8 import Range, Rewriter, Stored, _digest
 
 _INT32_MAX = 2**31 - 1
@@ -61,7 +60,7 @@ def quantise_graph(
     Returns:
         As :func:`kdcli.export.int8.quantise_graph`.
     """
-    model = fusion.load(source)
+    model = files.load(source)
     rewriter = _Fixed(model.graph, integers, "integer", ranges, unsigned, 0)
     rewriter.outputs = outputs or {}
     rewriter.smooth_by(smooth or {})
@@ -72,7 +71,7 @@ def quantise_graph(
 
 def outputs_of(source: Path, operators: Collection[str]) -> list[str]:
     """Names of the tensors in a graph without fusions that these :data:`OPERATORS` give, in its order."""
-    graph = onnx.load(str(source), load_external_data=False).graph
+    graph = files.load(source).graph
     constants = {tensor.name for tensor in graph.initializer}
     constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
     readers: dict[str, list[NodeProto]] = {}
@@ -97,10 +96,10 @@ def outputs_of(source: Path, operators: Collection[str]) -> list[str]:
 
 def showing(source: Path, target: Path, tensors: Sequence[str]) -> None:
     """Write ``source`` with these tensors as its outputs, to look at them."""
-    model = onnx.load(str(source))
+    model = files.load(source)
     del model.graph.output[:]
     model.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in tensors)
-    onnx.save(model, str(target))
+    files.save(model, target)
 
 
 class _Fixed(Rewriter):
