@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import mmap
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -12,15 +11,16 @@ from typing import Literal
 import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
-from onnx.external_data_helper import load_external_data_for_model, set_external_data
+from onnx.external_data_helper import set_external_data
 
+from kdcli.export import files
 from kdcli.export.quiet import quiet
 
 # One of these is at the heart of whatever can be fused: attention, layer norm, GELU.
 _PARTS = frozenset({"Softmax", "LayerNormalization", "Erf"})
 
 
-_LARGE = 128 << 20  # bytes of a file; smaller ones are not worth a detour over the disk
+_LARGE = files.LARGE  # bytes of a file; smaller ones are not worth a detour over the disk
 _SMALL_TENSOR = 1024
 _WEIGHTS = "weights"
 
@@ -31,7 +31,7 @@ Fusion = Literal["packed", "separate", "none"]
 
 def possible(source: Path) -> bool:
     """Whether a graph holds anything that :func:`fuse` is for; convolutions and LSTMs are single operators."""
-    graph = onnx.load(str(source), load_external_data=False).graph
+    graph = files.outline(source).graph
     return any(node.op_type in _PARTS for node in graph.node)
 
 
@@ -52,7 +52,7 @@ def fuse(
     from onnxruntime.transformers import optimizer
     from onnxruntime.transformers.fusion_options import FusionOptions
 
-    model = load(source)
+    model = files.load(source)
     make_head_counts_explicit(model.graph)
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
@@ -73,23 +73,22 @@ def fuse(
         merged = optimised.model
         del optimised, model
         gc.collect()
-        if folder is not None:
-            load_external_data_for_model(merged, str(folder))
+        _import_foreign(merged)
+        if folder is None:
+            files.save(merged, target)
+        else:
+            with files.mapped(folder / _WEIGHTS) as content:
+                weights = files.aside(merged.graph, content)
+                files.save(merged, target, weights=weights)
+                del weights
+    return {name: int(count) for name, count in counts.items() if count}
+
+
+def _import_foreign(merged: onnx.ModelProto) -> None:
     if any(node.domain == "com.microsoft" for node in merged.graph.node):
         domains = {entry.domain for entry in merged.opset_import}
         if "com.microsoft" not in domains:
             merged.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
-    onnx.save(merged, str(target))
-    return {name: int(count) for name, count in counts.items() if count}
-
-
-def load(source: Path) -> onnx.ModelProto:
-    """Read a graph that has no external data, without holding the file's bytes beside it."""
-    with source.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        model = onnx.ModelProto()
-        with memoryview(content) as view:
-            model.ParseFromString(view)
-    return model
 
 
 def _put_aside(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:

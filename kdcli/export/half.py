@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from kdcli.export import fusion
+from kdcli.export import files
 
 
 def halve_graph(source: Path, target: Path) -> dict[str, Any]:
@@ -21,7 +20,7 @@ def halve_graph(source: Path, target: Path) -> dict[str, Any]:
     Returns:
         ``stored`` and ``executed``: in words, how many weights.
     """
-    model = fusion.load(source)
+    model = files.load(source)
     graph = model.graph
     halved, casts = 0, []
     for tensor in graph.initializer:
@@ -41,5 +40,5 @@ def halve_graph(source: Path, target: Path) -> dict[str, Any]:
     nodes = list(graph.node)
     del graph.node[:]
     graph.node.extend([*casts, *nodes])
-    onnx.save(model, str(target))
+    files.save(model, target)
     return {"stored": {"float16": halved}, "executed": {"float, widened on loading": halved}}

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from kdcli.export import fusion
+from kdcli.export import files
 
 Kernel = Literal["integer", "blocks"]
 """``integer``: products of integers, activations rounded to uint8. ``blocks``: MatMulNBits, float activations."""
@@ -91,7 +90,7 @@ def quantise_graph(
         inside one that also holds a float weight, or not at all; ``largest``: the largest magnitude of an
         integer that is multiplied by activations; ``stored`` and ``executed``: in words, how many weights.
     """
-    model = fusion.load(source)
+    model = files.load(source)
     rewriter = Rewriter(model.graph, integers, kernel, ranges or {}, unsigned, accuracy_level)
     rewriter.smooth_by(smooth or {})
     rewriter.run()
@@ -122,6 +121,7 @@ class Rewriter:
         self.stored: Counter[str] = Counter()
         self.executed: Counter[str] = Counter()
         self.placed: set[str] = set()
+        self._whose: dict[tuple[str, int], str] = {}
         self.largest = 0
         self.foreign = False
         self.nodes: list[NodeProto] = []
@@ -163,7 +163,7 @@ class Rewriter:
         """Write the model whose graph was rewritten; returns what :func:`quantise_graph` does."""
         if self.foreign and "com.microsoft" not in {entry.domain for entry in model.opset_import}:
             model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-        onnx.save(model, str(target))
+        files.save(model, target)
         return {
             "int8": dict(sorted(self.counts.items())),
             "float": sorted(set(self.integers) - self.placed),
@@ -173,7 +173,7 @@ class Rewriter:
         }
 
     def _matmul(self, node: NodeProto) -> bool:
-        found = self._find(node.input[1], transposed=True)
+        found = self._find(node, 1, transposed=True)
         if found is None:
             return False
         self._product(node, node.input[0], node.input[1], found, node.output[0])
@@ -185,7 +185,7 @@ class Rewriter:
         plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
         if not plain or attributes.get("transA"):
             return False
-        found = self._find(node.input[1], transposed=not attributes.get("transB"))
+        found = self._find(node, 1, transposed=not attributes.get("transB"))
         if found is None:
             return False
         bias = node.input[2] if len(node.input) > 2 else ""
@@ -205,11 +205,12 @@ class Rewriter:
             return False
         # Query, key and value stand side by side in (I, 3 O).
         thirds = np.split(numpy_helper.to_array(tensor), 3, axis=1)
-        found = [self.names.get(_digest(part.T), []) for part in thirds]
-        parts = [self.integers[names[0]] for names in found if names]
-        if len(parts) < 3 or any(not self._plain(part) for part in parts):
+        equal = [self.names.get(_digest(part.T), []) for part in thirds]
+        if not all(equal) or any(not self._plain(self.integers[names[0]]) for names in equal):
             return False
-        vectors = [self.smooth.get(names[0]) for names in found]
+        found = [self._layer_of(node, place, names) for place, names in enumerate(equal)]
+        parts = [self.integers[name] for name in found]
+        vectors = [self.smooth.get(name) for name in found]
         if any(not np.array_equal(_or_empty(v), _or_empty(vectors[0])) for v in vectors):
             return False
         weight = Stored(
@@ -218,21 +219,21 @@ class Rewriter:
         )
         stored = self._matrix(node.input[1], weight)
         rounded, scale_in, zero = self._round(
-            self._smoothed(node.input[0], found[0][0]), self.ranges.get(found[0][0])
+            self._smoothed(node.input[0], found[0]), self.ranges.get(found[0])
         )
         mask = node.input[3] if len(node.input) > 3 else ""
         inputs = [rounded, stored[0], node.input[2], scale_in, stored[1], mask, zero, *stored[2:]]
         made = self._add("QAttention", inputs, node.output[0], domain="com.microsoft")
         made.attribute.extend(node.attribute)
-        for names in found:
+        for names in equal:
             self.placed.update(names)
-        self._count("int8", f"{self._input_kind(found[0][0])} by 8-bit products", weight)
+        self._count("int8", f"{self._input_kind(found[0])} by 8-bit products", weight)
         self.counts["attention"] += 1
         return True
 
     def _gather(self, node: NodeProto) -> bool:
         axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-        name = self._find(node.input[0], transposed=False) if axis == 0 else None
+        name = self._find(node, 0, transposed=False) if axis == 0 else None
         if name is None:
             return False
         weight, output, index = self.integers[name], node.output[0], node.input[1]
@@ -322,14 +323,15 @@ class Rewriter:
             self._rounded[activation, fixed] = names
         return self._rounded[activation, fixed]
 
-    def _find(self, name: str, *, transposed: bool) -> str | None:
-        """The quantised weight that equals a float one; None when it stays float.
+    def _find(self, node: NodeProto, place: int, *, transposed: bool) -> str | None:
+        """The quantised weight that an input of a node equals; None when it stays float.
 
         Args:
-            name: An input of a node.
+            node: Who reads it.
+            place: Which of its inputs.
             transposed: The graph holds (I, O) where the checkpoint holds (O, I).
         """
-        tensor = self.floats.get(name)
+        tensor = self.floats.get(node.input[place])
         if tensor is None:
             return None
         dense = numpy_helper.to_array(tensor)
@@ -337,7 +339,21 @@ class Rewriter:
         if not names:
             return None
         self.placed.update(names)
-        return names[0]
+        return self._layer_of(node, place, names)
+
+    def _layer_of(self, node: NodeProto, place: int, names: list[str]) -> str:
+        """Which of several equal weights a node reads: their ranges and factors differ though the integers do not.
+
+        The exporter calls a node after its module; a fused one has lost that name, and gets the first weight
+        that no node before it has, because both stand in the order of the model.
+        """
+        key = (node.output[0], place)
+        if key not in self._whose:
+            scope = node.name.replace("/", ".")
+            named = [name for name in names if f".{name.removesuffix('weight')}" in scope]
+            taken = set(self._whose.values())
+            self._whose[key] = next(iter(named or (name for name in names if name not in taken)), names[0])
+        return self._whose[key]
 
     @staticmethod
     def _plain(weight: Stored) -> bool:

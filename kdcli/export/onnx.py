@@ -8,9 +8,10 @@ first while torch has it and the second afterwards, says in the report which one
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +22,15 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from kdcli.errors import InputError, ParityError
+from kdcli.export import files
 from kdcli.export.quiet import quiet
 
 Route = Literal["torchscript", "dynamo"]
 
 OPSET = 17  # LayerNormalization is one operator from here on; every maintained onnxruntime reads it
 OUTPUT = "logits"
+
+_LARGE = files.LARGE
 
 
 class _Logits(nn.Module):
@@ -95,9 +99,12 @@ def _run(wrapper: nn.Module, inputs: Mapping[str, Tensor], path: Path, route: Ro
     if route == "torchscript":
         axes: dict[str, dict[int, str]] = {name: {0: "batch", 1: "sequence"} for name in names}
         axes[OUTPUT] = {0: "batch"}
-        torch.onnx.export(
-            wrapper, arguments, str(path), dynamo=False, dynamic_axes=axes, opset_version=OPSET, **common
-        )
+        with _weights_apart(wrapper) as weights:
+            torch.onnx.export(
+                wrapper, arguments, str(path), dynamo=False, dynamic_axes=axes, opset_version=OPSET, **common
+            )
+        if weights:
+            _put_back(path, weights)
         return
     import onnxscript  # noqa: F401  torch asks for it late and in many words
 
@@ -108,13 +115,53 @@ def _run(wrapper: nn.Module, inputs: Mapping[str, Tensor], path: Path, route: Ro
     )
 
 
+@contextlib.contextmanager
+def _weights_apart(model: nn.Module) -> Iterator[dict[str, np.ndarray]]:
+    """Let the exporter take the weights of a large model for inputs; yield what they are, by name.
+
+    It would hold them twice more. How it hands them over is documented nowhere, so a torch whose exporter looks
+    different writes them itself as before.
+    """
+    weights: dict[str, np.ndarray] = {}
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    graph: Any = torch._C.Graph
+    original = getattr(graph, "_export_onnx", None)
+    if size < _LARGE or original is None:
+        yield weights
+        return
+
+    def apart(self: Any, given: Any, *more: Any) -> Any:
+        if isinstance(given, Mapping) and all(isinstance(t, Tensor) for t in given.values()):
+            weights.update({name: tensor.detach().cpu().numpy() for name, tensor in given.items()})
+            given = {}
+        return original(self, given, *more)
+
+    graph._export_onnx = apart
+    try:
+        yield weights
+    finally:
+        graph._export_onnx = original
+
+
+def _put_back(path: Path, weights: Mapping[str, np.ndarray]) -> None:
+    """Turn those inputs of a graph into initialisers."""
+    model = onnx.load(str(path), load_external_data=False)
+    graph = model.graph
+    for value in [value for value in graph.input if value.name in weights]:
+        values = weights[value.name]
+        kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+        graph.initializer.add(name=value.name, data_type=kind, dims=values.shape)
+        graph.input.remove(value)
+    files.save(model, path, weights=weights)
+
+
 def check_dimensions(path: Path, names: Sequence[str]) -> None:
     """Check that every input is (batch, sequence) and that the output's first dimension is ``batch``.
 
     Raises:
         ParityError: An exporter turned a dynamic dimension into a constant or gave it another name.
     """
-    graph = onnx.load(str(path), load_external_data=False).graph
+    graph = files.outline(path).graph
     found = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
     if set(found) != set(names):
         raise ParityError(f"the exported graph has the inputs {sorted(found)}, not {sorted(names)}")
@@ -135,11 +182,11 @@ def set_metadata(model: ModelProto, labels: Sequence[str], properties: Mapping[s
 
 def annotate(path: Path, labels: Sequence[str], properties: Mapping[str, str]) -> None:
     """Put label names and properties into the metadata of the graph at ``path``, in place."""
-    model = onnx.load(str(path))
+    model = files.load(path)
     set_metadata(model, labels, properties)
     model.producer_name, model.producer_version = "kdcli", properties.get("kdcli_version", "")
     temporary = path.with_suffix(".annotated")
-    onnx.save(model, str(temporary))
+    files.save(model, temporary)
     os.replace(temporary, path)
 
 

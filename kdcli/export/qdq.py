@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from kdcli.export import files
 from kdcli.export.int8 import Range, Rewriter, Stored, _digest
 
 _INT32_MAX = 2**31 - 1
@@ -60,7 +60,7 @@ def quantise_graph(
     Returns:
         As :func:`kdcli.export.int8.quantise_graph`.
     """
-    model = onnx.load(str(source))
+    model = files.load(source)
     rewriter = _Fixed(model.graph, integers, "integer", ranges, unsigned, 0)
     rewriter.outputs = outputs or {}
     rewriter.smooth_by(smooth or {})
@@ -71,7 +71,7 @@ def quantise_graph(
 
 def outputs_of(source: Path, operators: Collection[str]) -> list[str]:
     """Names of the tensors in a graph without fusions that these :data:`OPERATORS` give, in its order."""
-    graph = onnx.load(str(source), load_external_data=False).graph
+    graph = files.load(source).graph
     constants = {tensor.name for tensor in graph.initializer}
     constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
     readers: dict[str, list[NodeProto]] = {}
@@ -96,10 +96,10 @@ def outputs_of(source: Path, operators: Collection[str]) -> list[str]:
 
 def showing(source: Path, target: Path, tensors: Sequence[str]) -> None:
     """Write ``source`` with these tensors as its outputs, to look at them."""
-    model = onnx.load(str(source))
+    model = files.load(source)
     del model.graph.output[:]
     model.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in tensors)
-    onnx.save(model, str(target))
+    files.save(model, target)
 
 
 class _Fixed(Rewriter):
@@ -154,7 +154,7 @@ class _Fixed(Rewriter):
         plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
         found = None
         if plain and not attributes.get("transA") and len(node.input) > 2 and node.input[2] in self.floats:
-            found = self._find(node.input[1], transposed=not attributes.get("transB"))
+            found = self._find(node, 1, transposed=not attributes.get("transB"))
         bias = None if found is None else self._bias(node.input[2], found)
         if found is None or bias is None:
             return super()._gemm(node)
@@ -174,7 +174,7 @@ class _Fixed(Rewriter):
         names = [n for n in self.names.get(_digest(dense), []) if n in self.ranges and n in self.outputs]
         if not names:
             return False
-        found = names[0]
+        found = self._layer_of(node, 1, names)
         bias = self._bias(node.input[2], found) if len(node.input) > 2 and node.input[2] else ""
         if bias is None:
             return False

@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import gc
 import math
+import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
@@ -22,21 +24,35 @@ def empty(wanted: Sequence[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
     """Tensors of these shapes and types in one temporary file, all zeros.
 
     The file has no name any more when this returns, so it goes with the last tensor. ``TMPDIR`` says where it is.
+    Where there is no room for it, and on systems where an open file keeps its name, they are in memory.
     """
     starts, total = [], 0
     for shape, dtype in wanted:
         starts.append(total)
         size = math.prod(shape) * dtype.itemsize
         total += -(-size // _ALIGNED) * _ALIGNED
-    with tempfile.NamedTemporaryFile(prefix="kdcli-") as stream:
-        stream.truncate(total)
-        storage = torch.UntypedStorage.from_file(stream.name, shared=True, nbytes=total)
+    if (storage := _in_file(total)) is None:
+        return [torch.zeros(shape, dtype=dtype) for shape, dtype in wanted]
     made = []
     for (shape, dtype), start in zip(wanted, starts, strict=True):
         strides = torch.empty(shape, device="meta").stride()
         placed = torch.empty(0, dtype=dtype)
         made.append(placed.set_(storage, start // dtype.itemsize, shape, strides))  # type: ignore[arg-type]
     return made
+
+
+def _in_file(size: int) -> torch.UntypedStorage | None:
+    if os.name != "posix":
+        return None
+    try:
+        with tempfile.NamedTemporaryFile(prefix="kdcli-") as stream:
+            stream.truncate(size)
+            if hasattr(os, "posix_fallocate"):
+                # A disk that is full would end the process when a page is written, not when it is asked for.
+                os.posix_fallocate(stream.fileno(), 0, size)
+            return torch.UntypedStorage.from_file(stream.name, shared=True, nbytes=size)
+    except (OSError, RuntimeError):
+        return None
 
 
 def parameters(model: nn.Module) -> None:
@@ -50,10 +66,11 @@ def parameters(model: nn.Module) -> None:
 
 
 def _give_back() -> None:
-    """Ask the C library to return what was freed: it keeps blocks of some megabytes for itself."""
+    """Ask glibc to return what was freed: it keeps blocks of some megabytes. Others return them by themselves."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # only glibc has this
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # musl has neither this file nor the function
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def integers(given: Mapping[str, Integers]) -> dict[str, Integers]:

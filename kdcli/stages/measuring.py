@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 
 from kdcli import cache
 from kdcli.data import batching, text
 from kdcli.data.text import Encoded
-from kdcli.export import sessions
+from kdcli.export import files, sessions
 from kdcli.measure import compute, latency, quality, size
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
@@ -51,7 +50,7 @@ class Measured:
 
 def dynamic_integers(graph: Path) -> bool:
     """Whether the graph rounds activations at run time, so that a row's answer depends on its batch."""
-    operators = {node.op_type for node in onnx.load(str(graph), load_external_data=False).graph.node}
+    operators = {node.op_type for node in files.outline(graph).graph.node}
     return bool(
         operators & {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QAttention", "MatMulIntegerToFloat"}
     )

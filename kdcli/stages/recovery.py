@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,23 @@ def zeros_of(checkpoint: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
     named = {name for t in checkpoint.log.transforms if isinstance(t, Zero) for name in t.tensors}
     found = {name: parameters[name] for name in sorted(named & parameters.keys())}
     return {name: (parameter, parameter.detach() == 0) for name, parameter in found.items()}
+
+
+def hold_zeros(checkpoint: Checkpoint, *, but: Collection[str] = ()) -> Callable[[], None] | None:
+    """What puts the weights of :func:`zeros_of` back to zero after a step; None when there are none.
+
+    Args:
+        checkpoint: The model that is about to be trained.
+        but: Names of weights that may be filled.
+    """
+    zeros = [pair for name, pair in zeros_of(checkpoint).items() if name not in but]
+
+    @torch.no_grad()
+    def hold() -> None:
+        for parameter, zero in zeros:
+            parameter.masked_fill_(zero, 0.0)
+
+    return hold if zeros else None
 
 
 def zero_shares(checkpoint: Checkpoint) -> dict[str, float]:
@@ -103,14 +120,12 @@ def recover(
         "seed": context.seed,
         "data": context.dataset.fingerprint,
     }
-    zeros = list(zeros_of(student).values())
+    hold = hold_zeros(student)
 
     def end_step() -> None:
-        if after_step is not None:
-            after_step()
-        with torch.no_grad():
-            for parameter, zero in zeros:
-                parameter.masked_fill_(zero, 0.0)
+        for act in (after_step, hold):
+            if act is not None:
+                act()
 
     result = fit(
         student.model,
@@ -124,7 +139,7 @@ def recover(
         title="recovery",
         resume=ResumePoint(context.resume_dir / "recovery", identity),
         resuming=request.common.resume,
-        after_step=end_step if zeros or after_step is not None else None,
+        after_step=end_step if hold or after_step else None,
         **more,
     )
     return {

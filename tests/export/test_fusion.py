@@ -37,3 +37,18 @@ def test_large_graphs_fuse_as_small_ones_do(
     for a, b in zip(small.initializer, large.initializer, strict=True):
         assert a.name == b.name
         assert np.array_equal(numpy_helper.to_array(a), numpy_helper.to_array(b))
+
+
+def test_models_with_equal_weights_fuse(tmp_path: Path) -> None:
+    made = tiny.untrained("bert")  # every bias is zero, every layer norm is one
+    names = ["input_ids", "attention_mask"]
+    exporter.export(
+        made.model, exporter.example(made.config.vocab_size, names, "cpu"), tmp_path / "plain.onnx"
+    )
+    counts = fusion.fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx")
+    assert counts == {
+        "EmbedLayerNormalization": 1,
+        "Attention": 2,
+        "BiasGelu": 2,
+        "SkipLayerNormalization": 4,
+    }

@@ -125,6 +125,29 @@ def test_an_input_is_rounded_once_for_all_who_read_it(tmp_path: Path) -> None:
         assert np.allclose(answer, rounded(X, RANGE) @ w.dense().T, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["by name", "by order"])
+@pytest.mark.parametrize("stored", ["once", "twice", "copied"])
+def test_equal_weights_have_the_ranges_of_their_own_layers(named: bool, stored: str, tmp_path: Path) -> None:
+    w, ranges = weight(), {"one.weight": RANGE, "two.weight": (0.011, 40)}
+    order = ("two", "one") if named else ("one", "two")  # a graph that names its nodes may have any order
+    second = {"once": "w", "twice": "v", "copied": "c"}[stored]
+    nodes = [
+        helper.make_node("MatMul", ["x", n], [layer], name=f"/model/{layer}/MatMul" if named else "")
+        for layer, n in zip(order, ("w", second), strict=True)
+    ]
+    nodes = [helper.make_node("Identity", ["w"], ["c"]), *nodes] if stored == "copied" else nodes
+    tensors = {"w": w.dense().T, **({"v": w.dense().T} if stored == "twice" else {})}
+    source = graph(tmp_path / "a.onnx", nodes, tensors, ["n", 8], ("one", "two"))
+    integers = {"one.weight": w, "two.weight": w}
+    detail = qdq.quantise_graph(source, tmp_path / "b.onnx", integers, ranges)
+    got, operators = ran(tmp_path / "b.onnx", tmp_path, X)
+    assert detail["float"] == []
+    assert operators == {"QuantizeLinear": 2, "MatMulIntegerToFloat": 2}
+    for answer, fixed in zip(got, ranges.values(), strict=True):
+        assert np.allclose(answer, rounded(X, fixed) @ w.dense().T, rtol=0, atol=1e-5)
+    assert not np.allclose(*got, rtol=0, atol=1e-3)
+
+
 def test_factors_are_applied_before_the_rounding(tmp_path: Path) -> None:
     w = weight()
     factors = np.linspace(0.25, 4, 8).astype(np.float32)

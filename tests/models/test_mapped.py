@@ -33,6 +33,26 @@ def test_shapes_types_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("reason", ["full", "other system"])
+def test_without_a_file_they_are_in_memory(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if reason == "full":
+        monkeypatch.setattr(mapped.os, "posix_fallocate", full, raising=False)
+        monkeypatch.setattr(torch.UntypedStorage, "from_file", full)
+    else:
+        monkeypatch.setattr(mapped, "_in_file", lambda size: None)
+    one, two = mapped.empty([(torch.Size((3, 5)), torch.float32), (torch.Size((7,)), torch.int8)])
+    assert (one.shape, one.dtype, two.shape, two.dtype) == ((3, 5), torch.float32, (7,), torch.int8)
+    assert float(one.sum()) == int(two.sum()) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_a_large_model_is_filled_without_memory_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from torch import nn
 from kdcli.errors import UsageError
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import layouts_of
-from kdcli.stages import quantize
+from kdcli.stages import prune, quantize
+from kdcli.stages.base import Common, PruneOptions, Request
+from kdcli.stages.recovery import zeros_of
 from tests import tiny
 from tests.models.test_small import made as small
 from tests.stages.test_quantize_static import LOGIT_TOLERANCE, answers, batch, context_of, executed, graphs
@@ -97,6 +100,62 @@ def test_few_bits_are_packed_on_the_disk_and_in_the_graph(scheme: str, tmp_path:
         ).logits.numpy()
     assert np.abs(want - answers(target, arrays)).max() < 1e-4
     assert np.abs(want - answers(source, arrays)).max() < 1e-4
+
+
+def with_zeros(work: Path):
+    """A model of which ``prune --structure weights`` has removed half; where its zeros are."""
+    made = on_disk(work)
+    options = PruneOptions(structure="weights", method="magnitude", sparsity=0.5)
+    request = Request(stage="prune", model="m", options=options, common=Common())
+    context = dataclasses.replace(context_of(made, work), request=request)
+    prune.prepare(context)
+    prune.apply(context)
+    (pruned := work / "pruned").mkdir()
+    checkpoints.save(made, pruned)
+    made = checkpoints.load(pruned)
+    return made, {name: zero.clone() for name, (_, zero) in zeros_of(made).items()}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings", "epochs"),
+    [
+        ("int8-qat", {"lr": "0.003"}, 1),
+        ("int8-qat", {"lr": "0.003", "unsigned": "true", "smooth": "0.5"}, 1),
+        ("ternary", {"lr": "0.003"}, 1),
+        ("int4", {}, 0),
+        ("int4", {"rounding": "hqq"}, 0),
+        ("static-int8", {}, 0),
+    ],
+)
+def test_zeros_of_an_earlier_stage_stay(
+    scheme: str, settings: dict[str, str], epochs: int, tmp_path: Path
+) -> None:
+    made, zeros = with_zeros(tmp_path)
+    assert len(zeros) == 12
+    dense = {name: made.model.get_parameter(name).detach().clone() for name in zeros}
+    applied = apply(made, tmp_path, scheme, settings, epochs=epochs)
+    (out := tmp_path / "out").mkdir()
+    checkpoints.save(applied.checkpoint, out, integers=applied.integers)
+    loaded = checkpoints.load(out)
+    for name, zero in zeros.items():
+        matrix = applied.integers[name]
+        assert bool((matrix.dense()[zero] == 0).all()), name
+        assert matrix.zero is not None or bool((matrix.values[zero] == 0).all()), name
+        now = loaded.model.get_parameter(name)
+        assert bool((now[zero] == 0).all())
+        assert not torch.equal(now, dense[name])
+    assert applied.warnings == []
+
+
+def test_one_bit_fills_zeros_and_says_so(tmp_path: Path) -> None:
+    made, zeros = with_zeros(tmp_path)
+    applied = apply(made, tmp_path, "binary", epochs=1)
+    (warning,) = applied.warnings
+    assert warning.code == "zeros-refilled"
+    assert "12 matrices" in warning.message
+    assert "--scheme ternary" in warning.message
+    for name, zero in zeros.items():
+        assert set(applied.integers[name].values[zero].unique().tolist()) == {-1, 1}
 
 
 @pytest.mark.parametrize("scheme", ["ternary", "binary"])

@@ -117,6 +117,25 @@ def test_graph_answers_as_the_float_graph_and_every_product_is_one_of_integers(
     assert np.abs(np.concatenate(own) - got).mean() < 0.3 * np.abs(want - got).mean()
 
 
+def test_layers_with_equal_weights_have_ranges_of_their_own(tmp_path: Path) -> None:
+    made = tiny.checkpoint(layers=2)
+    first, second = made.model.bert.encoder.layer
+    second.load_state_dict(first.state_dict())
+    applied = quantize.apply(context_of(made, tmp_path))
+    wanted = applied.checkpoint.log.quantised.activations
+    source, target, detail = graphs(applied, made, tmp_path)
+    assert detail["float"] == []
+    model = onnx.load(str(target))
+    values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    rounds = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
+    found = [(values[n.input[1]].item(), values[n.input[2]].item()) for n in rounds]
+    inside = {(round(s, 9), z) for name, (s, z) in wanted.items() if ".layer." in name}
+    assert len(inside) == 8  # of each layer: query, key and value together, and three more
+    assert {(round(s, 9), z) for s, z in found} >= inside
+    arrays = batch(made)
+    assert np.abs(answers(source, arrays) - answers(target, arrays)).max() < LOGIT_TOLERANCE
+
+
 @pytest.mark.parametrize("rule", ["minmax", "percentile", "entropy", "mse"])
 def test_ranges_are_those_of_the_rule_on_all_rows_at_once(rule: str, tmp_path: Path) -> None:
     made = tiny.checkpoint("bert", layers=1)
@@ -214,7 +233,9 @@ def test_unsigned_weights_give_the_same_answers(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"calibration": "entropic"}, "did you mean 'entropy'"),
-        ({"calibration_samples": 0}, "needs rows"),
+        ({"calibration_samples": 0}, "name some rows"),
+        ({"settings": {"percentile": "99.9"}}, "belongs to --calibration percentile"),
+        ({"settings": {"percentile": "101"}, "calibration": "percentile"}, "percentile"),
         ({"epochs": 2}, "--epochs 2"),
     ],
 )

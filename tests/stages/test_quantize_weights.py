@@ -194,6 +194,8 @@ def test_layers_kept_in_float_stay(tmp_path: Path) -> None:
     [
         ({"scheme": "int4"}, {"bits": "1"}, UsageError, "bits"),
         ({"scheme": "int4"}, {"group": "48"}, UsageError, "group=48"),
+        ({"scheme": "int4"}, {"group": "512"}, UsageError, "group=512"),
+        ({"scheme": "int4", "calibration_samples": 0}, {}, UsageError, "name some rows"),
         ({"scheme": "int4"}, {"damp": "-1"}, UsageError, "damp"),
         ({"scheme": "int4"}, {"rounding": "hqq", "damp": "1"}, UsageError, "damp"),
         ({"scheme": "int4"}, {"rounding": "up"}, UsageError, "rounding"),

@@ -6,8 +6,9 @@ H = 2 X^T X. With U the upper Cholesky factor of (H + damp mean(diag H) 1)^-1, f
     Q_j = round(W_j),    W_k = W_k - (W_j - Q_j) U_jk / U_jj    for all k > j
 
 where round takes the scale and zero point of the column's block, which are chosen when its first column is due.
-An input feature that is always 0 has the weight 0. With ``order`` the columns with the largest H_jj come first,
-and scales and zero points are chosen beforehand.
+A weight that is 0 stays 0 and its error goes to the others too, so what was pruned stays pruned (Frantar and
+Alistarh 2023, "SparseGPT", arXiv:2301.00774, section 3.5). An input feature that is always 0 has the weight 0.
+With ``order`` the columns with the largest H_jj come first, and scales and zero points are chosen beforehand.
 
 Source: Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv:2210.17323, algorithm 1, with the damping and the blocks of 128 columns of section 4.
@@ -55,6 +56,7 @@ def quantise(
     h.diagonal()[dead] = 1
     if not bool(dead.all()):
         w[:, dead] = 0
+    pruned = weight == 0
     choose = rounding.symmetric if symmetric else rounding.asymmetric
     lowest, highest = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     lowest = -highest if symmetric else lowest
@@ -66,6 +68,7 @@ def quantise(
     if config.order:
         order = h.diagonal().argsort(descending=True, stable=True)
         w, h, block_of = w[:, order], h[order][:, order], block_of[order]
+        pruned = pruned[:, order]
     h.diagonal().add_(config.damp)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     upper = torch.linalg.cholesky(inverse, upper=True)
@@ -87,6 +90,7 @@ def quantise(
                     zero[:, at] = fresh.zero[:, 0].float()
             s, z = scale[:, at], zero[:, at]
             q = ((w[:, j] / s).round_() + z).clamp_(lowest, highest)
+            q = torch.where(pruned[:, j], z, q)
             values[:, j] = q
             error = (w[:, j] - (q - z) * s) / upper[j, j]
             errors[:, j - begin] = error

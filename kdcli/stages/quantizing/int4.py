@@ -21,6 +21,7 @@ from kdcli.training.batches import model_inputs
 # Hessians of as many layers as fit are summed in one pass over the rows.
 _HESSIAN_BYTES = 128 << 20
 _BATCH = 8
+_WIDEST = 256  # columns of a block that runtimes have kernels for
 
 
 ROUNDS = "none"
@@ -30,7 +31,7 @@ def check(context: Context, plan: Plan) -> None:
     """Refuse options that this scheme has no use for."""
     refuse_training(plan)
     refuse_calibration(plan)
-    if plan.config.group & (plan.config.group - 1):
+    if plan.config.group & (plan.config.group - 1) or plan.config.group > _WIDEST:
         raise UsageError(f"--set group={plan.config.group}: blocks have 16, 32, 64, 128 or 256 columns")
 
 

@@ -78,6 +78,8 @@ def of(context: Context, *, scheme: str | None = None, settings: Mapping[str, st
     scheme = scheme or options.scheme
     if scheme not in SCHEMES:
         raise UsageError(f"unknown scheme '{scheme}': {did_you_mean(scheme, SCHEMES)}")
+    if options.calibration_samples < 1:
+        raise UsageError(f"--calibration-samples {options.calibration_samples} is below 1: name some rows")
     settings = context.request.common.settings if settings is None else settings
     module, config, inner = settle(scheme, settings)
     embeddings = str(options.embeddings or getattr(module, "EMBEDDINGS", "int8"))

@@ -19,6 +19,7 @@ from kdcli.stages.context import Applied, Context
 from kdcli.stages.quantizing import static, storing
 from kdcli.stages.quantizing.dynamic import largest_of, saturation
 from kdcli.stages.quantizing.plan import Plan, refuse_calibration
+from kdcli.stages.recovery import hold_zeros
 from kdcli.training import fake_quant, objective
 from kdcli.training import teacher as teachers
 from kdcli.training.capture import Capture, shape_of
@@ -96,6 +97,13 @@ def _trained(context: Context, plan: Plan) -> set[str]:
     return names
 
 
+def _without_zero(context: Context, plan: Plan) -> set[str]:
+    """Weights of one bit: zeros of an earlier stage cannot stay in them, and had better learn a sign."""
+    if getattr(plan.module, "BITS", 8) > 1:
+        return set()
+    return {f"{name}.weight" for name in _trained(context, plan) & set(plan.matrices)}
+
+
 def _rounding(plan: Plan, *, table: bool) -> Rounding:
     def rounding(weight: Tensor) -> Tensor:
         return plan.module.quantise(weight, plan.config, table=table).dense()
@@ -147,5 +155,6 @@ def _distil(context: Context, plan: Plan) -> dict[str, Any]:
             title=plan.scheme,
             resume=ResumePoint(context.resume_dir / "quantize", identity),
             resuming=request.common.resume,
+            after_step=hold_zeros(student, but=_without_zero(context, plan)),
         )
     return {"training": {"methods": [c.name for c in chosen], "batch_size": BATCH_SIZE} | result.detail()}

@@ -31,10 +31,8 @@ def check(context: Context, plan: Plan) -> None:
     rule = plan.options.calibration or RULE
     if rule not in RULES:
         raise UsageError(f"unknown --calibration '{rule}': {did_you_mean(rule, RULES)}")
-    if plan.options.calibration_samples < 1:
-        raise UsageError(
-            f"--calibration-samples {plan.options.calibration_samples} is below 1: a range needs rows"
-        )
+    if rule != "percentile" and "percentile" in plan.settings:
+        raise UsageError(f"--set percentile={plan.config.percentile:g} belongs to --calibration percentile")
 
 
 def apply(context: Context, plan: Plan) -> Applied:

@@ -116,3 +116,16 @@ def test_features_that_never_occur_cost_nothing_and_break_nothing() -> None:
     assert bool((made.dense()[:, 7] == 0).all())
     none = gptq.quantise(weight, torch.zeros(64, 64), 4, None, Config())
     assert torch.equal(none.values, rounding.asymmetric(weight, 4).values)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("order", [False, True])
+def test_zeros_stay_and_their_error_goes_to_the_others(order: bool, symmetric: bool) -> None:
+    weight, inputs = layer()
+    weight[:, ::2] = 0
+    hessian = inputs.T @ inputs
+    made = gptq.quantise(weight, hessian, 4, 16, Config(order=order), symmetric=symmetric)
+    assert bool((made.dense()[:, ::2] == 0).all())
+    plain = (rounding.symmetric if symmetric else rounding.asymmetric)(weight, 4, group=16)
+    losses = [float(((q.dense() - weight) @ inputs.T).square().sum()) for q in (made, plain)]
+    assert losses[0] < 0.8 * losses[1]

@@ -1,0 +1,203 @@
+"""Reading and writing graphs whose weights are too many to hold twice.
+
+A graph is one message of Protocol Buffers. The library reads and writes messages as a whole, so that next to the
+weights their bytes are in memory; here the bytes are those of the file.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import GraphProto, TensorProto
+from onnx.external_data_helper import ExternalDataInfo
+
+from kdcli.errors import InputError
+
+LARGE = 128 << 20
+"""Bytes of weights from which on a detour is worth it."""
+_MOST = 2**31 - 1  # bytes of a message that any reader takes
+_BYTES = 2  # the wire type of strings, bytes and messages
+
+
+@contextmanager
+def mapped(file: Path) -> Iterator[memoryview]:
+    """The content of a file that is not empty, as memory that belongs to the file."""
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        view = memoryview(content)
+        try:
+            yield view
+        finally:
+            view.release()
+
+
+def load(source: Path) -> onnx.ModelProto:
+    """Read a graph that has no external data.
+
+    Of equal weights the exporter stores one, and the others as copies made by Identity; here all who read a copy
+    read the weight itself, so that it is seen to be one.
+    """
+    model = onnx.ModelProto()
+    with mapped(source) as content:
+        model.ParseFromString(content)
+    _read_originals(model.graph)
+    return model
+
+
+def outline(source: Path) -> onnx.ModelProto:
+    """Read a graph without its initialisers, which are almost all of its bytes.
+
+    Raises:
+        InputError: The file is no graph.
+    """
+    try:
+        with mapped(source) as content:
+            rest, graphs = _without(content, onnx.ModelProto.GRAPH_FIELD_NUMBER)
+            model = onnx.ModelProto.FromString(rest)
+            for start, end in graphs:
+                inside, _ = _without(content[start:end], GraphProto.INITIALIZER_FIELD_NUMBER)
+                model.graph.MergeFromString(inside)
+    except (DecodeError, IndexError, ValueError) as error:
+        raise InputError(f"{source} is no ONNX graph, or is cut off") from error
+    return model
+
+
+def save(model: onnx.ModelProto, target: Path, *, weights: Mapping[str, np.ndarray] | None = None) -> None:
+    """Write a graph, one weight after the other: the bytes of ``onnx.save``.
+
+    Args:
+        model: What to write.
+        target: The file.
+        weights: Initialiser -> its values, of those that do not hold them themselves.
+
+    Raises:
+        InputError: The graph is larger than a file of this format can be.
+    """
+    given = weights or {}
+    tensors = []
+    for tensor in model.graph.initializer:
+        before, after, size = b"", b"", tensor.ByteSize()
+        if (values := given.get(tensor.name)) is not None:
+            before, after = _around(tensor, "raw_data", _ASIDE)
+            before += _key(TensorProto.RAW_DATA_FIELD_NUMBER, values.nbytes)
+            size = len(before) + values.nbytes + len(after)
+        tensors.append((tensor, size, before, values, after))
+    first, last = _around(model.graph, "initializer")
+    begin, end = _around(model, "graph")
+    number = GraphProto.INITIALIZER_FIELD_NUMBER
+    total = len(first + last) + sum(size + len(_key(number, size)) for _, size, *_ in tensors)
+    if total > _MOST:
+        raise InputError(f"the ONNX graph has {total / 2**30:.1f} GiB, and such a file holds less than 2 GiB")
+    with target.open("wb") as stream:
+        stream.write(begin + _key(onnx.ModelProto.GRAPH_FIELD_NUMBER, total) + first)
+        for tensor, size, before, values, after in tensors:
+            stream.write(_key(number, size))
+            if values is None:
+                stream.write(tensor.SerializeToString())
+            else:
+                stream.write(before)
+                stream.write(np.ascontiguousarray(values).data)
+                stream.write(after)
+        stream.write(last + end)
+
+
+def aside(graph: GraphProto, content: memoryview) -> dict[str, np.ndarray]:
+    """The bytes of initialisers with external data, which all lie in the file of this content; for :func:`save`."""
+    found = {}
+    for tensor in graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            info: Any = ExternalDataInfo(tensor)
+            found[tensor.name] = np.frombuffer(content, np.uint8, info.length, info.offset)
+    return found
+
+
+# What says in a tensor that its data are elsewhere.
+_ASIDE = frozenset({"raw_data", "external_data", "data_location", "doc_string"})
+
+
+def _around(message: Any, name: str, without: frozenset[str] = frozenset()) -> tuple[bytes, bytes]:
+    """A message without one of its fields, as the bytes before and behind it."""
+    number = message.DESCRIPTOR.fields_by_name[name].number
+    before, after = type(message)(), type(message)()
+    for field, value in message.ListFields():
+        if field.number == number or field.name in without:
+            continue
+        part = before if field.number < number else after
+        if hasattr(value, "extend"):
+            getattr(part, field.name).extend(value)
+        elif field.message_type is not None:
+            getattr(part, field.name).CopyFrom(value)
+        else:
+            setattr(part, field.name, value)
+    return before.SerializeToString(), after.SerializeToString()
+
+
+def _key(number: int, size: int) -> bytes:
+    """What stands in front of a field of so many bytes."""
+    made = bytearray()
+    for value in (number << 3 | _BYTES, size):
+        while value > 0x7F:
+            made.append(value & 0x7F | 0x80)
+            value >>= 7
+        made.append(value)
+    return bytes(made)
+
+
+def _without(content: memoryview, number: int) -> tuple[bytes, list[tuple[int, int]]]:
+    """The bytes of a message without one of its fields, and where that lies.
+
+    Raises:
+        IndexError, ValueError: It is no message.
+    """
+    rest, found = bytearray(), []
+    at = 0
+    while at < len(content):
+        begin = at
+        key, at = _varint(content, at)
+        size = {0: 0, 1: 8, 5: 4}.get(key & 7)
+        if size is None and key & 7 != _BYTES:
+            raise ValueError(f"there is no wire type {key & 7}")
+        if key & 7 in (0, _BYTES):
+            value, at = _varint(content, at)
+            size = 0 if key & 7 == 0 else value
+        assert size is not None
+        start, at = at, at + size
+        if at > len(content):
+            raise ValueError("the message is cut off")
+        if key >> 3 == number:
+            found.append((start, at))
+        else:
+            rest += content[begin:at]
+    return bytes(rest), found
+
+
+def _varint(content: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        value |= (content[at] & 0x7F) << shift
+        if content[at] < 0x80:
+            return value, at + 1
+        at, shift = at + 1, shift + 7
+
+
+def _read_originals(graph: GraphProto) -> None:
+    weights = {tensor.name for tensor in graph.initializer}
+    kept = {output.name for output in graph.output}
+    original: dict[str, str] = {}
+    copies = []
+    for node in graph.node:
+        if node.op_type == "Identity" and node.input[0] in weights and node.output[0] not in kept:
+            original[node.output[0]] = node.input[0]
+            copies.append(node)
+    for node in copies:
+        graph.node.remove(node)
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name in original:
+                node.input[place] = original[name]

@@ -1,0 +1,105 @@
+"""Graphs that are written piece by piece are the graphs that the library writes whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from kdcli.errors import InputError
+from kdcli.export import files
+from kdcli.export import onnx as exporter
+from tests import tiny
+
+NAMES = ["input_ids", "attention_mask", "token_type_ids"]
+
+
+def exported(path: Path, family: str = "bert") -> Path:
+    made = tiny.untrained(family)  # with equal weights among its own
+    names = NAMES[: 2 if family in ("distilbert", "roberta", "mpnet") else 3]
+    exporter.export(made.model, exporter.example(made.config.vocab_size, names, "cpu"), path)
+    return path
+
+
+def test_the_bytes_are_those_of_the_library(tmp_path: Path) -> None:
+    model = onnx.load(str(exported(tmp_path / "a.onnx")))
+    exporter.set_metadata(model, tiny.LABELS, {"stage": "ünïcode"})
+    model.graph.doc_string, model.domain = "words", "some.where"
+    model.graph.metadata_props.add(key="k", value="v")
+    model.graph.initializer[0].doc_string = "of a weight"
+    onnx.save(model, str(tmp_path / "whole.onnx"))
+    files.save(model, tmp_path / "pieces.onnx")
+    assert (tmp_path / "pieces.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 300, 2**14, 2**21 + 5])
+def test_sizes_of_all_lengths(size: int, tmp_path: Path) -> None:
+    tensors = [numpy_helper.from_array(np.arange(n, dtype=np.uint8), f"w{n}") for n in (size, 3)]
+    model = helper.make_model(helper.make_graph([], "g", [], [], tensors))
+    files.save(model, tmp_path / "a.onnx")
+    assert (tmp_path / "a.onnx").read_bytes() == model.SerializeToString()
+    contents = {t.name: numpy_helper.to_array(t) for t in tensors}
+    for tensor in model.graph.initializer:
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="weights")
+    files.save(model, tmp_path / "b.onnx", weights=contents)
+    assert (tmp_path / "b.onnx").read_bytes() == (tmp_path / "a.onnx").read_bytes()
+
+
+def test_what_no_file_can_hold_is_refused_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = onnx.load(str(exported(tmp_path / "a.onnx")))
+    monkeypatch.setattr(files, "_MOST", 1000)
+    with pytest.raises(InputError, match=r"GiB.*less than 2 GiB"):
+        files.save(model, tmp_path / "b.onnx")
+    assert not (tmp_path / "b.onnx").exists()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_large_models_are_exported_as_small_ones_are(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = exported(tmp_path / "whole.onnx", family)
+    used: list[int] = []
+    save = files.save
+
+    def counting(model, target, *, weights=None):
+        used.append(len(weights or {}))
+        save(model, target, weights=weights)
+
+    monkeypatch.setattr(files, "save", counting)
+    monkeypatch.setattr(exporter, "_LARGE", 1)
+    apart = exported(tmp_path / "apart.onnx", family)
+    assert len(used) == 1
+    assert used[0] > 10
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["apart.onnx", "whole.onnx"]
+    assert onnx.load(str(apart)) == onnx.load(str(whole))
+
+
+def test_an_outline_is_the_graph_without_its_weights(tmp_path: Path) -> None:
+    path = exported(tmp_path / "a.onnx")
+    model = onnx.load(str(path))
+    del model.graph.initializer[:]
+    assert files.outline(path) == model
+
+
+@pytest.mark.parametrize("content", [b"x", b"no graph at all", b"\x3a\xff\xff\x01short"])
+def test_what_is_no_graph_is_refused(content: bytes, tmp_path: Path) -> None:
+    (path := tmp_path / "a.onnx").write_bytes(content)
+    with pytest.raises(InputError, match="no ONNX graph"):
+        files.outline(path)
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="no ONNX graph"):
+        files.outline(path)
+
+
+def test_a_graph_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    path = exported(tmp_path / "a.onnx")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cut off"):
+        files.outline(path)
