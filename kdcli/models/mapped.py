@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,12 @@ def empty(wanted: Sequence[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
     for (shape, dtype), start in zip(wanted, starts, strict=True):
         strides = torch.empty(shape, device="meta").stride()
         placed = torch.empty(0, dtype=dtype)
-        made.append(placed.set_(storage, start // dtype.itemsize, shape, strides))  # type: ignore[arg-type]
+        made.append(placed.set_(storage, start // dtype.itemsize, shape, strides))
     return made
 
 
-def _in_file(size: int) -> torch.UntypedStorage | None:
+def _in_file(size: int) -> Any:
+    """A storage in a file without a name; None where there can be none."""
     if os.name != "posix":
         return None
     try:

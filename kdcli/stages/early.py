@@ -49,9 +49,13 @@ def check_chain(request: Request, path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{log} is not a transform log that this kdcli can read: {error!r:.80}") from error
     if quantised:
+        again = request.stage == "quantize"
+        order = (
+            "quantise the model that it was made from" if again else f"run {request.stage} before quantize"
+        )
         raise UsageError(
             f"{request.stage} needs dense weights, but '{path}' was quantised ({quantised[-1]})",
-            f"run {request.stage} before quantize, or pass --dequantize to work on the rounded weights",
+            f"{order}, or pass --dequantize to work on the rounded weights",
         )
 
 
