@@ -122,16 +122,14 @@ def in_turns(
     rounds: int,
     progress: Progress,
 ) -> np.ndarray:
-    """Milliseconds (G, B) of each of G graphs on each of B batches: the quickest of some rounds.
-
-    What disturbs a run only ever makes it longer, and in every round another run is disturbed.
+    """Milliseconds (R, G, B) of each of G graphs on each of B batches, in each of R rounds.
 
     Args:
         graphs: ONNX files.
         batches: As many of them as fit into half a second a round are timed, B.
         threads: That the runtime may use.
         device: ``cpu`` or ``cuda[:N]``.
-        rounds: How often all graphs take their turn.
+        rounds: How often all graphs take their turn, R.
         progress: Observer.
     """
     found = np.empty((rounds, len(graphs), 0))
@@ -150,7 +148,7 @@ def in_turns(
                 found = np.empty((rounds, len(graphs), len(batches)))
             else:
                 found[number - 1] = times
-    return found.min(0)
+    return found
 
 
 def _times(run: Callable[[latency.Batch], object], batches: Sequence[latency.Batch]) -> list[float]:
@@ -179,7 +177,8 @@ def _by_onnxruntime(threads: int, device: str) -> Timer:
             times = in_turns(
                 graphs, [batch] * _MOST, threads=threads, device=device, rounds=ROUNDS, progress=progress
             )
-        return [float(x) for x in np.median(times, axis=1)]
+        # What disturbs a run only ever makes it longer, and in every round another run is disturbed.
+        return [float(x) for x in np.median(times.min(0), axis=1)]
 
     return timer
 

@@ -150,13 +150,22 @@ def against_input(context: Context, checkpoint: Checkpoint) -> Speed:
         times = layer_speed.in_turns(
             [before, after], batches, threads=threads, device=device, rounds=_RUNS, progress=progress
         )
-    return speed_of(times[0] / times[1])
+    return speed_of(times[:, 0], times[:, 1])
 
 
-def speed_of(ratios: np.ndarray) -> Speed:
-    """The median of the rows' ratios (B,), and its standard error, about 1.25 times that of a mean."""
-    spread = float(np.subtract(*np.percentile(ratios, [75, 25]))) / 1.349  # as a standard deviation
-    return Speed(float(np.median(ratios)), 1.25 * spread / len(ratios) ** 0.5)
+def speed_of(before: np.ndarray, after: np.ndarray) -> Speed:
+    """The ratio of two medians over all runs, which is what the report compares, and its standard error.
+
+    Runs of one round share what the machine does at that time, so that rounds differ more than their runs let expect.
+    The error is that of the mean of the rounds' own ratios.
+
+    Args:
+        before: Milliseconds (R, B) of the input in R rounds on B batches.
+        after: Those of the result.
+    """
+    rounds = np.median(before, axis=1) / np.median(after, axis=1)
+    error = float(np.std(rounds, ddof=1)) / len(rounds) ** 0.5 if len(rounds) > 1 else 0.0
+    return Speed(float(np.median(before) / np.median(after)), error)
 
 
 def _better(one: Speed, other: Speed, target: float) -> bool:

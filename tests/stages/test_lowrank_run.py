@@ -214,7 +214,7 @@ def test_a_target_speedup_is_that_of_the_graph_that_ships(
         return (outputs * inputs if rank is None else rank * (outputs + inputs)) / 2e6
 
     def in_turns(paths, batches, **_):
-        return np.array([[weights(path)] * 4 for path in paths])
+        return np.array([[[weights(path)] * 4 for path in paths]] * 2)
 
     clock, before = lowrank_linear.Clock, []
     monkeypatch.setattr(layer_speed, "in_turns", in_turns)

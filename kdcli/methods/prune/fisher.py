@@ -24,10 +24,11 @@ Source: Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transforme
 Differs: gradients are of single rows, where the code squares those of batch means, in which rows of opposite sign
 cancel. Prices may be milliseconds and uneven: units are ordered by importance per price, and what is left over is
 spent on units that still fit. With the iterative schedule the first two steps are repeated on the pruned model.
-Tuning aims at the dense model and not at one pruned half way, and the bias takes the means, which costs as little as
-the columns. It is solved directly, with a damping that does not depend on the number of tokens (the source stops LSMR
-on the normal equations early). Values that leave a range are damped ten times as strongly, up to three times; only
-when that does not help nothing more is tuned, as in the source at once.
+Tuning aims at the dense model and not at one pruned half way. The bias stays: moved to the targets' mean, it lost 1.2
+points on MiniLM and CLINC150 at half of the MACs, where masks alone gain 0.4. It is solved directly, with a damping
+that does not depend on the number of tokens (the source stops LSMR on the normal equations early). Values that leave
+a range are damped ten times as strongly, up to three times; only when that does not help nothing more is tuned, as in
+the source at once.
 """
 
 from __future__ import annotations
@@ -133,20 +134,25 @@ def rearrange(fisher: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return kept
 
 
-def normal_equations(moments: Moments, weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """A and b of the least squares problem A m = b for the masks of one part, bias free.
+def normal_equations(
+    moments: Moments, weight: Tensor, bias: Tensor | None, width: int
+) -> tuple[Tensor, Tensor]:
+    """A and b of the least squares problem A m = b for the masks of one part.
 
     Args:
         moments: Of its features h (U,) and targets (O,).
         weight: W, (O, U).
+        bias: (O,), which stays as it is.
         width: Features that share one mask.
 
     Returns:
         A (U / width, U / width) and b (U / width,), per token, float64.
     """
-    covariance, cross, _ = moments.centred()
-    units = len(covariance) // width
-    gram = ((weight.T @ weight) * covariance).view(units, width, units, width).sum((1, 3))
+    second, cross = moments.hh / moments.count, moments.ht / moments.count
+    if bias is not None:
+        cross = cross - torch.outer(moments.h / moments.count, bias)
+    units = len(second) // width
+    gram = ((weight.T @ weight) * second).view(units, width, units, width).sum((1, 3))
     return gram, (weight * cross.T).sum(0).view(units, width).sum(1)
 
 
@@ -182,14 +188,15 @@ def tune(pair: Pair, config: Config, structure: str) -> dict[str, Any]:
             width = layer.head_size if part == "heads" else 1
             moments = pair.moments(index, part)
             weight = _matrix(output)
-            problem = normal_equations(moments, weight, width)
+            bias = None if output.bias is None else output.bias.cpu().double()
+            problem = normal_equations(moments, weight, bias, width)
             tries = (solve(*problem, config.damp * 10**power) for power in range(DAMPINGS))
             mask = next(
                 (m for m in tries if float(m.abs().nan_to_num(torch.inf).max()) <= config.limit), None
             )
             if mask is None:
                 return _detail(tuned, furthest) | {"stopped_at": {"layer": index, "part": part}}
-            _fold(output, mask.repeat_interleave(width), moments)
+            _fold(output, mask.repeat_interleave(width))
             tuned += 1
             furthest = max(furthest, float(mask[(mask - 1).abs().argmax()]), key=lambda x: abs(x - 1))
         pair.leave(index)
@@ -261,13 +268,10 @@ def _matrix(output: Projection) -> Tensor:
     return output.weight.cpu().double()  # where the moments are
 
 
-def _fold(output: Projection, mask: Tensor, moments: Moments) -> None:
-    """Scale the columns of an output projection, and let its bias give the targets' mean."""
+def _fold(output: Projection, mask: Tensor) -> None:
+    """Scale the columns of an output projection."""
     reads = output.first if isinstance(output, LowRankLinear) else output
     reads.weight.mul_(mask.to(reads.weight))
-    if output.bias is not None:
-        mean = moments.t / moments.count - _matrix(output) @ (moments.h / moments.count)
-        output.bias.copy_(mean.to(output.bias))
 
 
 def _detail(tuned: int, furthest: float) -> dict[str, Any]:

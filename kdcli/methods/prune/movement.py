@@ -1,7 +1,8 @@
 """Movement pruning: while the model trains, weights that move towards zero go and those that move away stay.
 
-Every weight W_ij has a score S_ij, zero at first. The forward pass uses W * M with M = 1 for the highest scores
-(all but a share v of them) and 0 elsewhere; the backward pass treats M as S (straight-through), so that
+Every weight W_ij has a score S_ij, at first b * |W_ij| / mean |W| with b = ``bias``. The forward pass uses W * M with
+M = 1 for the highest scores (all but a share v of them) and 0 elsewhere; the backward pass treats M as S
+(straight-through), so that
 
     dL/dS_ij = dL/dW'_ij * W_ij        W' = W * M, also where M is 0
 
@@ -18,7 +19,8 @@ Sources: Sanh, Wolf, Rush 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tun
 Differs: M is found again every ``every`` steps, not at each: sorting all scores would cost as much as the
 training. Scope ``global`` is the paper's second variant, there called global. The soft threshold of the paper,
 which meets a wanted share only by trial, is left out. Scores are trained with AdamW like the weights, as the
-code of the authors does.
+code of the authors does. Their scores start at zero (``bias`` 0), so that the first weights to go are drawn by the
+noise of a few steps: made for trainings of ten epochs of large data, it loses everything in one epoch of small data.
 """
 
 from __future__ import annotations
@@ -50,6 +52,9 @@ class Config(BaseModel):
     cooldown: float = Field(
         0.3, ge=0, le=0.5, description="share of the training at the final number of zeros"
     )
+    bias: float = Field(
+        1.0, ge=0, description="how strongly scores favour large weights at first; 0 as in the source"
+    )
     every: int = Field(8, ge=1, description="steps between two looks at which scores are the highest")
 
 
@@ -74,6 +79,21 @@ def masked(weight: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
         mask: M (O, I), bool.
     """
     found: Tensor = _StraightThrough.apply(weight, scores, mask)
+    return found
+
+
+def first_scores(weight: Tensor, config: Config) -> Tensor:
+    """The scores before the first step.
+
+    Args:
+        weight: W (O, I).
+        config: The bias.
+
+    Returns:
+        S (O * I,), row by row.
+    """
+    size = weight.detach().abs()
+    found: Tensor = config.bias * (size / size.mean().clamp_min(1e-30)).flatten()
     return found
 
 

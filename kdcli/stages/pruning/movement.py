@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kdcli.methods.prune.movement import kept, masked, pattern_at
+from kdcli.methods.prune.movement import first_scores, kept, masked, pattern_at
 from kdcli.methods.pruning import WeightJob
 from kdcli.stages.context import Context
 from kdcli.stages.pruning.plan import Plan
@@ -44,7 +44,7 @@ class _Scores(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         weights = [layer.weight for layer in job.matrices.values()]
         # Flat, so that no weight decay pulls them to zero.
-        self.scores = nn.ParameterList([torch.zeros_like(w).flatten() for w in weights])
+        self.scores = nn.ParameterList([first_scores(w, plan.config) for w in weights])
         self.start = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
         self._layers = dict(job.matrices)
         self.masks = {

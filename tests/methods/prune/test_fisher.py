@@ -139,15 +139,19 @@ def moments(h: torch.Tensor, t: torch.Tensor) -> Moments:
 def test_tuned_masks_are_the_damped_least_squares_solution(width: int, damp: float) -> None:
     rng = np.random.default_rng(width)
     h, weight, target = rng.normal(size=(40, 6)) + 1.5, rng.normal(size=(5, 6)), rng.normal(size=(40, 5))
+    bias = rng.normal(size=5)
     found = fisher.solve(
         *fisher.normal_equations(
-            moments(torch.from_numpy(h), torch.from_numpy(target)), torch.from_numpy(weight), width
+            moments(torch.from_numpy(h), torch.from_numpy(target)),
+            torch.from_numpy(weight),
+            torch.from_numpy(bias),
+            width,
         ),
         damp,
     )
-    # One row a token and output, one column a mask; the bias is free, so that everything is centred over tokens.
-    centred, aim = h - h.mean(0), target - target.mean(0)
-    columns = (centred[:, None, :] * weight[None]).reshape(40, 5, 6 // width, width).sum(3)
+    # One row a token and output, one column a mask; the bias stays.
+    aim = target - bias
+    columns = (h[:, None, :] * weight[None]).reshape(40, 5, 6 // width, width).sum(3)
     design = columns.reshape(200, -1) / np.sqrt(40)  # per token, as the damping is
     pull = np.sqrt(damp * np.square(design).sum(0).mean()) * np.eye(design.shape[1])
     right = np.concatenate([aim.reshape(200) / np.sqrt(40) - design.sum(1), np.zeros(len(pull))])
@@ -210,8 +214,15 @@ def test_the_cut_meets_the_budget_and_replays(family: str, structure: str) -> No
     assert (bool(found.cut.heads), bool(found.cut.neurons)) == ("heads" in structure, "neurons" in structure)
 
 
+@torch.no_grad()
+def first_layer(made, batches) -> torch.Tensor:
+    """Its output at the real tokens (N, D)."""
+    states = made.model(**batches[0][0], output_hidden_states=True).hidden_states[1]
+    return states[batches[0][0]["attention_mask"].bool()]
+
+
 @pytest.mark.parametrize("state", ["dense", "emptied", "factorised"])
-def test_tuning_brings_the_logits_closer_to_the_dense_model(state: str) -> None:
+def test_tuning_brings_layers_closer_to_those_of_the_dense_model(state: str) -> None:
     """Also through layers without heads or neurons, and through factor pairs."""
     error = {}
     for tune in (False, True):
@@ -224,13 +235,13 @@ def test_tuning_brings_the_logits_closer_to_the_dense_model(state: str) -> None:
                     torch.nn.init.normal_(parameter, std=0.25)
         if state == "emptied":
             transforms.apply(made.model, Cut(heads={0: []}, neurons={1: []}))
-        dense = logits(made, batches)
+        dense = first_layer(made, batches)
         found = fisher.prune(
             job(made, layers, batches, share=0.6), fisher.Config(tune=tune, damp=0.01, steps=1)
         )
         assert ("tuning" in found.detail) is tune
-        error[tune] = float((logits(made, batches) - dense).square().mean())
-    assert error[True] < 0.8 * error[False]
+        error[tune] = float((first_layer(made, batches) - dense).square().mean())
+    assert error[True] < 0.95 * error[False]  # LayerNorm is between what is fitted and what is compared
 
 
 def test_padding_changes_neither_the_cut_nor_the_weights() -> None:

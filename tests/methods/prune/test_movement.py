@@ -85,3 +85,14 @@ def test_magnitude_does_not_see_what_movement_sees() -> None:
     """The paper's figure: a large weight that shrinks goes, a small one that grows stays."""
     weights, scores = {"w": torch.tensor([[2.0, 0.2]])}, {"w": torch.tensor([-1.0, 1.0])}
     assert movement.kept(weights, scores, Pattern(0.5), Config())["w"].tolist() == [[False, True]]
+
+
+def test_untrained_scores_prune_by_magnitude_and_a_bias_of_zero_knows_nothing() -> None:
+    weight = torch.tensor([[0.1, -4.0, 0.5], [-0.2, 3.0, -0.4]])
+    scores = movement.first_scores(weight, movement.Config())
+    assert scores.mean() == pytest.approx(1.0)
+    pattern, config = Pattern(0.5), movement.Config()
+    found = movement.kept({"a": weight}, {"a": scores}, pattern, config)["a"]
+    assert torch.equal(found, weight.abs() > 0.45)
+    assert not movement.first_scores(weight, movement.Config(bias=0)).any()
+    assert not movement.first_scores(torch.zeros(2, 3), config).any()
