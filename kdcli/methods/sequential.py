@@ -275,6 +275,7 @@ def replace_all(
     samples: Sequence[Sample],
     fit: Fit,
     *,
+    spend: bool = False,
     done: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Install every unit of ``ranks`` in the order in which the model runs them.
@@ -293,6 +294,7 @@ def replace_all(
         solve: Solves a problem up to a rank.
         samples: Calibration rows.
         fit: The mode.
+        spend: Whether the memory of dense layers is given up once they are replaced; the units are of no use then.
         done: Called once an encoder layer.
 
     Returns:
@@ -348,6 +350,9 @@ def replace_all(
                 sums[name] += _difference(units[name], prefix, found[name], kept[at], outputs, samples[at])
         exact = after
         errors |= {n: float(wrong / spread) if spread else 0.0 for n, (wrong, spread) in sums.items()}
+        if spend:
+            for unit in own.values():
+                unit.dense.to("meta")
         done()
     return errors
 
