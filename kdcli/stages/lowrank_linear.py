@@ -78,19 +78,28 @@ class Work:
         return torch.cat([p[0] for p in parts]), torch.stack([p[1] for p in parts]).sum(0)
 
     def _collect(self, samples: list[Sample]) -> None:
-        """Gather the statistics of all units and decompose each; what it took is given up as soon as it is used."""
-        moments: dict[str, Moments] = {}
-        sizes: dict[str, Tensor] | None = {} if "magnitude" in self.module.NEEDS else None
-        with self.context.progress.task("calibration", len(samples)) as task:
-            sequential.collect(self.model, self.units, samples, moments, magnitudes=sizes, done=task.advance)
-        for name, size in (sizes or {}).items():
-            self.magnitudes[name] = size / (moments[name].weight or 1.0)
-        with self.context.progress.task("decomposition", len(self.units)) as task:
-            for name, unit in self.units.items():
-                own = self._table(unit) if unit.table else moments.pop(name)
-                largest = int(np.ceil(self.sizes[name].break_even)) - 1
-                self.found[name] = self.solve(self.problem(unit, own), largest, curves=True)
-                task.advance()
+        """Gather the statistics of every unit and decompose it."""
+        family = self.context.checkpoint.family
+        count = len(self.model.get_submodule(family.layers))  # type: ignore[arg-type]
+        for unit in self.units.values():
+            if unit.table:
+                self._decompose(unit, self._table(unit))
+        with self.context.progress.task("calibration", count) as task:
+            for moments, sizes in sequential.collect(
+                self.model,
+                family,
+                self.units,
+                samples,
+                magnitudes="magnitude" in self.module.NEEDS,
+                done=task.advance,
+            ):
+                self.magnitudes |= sizes
+                for name, own in moments.items():
+                    self._decompose(self.units[name], own)
+
+    def _decompose(self, unit: Unit, moments: Moments) -> None:
+        largest = int(np.ceil(self.sizes[unit.name].break_even)) - 1
+        self.found[unit.name] = self.solve(self.problem(unit, moments), largest, curves=True)
 
     def _table(self, unit: Unit) -> Moments:
         assert isinstance(unit.dense, nn.Embedding)
