@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 
 from kdcli.methods.factors import narrow_by_outputs
 from kdcli.methods.moments import watching
+
+# A backward pass through 12 layers of 768 keeps some 0.8 MB a token.
+TOKENS = 256
+"""Tokens of a batch that are differentiated together, at most, if a row is not longer."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ def sensitivity(
     Curvature", arXiv:1503.05671, section 3, and Schraudolph 2002 for the Gauss-Newton product.
 
     Args:
-        model: In eval mode, with parameters that require gradients.
+        model: In eval mode.
         layers: By name.
         batches: Inputs of the model; tokens whose ``attention_mask`` (B, T) is 0 do not count.
         seed: Of the sampled noise.
@@ -51,28 +56,33 @@ def sensitivity(
     matrices: dict[str, Tensor] = {}
     tokens: list[dict[str, Tensor]] = []
     rows = 0
-    for batch in batches:
-        outputs, logits = _watched(model, layers, batch)
-        p = logits.detach().softmax(-1)
-        sampled = p.sqrt() * torch.randn(p.shape, generator=noise).to(p)
-        direction = sampled - p * sampled.sum(-1, keepdim=True)
-        gradients = torch.autograd.grad((logits * direction).sum(), list(outputs.values()), allow_unused=True)
-        real = batch["attention_mask"].bool()
-        rows += len(logits)
-        tokens.append({})
-        for name, gradient in zip(outputs, gradients, strict=True):
-            layer = layers[name]
-            size = min(layer.weight.shape)
-            if name not in matrices:
-                matrices[name] = torch.zeros(size, size, device=logits.device)
-            if gradient is None:
-                tokens[-1][name] = torch.zeros_like(real, dtype=logits.dtype)
-                continue
-            tokens[-1][name] = gradient.square().sum(-1) * real
-            narrow = gradient[real]
-            if not narrow_by_outputs(layer):
-                narrow = narrow @ layer.weight.detach()  # an embedding is narrow by its outputs
-            matrices[name].addmm_(narrow.T, narrow)
+    for whole in batches:
+        parts: list[dict[str, Tensor]] = []
+        for batch in _parts(whole):
+            outputs, logits = _watched(model, layers, batch)
+            p = logits.detach().softmax(-1)
+            sampled = p.sqrt() * torch.randn(p.shape, generator=noise).to(p)
+            direction = sampled - p * sampled.sum(-1, keepdim=True)
+            gradients = torch.autograd.grad(
+                (logits * direction).sum(), list(outputs.values()), allow_unused=True
+            )
+            real = batch["attention_mask"].bool()
+            rows += len(logits)
+            parts.append({})
+            for name, gradient in zip(outputs, gradients, strict=True):
+                layer = layers[name]
+                size = min(layer.weight.shape)
+                if name not in matrices:
+                    matrices[name] = torch.zeros(size, size, device=logits.device)
+                if gradient is None:
+                    parts[-1][name] = torch.zeros_like(real, dtype=logits.dtype)
+                    continue
+                parts[-1][name] = gradient.square().sum(-1) * real
+                narrow = gradient[real]
+                if not narrow_by_outputs(layer):
+                    narrow = narrow @ layer.weight.detach()  # an embedding is narrow by its outputs
+                matrices[name].addmm_(narrow.T, narrow)
+        tokens.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     return Sensitivity(
         {name: matrix / max(1, rows) for name, matrix in matrices.items()},
         tokens,
@@ -92,7 +102,7 @@ def fisher(
     is ever made.
 
     Args:
-        model: In eval mode, with parameters that require gradients.
+        model: In eval mode.
         layers: By name.
         batches: Inputs, and targets: class indices (B,).
 
@@ -101,7 +111,7 @@ def fisher(
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     rows = 0
-    for batch, targets in batches:
+    for batch, targets in _labelled(batches):
         inputs: dict[str, Tensor] = {}
         outputs, logits = _watched(model, layers, batch, inputs)
         loss = F.cross_entropy(logits, targets, reduction="sum")
@@ -133,6 +143,38 @@ def _of_table(g: Tensor, ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     return _weighed(g, alike), columns.index_add(0, ids.flatten(), by_token.flatten())
 
 
+def _parts(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The batch (B, T) in parts of whole rows with about :data:`TOKENS` tokens."""
+    rows, length = batch["attention_mask"].shape
+    step = max(1, TOKENS // length)
+    for at in range(0, rows, step):
+        yield {key: value[at : at + step] for key, value in batch.items()}
+
+
+def _labelled(
+    batches: Iterable[tuple[Mapping[str, Tensor], Tensor]],
+) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+    for batch, targets in batches:
+        at = 0
+        for part in _parts(batch):
+            count = len(part["attention_mask"])
+            yield part, targets[at : at + count]
+            at += count
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside the block no parameter asks for a gradient, so nothing is kept for them."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_()
+
+
 def _watched(
     model: nn.Module,
     layers: Mapping[str, nn.Linear | nn.Embedding],
@@ -142,9 +184,9 @@ def _watched(
     outputs: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
-        outputs[name] = y
+        outputs[name] = y if y.requires_grad else y.requires_grad_()  # what comes first starts the graph
         if inputs is not None:
             inputs[name] = x
 
-    with torch.enable_grad(), watching(layers, see):
+    with torch.enable_grad(), _frozen(model), watching(layers, see):
         return outputs, model(**batch).logits

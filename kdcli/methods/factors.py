@@ -177,6 +177,8 @@ def solve(
     tied = flow + problem.white * (_TIE * (energy or 1.0) / plain if plain > 0 else 0.0)
     inner = root @ tied @ root.T
     energies, vectors = torch.linalg.eigh((inner + inner.T) / 2)
+    # LAPACK's signs depend on where a matrix lies in memory: the largest component of each is made positive.
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     vectors = vectors.flip(1)
     energies = energies.flip(0).clamp(min=0)
     a = torch.linalg.solve_triangular(root, vectors, upper=True)

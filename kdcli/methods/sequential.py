@@ -104,52 +104,6 @@ class Sample:
         return counted, weights[counted]
 
 
-@torch.no_grad()
-def collect(
-    model: nn.Module,
-    units: Mapping[str, Unit],
-    samples: Sequence[Sample],
-    moments: dict[str, Moments],
-    *,
-    magnitudes: dict[str, Tensor] | None = None,
-    done: Callable[[], None] = lambda: None,
-) -> None:
-    """Run the model and add the statistics of every linear unit to ``moments``.
-
-    Units that read the very same tensor (query, key and value) share one :class:`Moments`. A layer with fewer
-    outputs than inputs is described by its outputs without bias, any other by its inputs.
-
-    Args:
-        model: Dense, in eval mode.
-        units: By name; tables are left out, their statistics are the tokens' own.
-        samples: Calibration rows; tokens whose ``attention_mask`` (B, T) is 0 do not count.
-        moments: Extended in place; start with an empty one.
-        magnitudes: Filled with the sum of |x| (I,) over the tokens of ``moments``, where given.
-        done: Called after every batch.
-    """
-    watched = {u.members[0]: u for u in units.values() if not u.table}
-    for sample in samples:
-        # The tensors are kept until the batch is over, so that no identity is used twice.
-        added: dict[int, tuple[Tensor, Moments]] = {}
-
-        def see(name: str, x: Tensor, y: Tensor, sample: Sample = sample, added: dict = added) -> None:
-            unit = watched[name]
-            counted, weights = sample.of(unit)
-            values = _inner(unit, x)
-            if id(values) not in added or weights is not None:
-                own = moments.get(unit.name) or Moments(values.shape[-1], values.device)
-                own.add(values[counted], weights=weights)
-                added[id(values)] = (values, own)
-            moments[unit.name] = added[id(values)][1]
-            if magnitudes is not None:
-                size = x[counted].abs().sum(0).double()
-                magnitudes[unit.name] = magnitudes[unit.name] + size if unit.name in magnitudes else size
-
-        with watching({name: model.get_submodule(name) for name in watched}, see):
-            model(**sample.inputs)
-        done()
-
-
 def _inner(unit: Unit, x: Tensor) -> Tensor:
     """The narrow side's features u = Q x, (B, T, m); x itself where the inputs are the narrow side."""
     assert isinstance(unit.dense, nn.Linear)
@@ -215,6 +169,64 @@ def _calls(model: nn.Module, family: Family, samples: Sequence[Sample]) -> tuple
     return made, states
 
 
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    family: Family,
+    units: Mapping[str, Unit],
+    samples: Sequence[Sample],
+    *,
+    magnitudes: bool = False,
+    done: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[dict[str, Moments], dict[str, Tensor]]]:
+    """Run the model, one encoder layer after the other, and give the statistics of each layer's linear units.
+
+    Units that read the very same tensor (query, key and value) share one :class:`Moments`. A layer with fewer
+    outputs than inputs is described by its outputs without bias, any other by its inputs. Between two layers only
+    hidden states are held, so what was given can be used and forgotten.
+
+    Args:
+        model: Dense, in eval mode; what is done to a layer that was given does not matter any more.
+        family: Of the model.
+        units: By name; tables are left out, their statistics are the tokens' own.
+        samples: Calibration rows; tokens whose ``attention_mask`` (B, T) is 0 do not count.
+        magnitudes: Whether the mean of |x| (I,) over the tokens is wanted.
+        done: Called after every layer.
+
+    Yields:
+        Name -> moments, and name -> mean of |x|.
+    """
+    calls, states = _calls(model, family, samples)
+    layers: Any = model.get_submodule(family.layers)
+    for index, layer in enumerate(layers):
+        prefix = f"{family.layers}.{index}."
+        watched = {u.members[0].removeprefix(prefix): u for n, u in units.items() if n.startswith(prefix)}
+        moments: dict[str, Moments] = {}
+        sizes: dict[str, Tensor] = {}
+        for at, (call, sample) in enumerate(zip(calls, samples, strict=True)):
+            states[at], inputs, _ = _watched(layer, watched, call, states[at])
+            shared: dict[int, Moments] = {}
+            for path, x in inputs.items():
+                unit = watched[path]
+                counted, weights = sample.of(unit)
+                # A product of its own, or a tensor that others read too and have added already.
+                mine = narrow_by_outputs(unit.dense) or weights is not None
+                if mine or id(x) not in shared:
+                    values = _inner(unit, x)
+                    own = moments.get(unit.name) or Moments(values.shape[-1], values.device)
+                    own.add(values[counted], weights=weights)
+                else:
+                    own = shared[id(x)]
+                moments[unit.name] = own
+                if not mine:
+                    shared[id(x)] = own
+                if magnitudes:
+                    size = x[counted].abs().sum(0).double()
+                    sizes[unit.name] = sizes[unit.name] + size if unit.name in sizes else size
+        yield moments, {name: size / (moments[name].weight or 1.0) for name, size in sizes.items()}
+        done()
+
+
 def _reaching(
     layer: nn.Module, call: _Call, hidden: Tensor, path: str, also: str | None
 ) -> dict[str, Tensor]:
@@ -275,6 +287,7 @@ def replace_all(
     samples: Sequence[Sample],
     fit: Fit,
     *,
+    spend: bool = False,
     done: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Install every unit of ``ranks`` in the order in which the model runs them.
@@ -293,6 +306,7 @@ def replace_all(
         solve: Solves a problem up to a rank.
         samples: Calibration rows.
         fit: The mode.
+        spend: Whether the memory of dense layers is given up once they are replaced; the units are of no use then.
         done: Called once an encoder layer.
 
     Returns:
@@ -348,6 +362,9 @@ def replace_all(
                 sums[name] += _difference(units[name], prefix, found[name], kept[at], outputs, samples[at])
         exact = after
         errors |= {n: float(wrong / spread) if spread else 0.0 for n, (wrong, spread) in sums.items()}
+        if spend:
+            for unit in own.values():
+                unit.dense.to("meta")
         done()
     return errors
 

@@ -14,7 +14,7 @@ from kdcli.training.batches import model_inputs
 MOST_TOKENS = 16384
 """Of a calibration: ten for every feature of a wide encoder, which is enough for its covariances."""
 
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 1024
 
 
 def sample(context: Context, count: int) -> Encoded:

@@ -71,7 +71,7 @@ def apply(context: Context) -> Applied:
     warnings = []
     ranks = work.decide(plan.amount, detail)
     kept = {name: rank for name, rank in ranks.items() if rank is not None}
-    measured = work.replace(kept)
+    measured = work.replace(kept, last=True)
     before, after = work.parameters({}), work.parameters(kept)
     detail |= {"factorised": len(kept), "parameters_before": before, "parameters_after": after}
     detail["parameters_kept"] = after / before if before else None

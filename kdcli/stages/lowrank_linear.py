@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,6 @@ class Work:
         }
         self.rows = calibration.sample(context, config.samples)
         self.samples: list[Sample] = []
-        self.moments: dict[str, Moments] = {}
         self.magnitudes: dict[str, Tensor] = {}
         self.felt = Sensitivity({}, [])
         self.fisher: dict[str, tuple[Tensor, Tensor]] = {}
@@ -52,12 +52,11 @@ class Work:
 
     def problem(self, unit: Unit, moments: Moments) -> Problem:
         """The problem of a unit, with all that its method may read."""
-        size = self.magnitudes.get(unit.name)
         return factors.problem_of(
             unit.dense,
             moments,
             centred=self.config.centred,
-            magnitude=None if size is None else size / (self.moments[unit.name].weight or 1.0),
+            magnitude=self.magnitudes.get(unit.name),
             sensitivity=self._joined(unit),
             fisher=self._joined_fisher(unit),
         )
@@ -78,35 +77,37 @@ class Work:
             return None
         return torch.cat([p[0] for p in parts]), torch.stack([p[1] for p in parts]).sum(0)
 
-    def _collect(self, samples: list[Sample], title: str) -> None:
-        """Add rows to the statistics and decompose every unit anew."""
-        with self.context.progress.task(title, len(samples)) as task:
-            sequential.collect(
+    def _collect(self, samples: list[Sample]) -> None:
+        """Gather the statistics of every unit and decompose it."""
+        family = self.context.checkpoint.family
+        count = len(self.model.get_submodule(family.layers))  # type: ignore[arg-type]
+        for unit in self.units.values():
+            if unit.table:
+                self._decompose(unit, self._table(unit))
+        with self.context.progress.task("calibration", count) as task:
+            for moments, sizes in sequential.collect(
                 self.model,
+                family,
                 self.units,
                 samples,
-                self.moments,
-                magnitudes=self.magnitudes if "magnitude" in self.module.NEEDS else None,
+                magnitudes="magnitude" in self.module.NEEDS,
                 done=task.advance,
-            )
-        for unit in self.units.values():
-            if unit.table and unit.name not in self.moments:
-                self._table(unit)
-        largest = {n: int(np.ceil(size.break_even)) - 1 for n, size in self.sizes.items()}
-        with self.context.progress.task("decomposition", len(self.units)) as task:
-            for name, unit in self.units.items():
-                self.found[name] = self.solve(
-                    self.problem(unit, self.moments[name]), largest[name], curves=True
-                )
-                task.advance()
+            ):
+                self.magnitudes |= sizes
+                for name, own in moments.items():
+                    self._decompose(self.units[name], own)
 
-    def _table(self, unit: Unit) -> None:
+    def _decompose(self, unit: Unit, moments: Moments) -> None:
+        largest = int(np.ceil(self.sizes[unit.name].break_even)) - 1
+        self.found[unit.name] = self.solve(self.problem(unit, moments), largest, curves=True)
+
+    def _table(self, unit: Unit) -> Moments:
         assert isinstance(unit.dense, nn.Embedding)
         train = self.context.encoded["train"]
         counts = torch.from_numpy(np.bincount(train.ids, minlength=unit.dense.num_embeddings))
-        self.moments[unit.name] = sequential.table_moments(unit.dense, counts)
         if "magnitude" in self.module.NEEDS:
             self.magnitudes[unit.name] = (counts + 1) / float(counts.sum() + len(counts))
+        return sequential.table_moments(unit.dense, counts)
 
     def _feel(self, rows: Encoded, samples: list[Sample]) -> list[Sample]:
         """Sensitivity of every layer's outputs, and the Fisher information where the method reads it.
@@ -164,7 +165,7 @@ class Work:
         if shared or {"sensitivity", "fisher"} & set(self.module.NEEDS):
             samples = self._feel(fit, samples)
         self.samples = samples
-        self._collect(samples, "calibration")
+        self._collect(samples)
         if not shared:
             return {n: self.sizes[n].settle(max(1, self._wanted(n, amount))) for n in self.units}
         damage = self._damage(held, detail)
@@ -301,11 +302,20 @@ class Work:
 
     # --- putting factors in -----------------------------------------------------------------------
 
-    def replace(self, ranks: Mapping[str, int]) -> dict[str, float]:
-        """Install the units of ``ranks`` one behind the other; returns their measured errors."""
+    def replace(self, ranks: Mapping[str, int], *, last: bool = False) -> dict[str, float]:
+        """Install the units of ``ranks`` one behind the other; returns their measured errors.
+
+        With ``last`` there is no way back: what is not needed any more is given up on the way.
+        """
         if not ranks:
             return {}
         fit = Fit(getattr(self.config, "sequential", "off"), getattr(self.config, "ridge", 1.0))
+        if last:
+            self.dense.clear()
+            for name, unit in self.units.items():
+                if name not in ranks or (fit.mode != "off" and not unit.table):  # they are solved anew
+                    none = torch.zeros(0)
+                    self.found[name] = dataclasses.replace(self.found[name], left=none, right=none)
         family = self.context.checkpoint.family
         with self.context.progress.task("replacing", len(self.model.get_submodule(family.layers))) as task:  # type: ignore[arg-type]
             return sequential.replace_all(
@@ -318,6 +328,7 @@ class Work:
                 self.solve,
                 self.samples,
                 fit,
+                spend=last,
                 done=task.advance,
             )
 
