@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -107,11 +107,26 @@ def correct(
             best = number, made
         if speed.reaches(target) and speed.value <= target * (1 + _OVER) + speed.noise:
             break
-        # What was saved is off by one factor, as far as one number can tell.
-        saved = max(1 - 1 / speed.value, 1e-6)
-        share = max(0.0, 1 - (1 - 1 / made.predicted) * min(2.0, (1 - 1 / target) / saved))
+        share = corrected(tries, target)
     assert best is not None
     return Chosen(best[1].result, best[0], tries)
+
+
+def corrected(tries: Sequence[Mapping[str, Any]], target: float) -> float:
+    """The share of the time to try next.
+
+    Between a try that was too fast and one that was too slow, a straight line in the measured time: a graph's time has
+    steps, where widths no longer fit what the processor likes, and one factor would jump over them again and again.
+    With tries on one side only, what was saved is taken to be off by one factor, as far as one number can tell.
+    """
+    goal = 1 / target
+    points = [(row["share_of_time"], 1 / row["measured"]) for row in tries]
+    fast = max((p for p in points if p[1] <= goal), default=None)
+    slow = min((p for p in points if p[1] > goal), default=None)
+    if fast and slow and fast[0] < slow[0]:
+        return float(fast[0] + (slow[0] - fast[0]) * (goal - fast[1]) / (slow[1] - fast[1]))
+    saved = max(1 - points[-1][1], 1e-6)
+    return max(0.0, 1 - (1 - 1 / tries[-1]["predicted"]) * min(2.0, (1 - goal) / saved))
 
 
 def summary(target: float, chosen: Chosen[Any]) -> dict[str, Any]:

@@ -228,6 +228,21 @@ def test_the_real_model_is_measured_against_its_input(tmp_path: Path) -> None:
     assert 0 <= found.noise < found.value
 
 
+def test_a_step_in_the_time_is_approached_from_both_sides() -> None:
+    def row(share: float, measured: float) -> dict:
+        return {"share_of_time": share, "predicted": 1 / share, "measured": measured}
+
+    # As MiniLM measured: 1.86 and 1.37 where 1.6 was wanted.
+    tries = [row(0.625, 1.86), row(0.716, 1.37)]
+    found = speedup.corrected(tries, 1.6)
+    assert 0.625 < found < 0.716
+    assert found == pytest.approx(np.interp(1 / 1.6, [1 / 1.86, 1 / 1.37], [0.625, 0.716]))
+    assert speedup.corrected(tries[:1], 1.6) > 0.625
+    assert speedup.corrected(tries[1:], 1.6) < 0.716
+    # A time that falls when less is cut is noise, and no line goes through it.
+    assert 0 <= speedup.corrected([row(0.7, 1.9), row(0.6, 1.3)], 1.6) < 0.6
+
+
 def test_noise_is_the_standard_error_where_whole_rounds_are_disturbed() -> None:
     rng = np.random.default_rng(0)
     rows = rng.uniform(1, 2, 64)  # texts of other lengths take other times
