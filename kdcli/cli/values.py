@@ -126,6 +126,10 @@ def student(given: str) -> str:
 def rank(given: str) -> str:
     """Check a rank: a whole number from 1 on, or ``evbmf``."""
     if given != "evbmf":
+        try:
+            int(given)
+        except ValueError as error:
+            raise ValueError(f"'{given}' is neither a whole number nor evbmf") from error
         whole(1)(given)
     return given
 

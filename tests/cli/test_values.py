@@ -33,6 +33,15 @@ def test_whole_keeps_its_range() -> None:
             parse(given)
 
 
+def test_a_rank_is_a_number_or_has_a_name() -> None:
+    assert [values.rank(given) for given in ("1", "64", "evbmf")] == ["1", "64", "evbmf"]
+    for given in ("evbf", "1.5", ""):
+        with pytest.raises(ValueError, match=f"'{given}' is neither a whole number nor evbmf"):
+            values.rank(given)
+    with pytest.raises(ValueError, match="at least 1"):
+        values.rank("0")
+
+
 @pytest.mark.parametrize("given", ["auto", "cpu", "cuda", "cuda:0", "cuda:11", "mps"])
 def test_devices(given: str) -> None:
     assert values.device(given) == given

@@ -316,6 +316,21 @@ def test_of_a_layer_alone_the_predicted_error_is_the_measured_one(
     assert row["error_measured"] == pytest.approx(row["error_predicted"], rel=2e-3)
 
 
+@pytest.mark.parametrize("method", ["svd", "fwsvd", "asvd", "whitening", "two-sided"])
+def test_full_rank_in_every_layer_leaves_the_model_as_it_is(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full ranks never pay, so break-even is moved out of the way; the batch is padded, and its rows are new."""
+    monkeypatch.setattr(rank_budget.Size, "break_even", property(lambda size: 33.0))
+    made = tiny.checkpoint()
+    dense = logits(made, "bert")
+    applied = lowrank.apply(context_of(made, tmp_path, method=method, rank=32))
+    assert [row["rank"] for row in applied.method.layers] == [32] * 12
+    assert sum(isinstance(m, LowRankLinear) for m in made.model.modules()) == 12
+    torch.testing.assert_close(logits(made, "bert"), dense, rtol=0, atol=TOLERANCE * float(dense.abs().max()))
+    assert all(row["error_measured"] < 1e-9 for row in applied.method.layers)
+
+
 def kl(made, dense: torch.Tensor) -> float:
     now = logits(made, "bert").log_softmax(-1)
     return float(torch.nn.functional.kl_div(now, dense, reduction="batchmean", log_target=True))
