@@ -354,7 +354,7 @@ MaxDropOpt = Annotated[
     _option(
         "--max-drop",
         help="Gate: accuracy may fall by this, in points of 1.",
-        parse=values.real(0),
+        parse=values.real(0, 1),
         metavar="F",
     ),
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import GraphProto, TensorProto
+from onnx import GraphProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
 from kdcli.errors import InputError
@@ -23,6 +23,7 @@ from kdcli.errors import InputError
 LARGE = 128 << 20
 """Bytes of weights from which on a detour is worth it."""
 _MOST = 2**31 - 1  # bytes of a message that any reader takes
+_SMALL = 1024  # bytes of a tensor that is read at once
 _BYTES = 2  # the wire type of strings, bytes and messages
 
 
@@ -50,6 +51,38 @@ def load(source: Path) -> onnx.ModelProto:
     return model
 
 
+def view(source: Path) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Read a graph as :func:`load` does, but leave the bytes of its weights in the file.
+
+    Returns:
+        The graph, and for each initialiser that does not hold its values their bytes, for :func:`values` and
+        :func:`save`. They are memory that belongs to the file, for as long as there is one of them.
+    """
+    with source.open("rb") as stream:
+        content = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+    model, tensors = _split(content)
+    weights = {}
+    for start, end in tensors:
+        rest, data = _without(content[start:end], TensorProto.RAW_DATA_FIELD_NUMBER)
+        if len(data) == 1 and data[0][1] - data[0][0] >= _SMALL:
+            tensor = TensorProto.FromString(rest)
+            begin, last = data[0]
+            weights[tensor.name] = np.frombuffer(content, np.uint8, last - begin, start + begin)
+        else:
+            tensor = TensorProto.FromString(content[start:end])
+        model.graph.initializer.append(tensor)
+    _read_originals(model.graph)
+    return model, weights
+
+
+def values(tensor: TensorProto, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The values of an initialiser of :func:`view`; not to be written to."""
+    if (content := weights.get(tensor.name)) is None:
+        return numpy_helper.to_array(tensor)
+    kind = helper.tensor_dtype_to_np_dtype(tensor.data_type).newbyteorder("<")
+    return content.view(kind).reshape(tuple(tensor.dims))
+
+
 def outline(source: Path) -> onnx.ModelProto:
     """Read a graph without its initialisers, which are almost all of its bytes.
 
@@ -58,14 +91,9 @@ def outline(source: Path) -> onnx.ModelProto:
     """
     try:
         with mapped(source) as content:
-            rest, graphs = _without(content, onnx.ModelProto.GRAPH_FIELD_NUMBER)
-            model = onnx.ModelProto.FromString(rest)
-            for start, end in graphs:
-                inside, _ = _without(content[start:end], GraphProto.INITIALIZER_FIELD_NUMBER)
-                model.graph.MergeFromString(inside)
+            return _split(content)[0]
     except (DecodeError, IndexError, ValueError) as error:
         raise InputError(f"{source} is no ONNX graph, or is cut off") from error
-    return model
 
 
 def save(model: onnx.ModelProto, target: Path, *, weights: Mapping[str, np.ndarray] | None = None) -> None:
@@ -147,6 +175,17 @@ def _key(number: int, size: int) -> bytes:
             value >>= 7
         made.append(value)
     return bytes(made)
+
+
+def _split(content: memoryview) -> tuple[onnx.ModelProto, list[tuple[int, int]]]:
+    """A graph without its initialisers, and where these lie."""
+    rest, graphs = _without(content, onnx.ModelProto.GRAPH_FIELD_NUMBER)
+    model, found = onnx.ModelProto.FromString(rest), []
+    for start, end in graphs:
+        inside, tensors = _without(content[start:end], GraphProto.INITIALIZER_FIELD_NUMBER)
+        model.graph.MergeFromString(inside)
+        found += [(start + first, start + last) for first, last in tensors]
+    return model, found
 
 
 def _without(content: memoryview, number: int) -> tuple[bytes, list[tuple[int, int]]]:

@@ -21,7 +21,6 @@ _PARTS = frozenset({"Softmax", "LayerNormalization", "Erf"})
 
 
 _LARGE = files.LARGE  # bytes of a file; smaller ones are not worth a detour over the disk
-_SMALL_TENSOR = 1024
 _WEIGHTS = "weights"
 
 Fusion = Literal["packed", "separate", "none"]
@@ -52,16 +51,17 @@ def fuse(
     from onnxruntime.transformers import optimizer
     from onnxruntime.transformers.fusion_options import FusionOptions
 
-    model = files.load(source)
-    make_head_counts_explicit(model.graph)
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
         folder = None
-        if source.stat().st_size >= _LARGE:
+        if source.stat().st_size < _LARGE:
+            model = files.load(source)
+        else:
             # The optimiser copies the graph again and again, so the weights wait in a file beside it.
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent)))
-            model = _put_aside(model, folder)
+            model = _put_aside(source, folder)
             stack.enter_context(contextlib.chdir(folder))  # where references to external data start
+        make_head_counts_explicit(model.graph)
         options = FusionOptions("bert")
         options.enable_embed_layer_norm = embeddings
         options.use_multi_head_attention = attention == "separate"
@@ -91,19 +91,20 @@ def _import_foreign(merged: onnx.ModelProto) -> None:
             merged.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
 
 
-def _put_aside(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+def _put_aside(source: Path, folder: Path) -> onnx.ModelProto:
     """The graph with the data of large initialisers in a file in ``folder``."""
+    model, weights = files.view(source)
     offset = 0
     with (folder / _WEIGHTS).open("wb") as stream:
         for tensor in model.graph.initializer:
-            if len(tensor.raw_data) < _SMALL_TENSOR:
+            if (values := weights.get(tensor.name)) is None:
                 continue
-            size = stream.write(tensor.raw_data)
+            size = stream.write(values.data)
+            tensor.raw_data = b""  # what says that the data are elsewhere wants to have seen some here
             set_external_data(tensor, _WEIGHTS, offset, size)
             tensor.ClearField("raw_data")
             offset += size
-    # A message gives memory back only as a whole.
-    return onnx.ModelProto.FromString(model.SerializeToString())
+    return model
 
 
 def make_head_counts_explicit(graph: GraphProto) -> int:

@@ -20,13 +20,13 @@ def halve_graph(source: Path, target: Path) -> dict[str, Any]:
     Returns:
         ``stored`` and ``executed``: in words, how many weights.
     """
-    model = files.load(source)
+    model, weights = files.view(source)
     graph = model.graph
     halved, casts = 0, []
     for tensor in graph.initializer:
         if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2:
             continue
-        dense = numpy_helper.to_array(tensor)
+        dense = files.values(tensor, weights)
         with np.errstate(over="ignore"):
             small = dense.astype(np.float16)
         if not np.array_equal(small.astype(np.float32), dense):
@@ -40,5 +40,5 @@ def halve_graph(source: Path, target: Path) -> dict[str, Any]:
     nodes = list(graph.node)
     del graph.node[:]
     graph.node.extend([*casts, *nodes])
-    files.save(model, target)
+    files.save(model, target, weights=weights)
     return {"stored": {"float16": halved}, "executed": {"float, widened on loading": halved}}

@@ -90,8 +90,8 @@ def quantise_graph(
         inside one that also holds a float weight, or not at all; ``largest``: the largest magnitude of an
         integer that is multiplied by activations; ``stored`` and ``executed``: in words, how many weights.
     """
-    model = files.load(source)
-    rewriter = Rewriter(model.graph, integers, kernel, ranges or {}, unsigned, accuracy_level)
+    model, weights = files.view(source)
+    rewriter = Rewriter(model.graph, weights, integers, kernel, ranges or {}, unsigned, accuracy_level)
     rewriter.smooth_by(smooth or {})
     rewriter.run()
     return rewriter.save(model, target)
@@ -103,13 +103,14 @@ class Rewriter:
     def __init__(
         self,
         graph: GraphProto,
+        weights: Mapping[str, np.ndarray],
         integers: Mapping[str, Stored],
         kernel: Kernel,
         ranges: Mapping[str, tuple[float, int]],
         unsigned: bool,
         accuracy_level: int,
     ) -> None:
-        self.graph = graph
+        self.graph, self.weights = graph, weights
         self.integers = integers
         self.kernel, self.ranges, self.unsigned = kernel, ranges, unsigned
         self.accuracy_level = accuracy_level
@@ -163,7 +164,7 @@ class Rewriter:
         """Write the model whose graph was rewritten; returns what :func:`quantise_graph` does."""
         if self.foreign and "com.microsoft" not in {entry.domain for entry in model.opset_import}:
             model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-        files.save(model, target)
+        files.save(model, target, weights=self.weights)
         return {
             "int8": dict(sorted(self.counts.items())),
             "float": sorted(set(self.integers) - self.placed),
@@ -204,7 +205,7 @@ class Rewriter:
         if tensor is None or len(node.input) < 3 or not node.input[2]:
             return False
         # Query, key and value stand side by side in (I, 3 O).
-        thirds = np.split(numpy_helper.to_array(tensor), 3, axis=1)
+        thirds = np.split(files.values(tensor, self.weights), 3, axis=1)
         equal = [self.names.get(_digest(part.T), []) for part in thirds]
         if not all(equal) or any(not self._plain(self.integers[names[0]]) for names in equal):
             return False
@@ -334,7 +335,7 @@ class Rewriter:
         tensor = self.floats.get(node.input[place])
         if tensor is None:
             return None
-        dense = numpy_helper.to_array(tensor)
+        dense = files.values(tensor, self.weights)
         names = self.names.get(_digest(dense.T if transposed else dense))
         if not names:
             return None
@@ -451,4 +452,4 @@ def _or_empty(vector: np.ndarray | None) -> np.ndarray:
 def _digest(dense: np.ndarray) -> bytes:
     """A key for the content of a matrix: its shape and its bits."""
     content = np.ascontiguousarray(dense, dtype=np.float32)
-    return hashlib.blake2b(content.tobytes(), salt=len(content).to_bytes(8, "little")).digest()
+    return hashlib.blake2b(content.reshape(-1).data, salt=len(content).to_bytes(8, "little")).digest()

@@ -182,11 +182,12 @@ def set_metadata(model: ModelProto, labels: Sequence[str], properties: Mapping[s
 
 def annotate(path: Path, labels: Sequence[str], properties: Mapping[str, str]) -> None:
     """Put label names and properties into the metadata of the graph at ``path``, in place."""
-    model = files.load(path)
+    model, weights = files.view(path)
     set_metadata(model, labels, properties)
     model.producer_name, model.producer_version = "kdcli", properties.get("kdcli_version", "")
     temporary = path.with_suffix(".annotated")
-    files.save(model, temporary)
+    files.save(model, temporary, weights=weights)
+    del weights  # some systems replace no file that is mapped
     os.replace(temporary, path)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper
 
 from kdcli.export import files
 from kdcli.export.int8 import Range, Rewriter, Stored, _digest
@@ -60,8 +60,8 @@ def quantise_graph(
     Returns:
         As :func:`kdcli.export.int8.quantise_graph`.
     """
-    model = files.load(source)
-    rewriter = _Fixed(model.graph, integers, "integer", ranges, unsigned, 0)
+    model, weights = files.view(source)
+    rewriter = _Fixed(model.graph, weights, integers, "integer", ranges, unsigned, 0)
     rewriter.outputs = outputs or {}
     rewriter.smooth_by(smooth or {})
     rewriter.tensors = tensors or {}
@@ -71,7 +71,7 @@ def quantise_graph(
 
 def outputs_of(source: Path, operators: Collection[str]) -> list[str]:
     """Names of the tensors in a graph without fusions that these :data:`OPERATORS` give, in its order."""
-    graph = files.load(source).graph
+    graph = files.view(source)[0].graph
     constants = {tensor.name for tensor in graph.initializer}
     constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
     readers: dict[str, list[NodeProto]] = {}
@@ -96,10 +96,10 @@ def outputs_of(source: Path, operators: Collection[str]) -> list[str]:
 
 def showing(source: Path, target: Path, tensors: Sequence[str]) -> None:
     """Write ``source`` with these tensors as its outputs, to look at them."""
-    model = files.load(source)
+    model, weights = files.view(source)
     del model.graph.output[:]
     model.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in tensors)
-    files.save(model, target)
+    files.save(model, target, weights=weights)
 
 
 class _Fixed(Rewriter):
@@ -170,7 +170,7 @@ class _Fixed(Rewriter):
         if tensor is None:
             return False
         shape = tuple(tensor.dims)
-        dense = numpy_helper.to_array(tensor).reshape(shape[0], -1)
+        dense = files.values(tensor, self.weights).reshape(shape[0], -1)
         names = [n for n in self.names.get(_digest(dense), []) if n in self.ranges and n in self.outputs]
         if not names:
             return False
@@ -244,7 +244,7 @@ class _Fixed(Rewriter):
         """A bias in steps of what the integer sum counts; None when 32 bits cannot hold it."""
         if found not in self.ranges or name not in self.floats or not self._plain(self.integers[found]):
             return None
-        bias = numpy_helper.to_array(self.floats[name])
+        bias = files.values(self.floats[name], self.weights)
         step = np.float32(self.ranges[found][0]) * self.integers[found].scale[:, 0]
         steps = np.round(bias.astype(np.float64) / step)
         if step.min() < np.finfo(np.float32).tiny or np.abs(steps).max(initial=0) > _INT32_MAX:

@@ -160,7 +160,12 @@ def read_log(directory: Path) -> TransformLog | None:
     try:
         return TransformLog.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"])
+            reason = f"{place}: {first['msg']}" if place else first["msg"]
+        else:
+            reason = str(error) or type(error).__name__
         raise InputError(f"{path} is not a transform log that this kdcli can read: {reason}") from error
 
 

@@ -81,6 +81,35 @@ def test_large_models_are_exported_as_small_ones_are(
     assert onnx.load(str(apart)) == onnx.load(str(whole))
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_view_is_the_graph_whose_weights_stay_in_the_file(family: str, tmp_path: Path) -> None:
+    path = exported(tmp_path / "a.onnx", family)
+    whole = files.load(path)
+    model, weights = files.view(path)
+    large = {t.name for t in whole.graph.initializer if len(t.raw_data) >= 1024}
+    assert set(weights) == large
+    assert len(large) > 10
+    assert (
+        model.ByteSize() < 0.5 * whole.ByteSize()
+    )  # these are small: biases and nodes are most of what is left
+    for tensor, want in zip(model.graph.initializer, whole.graph.initializer, strict=True):
+        found = files.values(tensor, weights)
+        np.testing.assert_array_equal(found, numpy_helper.to_array(want), strict=True)
+        with pytest.raises(ValueError, match="read-only"):
+            found[...] = 0
+    files.save(model, tmp_path / "b.onnx", weights=weights)
+    assert (tmp_path / "b.onnx").read_bytes() == whole.SerializeToString(deterministic=True)
+
+
+def test_a_view_holds_what_has_no_raw_bytes(tmp_path: Path) -> None:
+    given = np.arange(600, dtype=np.float32).reshape(20, 30)
+    tensor = helper.make_tensor("w", TensorProto.FLOAT, given.shape, given.ravel())  # in float_data
+    onnx.save(helper.make_model(helper.make_graph([], "g", [], [], [tensor])), str(tmp_path / "a.onnx"))
+    model, weights = files.view(tmp_path / "a.onnx")
+    assert weights == {}
+    np.testing.assert_array_equal(files.values(model.graph.initializer[0], weights), given)
+
+
 def test_an_outline_is_the_graph_without_its_weights(tmp_path: Path) -> None:
     path = exported(tmp_path / "a.onnx")
     model = onnx.load(str(path))

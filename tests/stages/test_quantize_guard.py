@@ -203,6 +203,22 @@ def test_a_wrong_order_is_made_good_by_giving_layers_up_again() -> None:
     assert found.kept == ["a"]
 
 
+def test_where_nothing_is_left_of_a_model_the_search_goes_by_what_each_layer_loses_alone() -> None:
+    # "a" alone leaves answers to chance, so keeping any other gains nothing: their order says nothing.
+    losses = {"a": 0.5, "b": 0.02, "c": 0.01, "d": 0.0, "e": 0.0}
+    units = [Unit(name, [name], alone=(losses[name], 1 - losses[name])) for name in ("d", "e", "c", "b", "a")]
+    fake = Fake(losses)
+    base, first = fake.answers([], None), fake.answers(fake.layers, None)
+    found = sensitivity.search(fake, units, None, base, 0.015, first)
+    assert found.met
+    assert found.kept == ["a", "b"]
+    # What cannot be met has the best of both orders.
+    found = sensitivity.search(fake, units, None, base, -0.01, first)
+    assert not found.met
+    assert sorted(found.kept) == ["a", "b", "c"]
+    assert found.drop == pytest.approx(0.0)
+
+
 def test_what_cannot_be_met_gives_the_best_that_there_is() -> None:
     losses = {"a": 0.05, "b": 0.04, "c": 0.03}
     found, _ = searched(losses, 0.001)

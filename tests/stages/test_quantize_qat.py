@@ -196,7 +196,12 @@ def test_a_model_without_matrices_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"epochs": -1}, "negative"), ({"calibration": "mse"}, "--calibration")]
+    ("options", "message"),
+    [
+        ({"epochs": -1}, "negative"),
+        ({"calibration": "mse"}, "--calibration"),
+        ({"sensitivity": True}, "--sensitiv"),
+    ],
 )
 def test_bad_options_are_refused(options: dict, message: str, tmp_path: Path) -> None:
     made = tiny.checkpoint("bert")

@@ -371,6 +371,11 @@ def test_other_operators_are_rounded_only_when_asked(tmp_path: Path) -> None:
     assert all(abs(errors[o] / errors[""] - 1) > 0.01 for o in ("layernorm", "add", "softmax"))
 
 
+def test_an_operator_that_is_misspelled_has_a_hint(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown operator 'gelo': did you mean 'gelu'"):
+        quantize.prepare(context_of(tiny.checkpoint("bert"), tmp_path, {"operators": "add,gelo"}))
+
+
 @pytest.mark.parametrize("operators", ["relu", "gelu,", "gelu add", ",gelu"])
 def test_unknown_operators_are_refused(operators: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="operators"):

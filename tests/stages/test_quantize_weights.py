@@ -15,6 +15,7 @@ from kdcli.errors import InputError, UsageError
 from kdcli.models import activations
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import layouts_of
+from kdcli.models.transforms import read_log
 from kdcli.stages import quantize
 from kdcli.stages.base import QuantizeOptions
 from kdcli.stages.context import Context
@@ -203,11 +204,27 @@ def test_layers_kept_in_float_stay(tmp_path: Path) -> None:
         ({"scheme": "int4", "embeddings": "fp16"}, {}, UsageError, "no --embeddings fp16"),
         ({"scheme": "fp16", "embeddings": "int8"}, {}, UsageError, "no --embeddings int8"),
         ({"scheme": "fp16"}, {"bits": "4"}, UsageError, "bits"),
+        ({"scheme": "fp16", "sensitivity": True}, {}, UsageError, "--sensitivity has no meaning"),
     ],
 )
 def test_bad_options_are_refused(options: dict, settings: dict, error, message: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         quantize.prepare(context_of(tiny.checkpoint("bert"), tmp_path, options, settings))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"version": 1, "tran', "[jJ][sS][oO][nN]"),
+        ('{"version": 1, "transforms": [{"op": "melt"}]}', "transforms.0"),
+    ],
+)
+def test_a_broken_log_is_said_to_be_broken(content: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "kdcli.json").write_text(content)
+    with pytest.raises(InputError, match=f"kdcli.json is not a transform log .*: .*{reason}") as caught:
+        read_log(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "http" not in str(caught.value)
 
 
 def test_a_broken_file_is_said_to_be_broken(tmp_path: Path) -> None:

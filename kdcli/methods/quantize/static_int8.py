@@ -20,9 +20,10 @@ operator that follows them in an encoder is one that eight bits would ruin.
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
+from kdcli.errors import did_you_mean
 from kdcli.methods import rounding
 from kdcli.methods.calibration import PERCENTILE
 from kdcli.methods.quantize import dynamic_int8
@@ -31,7 +32,7 @@ from kdcli.models.integers import Integers
 CONVOLUTIONS = True  # are quantised too: QLinearConv
 
 
-_OPERATOR = "(layernorm|gelu|add|softmax)"
+_OPERATORS = ("layernorm", "gelu", "add", "softmax")
 
 
 class Config(dynamic_int8.Config):
@@ -42,10 +43,17 @@ class Config(dynamic_int8.Config):
     )
     operators: str = Field(
         "",
-        pattern=f"^({_OPERATOR}(,{_OPERATOR})*)?$",
         description="outputs to round as well, by commas: layernorm, gelu, add (residual sums), softmax; "
         "most models do not survive it",
     )
+
+    @field_validator("operators")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        for name in value.split(",") if value else []:
+            if name not in _OPERATORS:
+                raise ValueError(f"unknown operator '{name}': {did_you_mean(name, _OPERATORS)}")
+        return value
 
 
 def quantise(weight: Tensor, config: Config) -> Integers:

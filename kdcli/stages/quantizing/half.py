@@ -8,13 +8,14 @@ from kdcli.export.half import halve_graph
 from kdcli.models.transforms import Quantise
 from kdcli.report.schema import Method
 from kdcli.stages.context import Applied, Context
-from kdcli.stages.quantizing.plan import Plan, refuse_calibration, refuse_training
+from kdcli.stages.quantizing.plan import Plan, refuse_calibration, refuse_sensitivity, refuse_training
 
 
 def check(context: Context, plan: Plan) -> None:
     """Refuse options that this scheme has no use for."""
     refuse_training(plan)
     refuse_calibration(plan)
+    refuse_sensitivity(plan)
 
 
 def apply(context: Context, plan: Plan) -> Applied:

@@ -170,6 +170,19 @@ def refuse_training(plan: Plan) -> None:
         )
 
 
+def refuse_sensitivity(plan: Plan) -> None:
+    """For schemes whose layers cannot be exchanged one by one afterwards.
+
+    Raises:
+        UsageError: ``--sensitivity`` was given.
+    """
+    if plan.options.sensitivity:
+        raise UsageError(
+            f"--scheme {plan.scheme} measures no single layers, so --sensitivity has no meaning; "
+            "it is for dynamic-int8, static-int8 and int4"
+        )
+
+
 def refuse_calibration(plan: Plan) -> None:
     """For schemes that have no fixed range of activations.
 

@@ -18,7 +18,7 @@ from kdcli.models.integers import Integers
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.quantizing import static, storing
 from kdcli.stages.quantizing.dynamic import largest_of, saturation
-from kdcli.stages.quantizing.plan import Plan, refuse_calibration
+from kdcli.stages.quantizing.plan import Plan, refuse_calibration, refuse_sensitivity
 from kdcli.stages.recovery import hold_zeros
 from kdcli.training import fake_quant, objective
 from kdcli.training import teacher as teachers
@@ -37,6 +37,7 @@ _CACHE = 4 << 30  # bytes of the teacher's hidden states on disk
 def check(context: Context, plan: Plan) -> None:
     """Refuse options that this scheme has no use for, and models without anything to train."""
     refuse_calibration(plan)
+    refuse_sensitivity(plan)
     if plan.options.epochs < 0:
         raise UsageError(f"--epochs {plan.options.epochs} is negative; 0 means the scheme's own number")
     if not _trained(context, plan):

@@ -93,8 +93,9 @@ def search(
 ) -> Found:
     """The fewest units to keep so that accuracy on ``rows`` falls by at most ``max_drop``.
 
-    Units are kept in the order of what that gains; the smallest number that will do is found by halving, then
-    each kept unit is given up again if the rest will do. At least one unit is quantised.
+    Units are kept in the order of what that gains, and in the order of what they lose alone: where little is left
+    of a model, keeping one unit gains nothing. The smallest number that will do is found by halving, then each
+    kept unit is given up again if the rest will do. At least one unit is quantised.
 
     Args:
         simulation: The model.
@@ -107,6 +108,7 @@ def search(
     everything = set(simulation.layers)
     tried: list[dict[str, Any]] = []
     known: dict[frozenset[str], float] = {frozenset(): base.accuracy - first.accuracy}
+    limit = max_drop + _SLACK
 
     def drop(kept: list[Unit]) -> float:
         names = frozenset(unit.name for unit in kept)
@@ -116,19 +118,23 @@ def search(
             tried.append({"kept": len(kept), "drop": known[names]})
         return known[names]
 
-    limit = max_drop + _SLACK
-    low, high = 1, len(found) - 1  # keeping none has failed
-    good: list[Unit] | None = None
-    while low <= high:
-        middle = (low + high) // 2
-        if drop(found[:middle]) <= limit:
-            good, high = found[:middle], middle - 1
-        else:
-            low = middle + 1
-    if good is None:
-        counts = {frozenset(u.name for u in found[:k]): found[:k] for k in range(len(found))}
-        best = min((n for n in known if n in counts), key=lambda n: (known[n], len(n)))
-        return _outcome(counts[best], known[best], False, tried)
+    def fewest(order: list[Unit]) -> list[Unit] | None:
+        low, high = 1, len(order) - 1  # keeping none has failed
+        good = None
+        while low <= high:
+            middle = (low + high) // 2
+            if drop(order[:middle]) <= limit:
+                good, high = order[:middle], middle - 1
+            else:
+                low = middle + 1
+        return good
+
+    orders = [found, sorted(found, key=lambda unit: -unit.alone[0])]
+    will_do = [kept for order in orders if (kept := fewest(order)) is not None]
+    if not will_do:
+        best = min(known, key=lambda names: (known[names], len(names)))
+        return _outcome([unit for unit in found if unit.name in best], known[best], False, tried)
+    good = min(will_do, key=len)
     for unit in reversed(list(good)):
         rest = [one for one in good if one is not unit]
         if rest and drop(rest) <= limit:
