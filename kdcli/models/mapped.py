@@ -64,10 +64,10 @@ def parameters(model: nn.Module) -> None:
         return
     for parameter, place in zip(own, empty([(p.shape, p.dtype) for p in own]), strict=True):
         parameter.data = place
-    _give_back()
+    give_back()
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Ask glibc to return what was freed: it keeps blocks of some megabytes. Others return them by themselves."""
     gc.collect()
     if sys.platform == "linux":

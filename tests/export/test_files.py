@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,26 @@ def test_a_view_is_the_graph_whose_weights_stay_in_the_file(family: str, tmp_pat
             found[...] = 0
     files.save(model, tmp_path / "b.onnx", weights=weights)
     assert (tmp_path / "b.onnx").read_bytes() == whole.SerializeToString(deterministic=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_view_needs_no_memory_for_weights(tmp_path: Path) -> None:
+    def anonymous() -> int:
+        text = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(1024 * int(line.split()[1]) for line in text.splitlines() if line.startswith("RssAnon"))
+
+    size = 64 << 20
+    given = numpy_helper.from_array(np.ones(size, np.uint8), "w")
+    files.save(helper.make_model(helper.make_graph([], "g", [], [], [given])), tmp_path / "a.onnx")
+    del given
+    before = anonymous()
+    model, weights = files.view(tmp_path / "a.onnx")
+    assert int(files.values(model.graph.initializer[0], weights).sum()) == size  # every page was read
+    files.save(model, tmp_path / "b.onnx", weights=weights)
+    assert anonymous() - before < size / 8
+    whole = files.load(tmp_path / "a.onnx")
+    assert anonymous() - before > size / 2
+    assert len(whole.graph.initializer[0].raw_data) == size
 
 
 def test_a_view_holds_what_has_no_raw_bytes(tmp_path: Path) -> None:
