@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdcli.methods.midway import starting_at
 from kdcli.methods.pruning import Batch
 from kdcli.models.families import Family, Layer
 
@@ -164,9 +164,8 @@ class Stream:
 
     def logits(self, index: int) -> Iterator[Tensor]:
         """Logits (B, C) of every batch when layer ``index`` and all after it run on the states of now."""
-        with _shortened(self.model, self.family, index) as given:
-            for inputs, states in zip(self._inputs, self.states, strict=True):
-                given.states = states
+        with starting_at(self.model, self.family, index, self.states):
+            for inputs in self._inputs:
                 with torch.no_grad():
                     yield self.model(**inputs).logits.float()
 
@@ -249,31 +248,6 @@ def rows(features: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     at = weight > 0
     root = weight[at].sqrt()[:, None]
     return features[at].float() * root, target[at].float() * root, root
-
-
-@contextmanager
-def _shortened(model: nn.Module, family: Family, index: int) -> Iterator[Any]:
-    """The model without its first layers, whose place states take that are set from outside."""
-    whole: Any = model.get_submodule(family.layers)
-    given = _Given(as_tuple=family.name == "mpnet")
-    model.set_submodule(family.layers, nn.ModuleList([given, *whole[index:]]))
-    try:
-        yield given
-    finally:
-        model.set_submodule(family.layers, whole)
-
-
-class _Given(nn.Module):
-    """Stands for the layers whose result is known."""
-
-    def __init__(self, *, as_tuple: bool) -> None:
-        super().__init__()
-        self.states: Tensor | None = None
-        self.as_tuple = as_tuple
-
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:
-        """Return the states."""
-        return (self.states,) if self.as_tuple else self.states
 
 
 def _probe(layer: Layer, part: str, found: Mapping[str, Tensor]) -> Probe:

@@ -1,13 +1,12 @@
 """Replacing the matrices of an encoder one after the other, each behind those that are replaced already.
 
-A :class:`Unit` is what is factorised as one: a linear layer, the query, key and value layers of one attention
-when they share a right factor, or an embedding table. Letters: B rows, T tokens, O outputs, I inputs.
+Letters: B rows, T tokens, O outputs, I inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,72 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.methods import factors
+from kdcli.methods.factor_units import Unit, install
 from kdcli.methods.factors import Factors, Problem, narrow_by_outputs
 from kdcli.methods.moments import Moments, watching
-from kdcli.models import transforms
 from kdcli.models.families import Family
-from kdcli.models.layers import LowRankLinear
 
 Batch = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is factorised as one: its name, the names of its layers, and the dense layer (stacked by outputs)."""
-
-    name: str
-    members: tuple[str, ...]
-    dense: nn.Linear | nn.Embedding
-
-    @property
-    def table(self) -> bool:
-        """Whether it is an embedding table."""
-        return isinstance(self.dense, nn.Embedding)
-
-
-@torch.no_grad()
-def unit_of(model: nn.Module, members: Sequence[str]) -> Unit:
-    """Make a unit of one layer, or of several with the same inputs and with biases."""
-    layers = [model.get_submodule(name) for name in members]
-    if len(layers) == 1:
-        assert isinstance(layers[0], nn.Linear | nn.Embedding)
-        return Unit(members[0], tuple(members), layers[0])
-    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    stacked = nn.Linear(linears[0].in_features, sum(x.out_features for x in linears), device="meta")
-    stacked.weight = nn.Parameter(torch.cat([x.weight for x in linears]))
-    stacked.bias = nn.Parameter(torch.cat([x.bias for x in linears]))
-    return Unit(members[0], tuple(members), stacked)
-
-
-@torch.no_grad()
-def install(model: nn.Module, unit: Unit, found: Factors, rank: int) -> None:
-    """Put the factors of ``rank`` in the place of the unit's layers."""
-    if unit.table:
-        table = transforms.factorise_table(model, unit.name, rank)
-        left, right = found.left[:, :rank], found.right[:rank]
-        table.token_embeddings.weight.copy_(right.T)
-        table.second.weight.copy_(left)
-        table.second.bias.copy_(found.centre - left.double() @ found.mean[:rank])
-        return
-    pairs = transforms.factorise_linears(model, unit.members, rank)
-    assert isinstance(unit.dense, nn.Linear)
-    inputs, outputs = unit.dense.in_features, unit.dense.out_features
-    whole = LowRankLinear(inputs, outputs, rank, bias=unit.dense.bias is not None)
-    whole.to(unit.dense.weight.device)
-    factors.fill(whole, found, rank)
-    pairs[0].first.weight.copy_(whole.first.weight)
-    at = 0
-    for pair in pairs:
-        pair.second.weight.copy_(whole.second.weight[at : at + pair.out_features])
-        if pair.second.bias is not None:
-            pair.second.bias.copy_(whole.second.bias[at : at + pair.out_features])
-        at += pair.out_features
-
-
-def restore(model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
-    """Put modules back under their names."""
-    for name, module in dense.items():
-        model.set_submodule(name, module)
 
 
 @dataclass(frozen=True)
@@ -436,69 +375,3 @@ def _moments(
                 moments[unit.name] = Moments(u.shape[-1], u.device, size)
             moments[unit.name].add(u[counted], targets, weights)
     return moments
-
-
-@dataclass(frozen=True)
-class States:
-    """``logits`` (B, C) of every batch, ``inputs`` of every encoder layer: (B, T, D) of every batch."""
-
-    logits: list[Tensor]
-    inputs: list[list[Tensor]]
-    tuples: bool  # whether layers return a tuple
-
-
-@contextmanager
-def run_from(model: nn.Module, family: Family, index: int, states: States) -> Iterator[None]:
-    """Inside the block the model starts at its encoder layer ``index``: those before it hand on ``states``.
-
-    Args:
-        model: Any whose encoder passes a hidden state from layer to layer.
-        family: Of the model.
-        index: Of the first layer that runs.
-        states: Of the batches that will run, in that order.
-    """
-    layers: Any = model.get_submodule(family.layers)
-    before = [layers[at] for at in range(index)]
-    for at in range(index):
-        layers[at] = _Given(states, at + 1 if at == index - 1 else None)
-    try:
-        yield
-    finally:
-        for at, layer in enumerate(before):
-            layers[at] = layer
-
-
-class _Given(nn.Module):
-    """Stands where an encoder layer was; gives what layer ``at`` got of the next batch, or what it is given."""
-
-    def __init__(self, states: States, at: int | None) -> None:
-        super().__init__()
-        self.as_tuple = states.tuples
-        self.states = None if at is None else iter(states.inputs[at])
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        state = hidden_states if self.states is None else next(self.states)
-        return (state,) if self.as_tuple else state
-
-
-@torch.no_grad()
-def states_of(model: nn.Module, family: Family, batches: Sequence[Batch]) -> States:
-    """Run the batches and keep what :func:`run_from` needs."""
-    layers: Any = model.get_submodule(family.layers)
-    found: list[list[Tensor]] = [[] for _ in layers]
-    tuples = []
-
-    def note(at: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            found[at].append(args[0] if args else kwargs["hidden_states"])
-            tuples.append(isinstance(output, tuple))
-
-        return hook
-
-    handles = [layer.register_forward_hook(note(at), with_kwargs=True) for at, layer in enumerate(layers)]
-    try:
-        logits = [model(**batch).logits for batch in batches]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return States(logits, found, any(tuples))

@@ -11,7 +11,7 @@ from torch import nn
 from kdcli import methods, processes
 from kdcli.errors import UsageError
 from kdcli.methods import rank_budget
-from kdcli.methods.sequential import Unit, unit_of
+from kdcli.methods.factor_units import Unit, unit_of
 from kdcli.models.families import Family, encoder_linears
 from kdcli.models.transforms import Factorise
 from kdcli.report.schema import Method, Warning_

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from kdcli.data.text import Encoded
 from kdcli.errors import UsageError
-from kdcli.methods import curvature, evbmf, factors, rank_budget, sequential
+from kdcli.methods import curvature, evbmf, factor_units, factors, midway, rank_budget, sequential
 from kdcli.methods.curvature import Sensitivity
+from kdcli.methods.factor_units import Unit
 from kdcli.methods.factors import Factors, Problem
 from kdcli.methods.moments import Moments
 from kdcli.methods.rank_budget import Choices, Ranks, Size
-from kdcli.methods.sequential import Fit, Sample, Unit
+from kdcli.methods.sequential import Fit, Sample
 from kdcli.stages import calibration, lowrank_speed, speedup
 from kdcli.stages.budget_search import JUDGED_ROWS, search
 from kdcli.stages.context import Context
@@ -188,7 +190,7 @@ class Work:
         rows = held.take(np.arange(min(_ALONE_ROWS, len(held))))
         batches = calibration.batches(self.context, rows)
         family = self.context.checkpoint.family
-        states = sequential.states_of(self.model, family, batches)
+        states = midway.states_of(self.model, family, batches)
         damage = {}
         measured: dict[str, dict[int, float]] = {}
         with self.context.progress.task("each layer alone", len(self.units)) as task:
@@ -196,10 +198,12 @@ class Work:
                 curve = self.found[name].damage
                 assert curve is not None
                 rank = max(1, int(self.sizes[name].break_even / 2))
-                inside = name.removeprefix(family.layers + ".")
-                layer = 0 if unit.table else int(inside.partition(".")[0])
-                sequential.install(self.model, unit, self.found[name], rank)
-                with sequential.run_from(self.model, family, layer, states):
+                factor_units.install(self.model, unit, self.found[name], rank)
+                behind: Any = contextlib.nullcontext()  # a table is in front of all layers
+                if not unit.table:
+                    layer = int(name.removeprefix(family.layers + ".").partition(".")[0])
+                    behind = midway.starting_at(self.model, family, layer, states.inputs[layer])
+                with behind:
                     found = rank_budget.divergence(self.model, states.logits, batches)
                 self._dense(unit)
                 measured[name] = {rank: found}
@@ -335,11 +339,11 @@ class Work:
     def _install(self, ranks: Ranks) -> None:
         for name, rank in ranks.items():
             if rank is not None:
-                sequential.install(self.model, self.units[name], self.found[name], rank)
+                factor_units.install(self.model, self.units[name], self.found[name], rank)
 
     def _dense(self, unit: Unit | None = None) -> None:
         names = self.dense if unit is None else unit.members
-        sequential.restore(self.model, {name: self.dense[name] for name in names})
+        factor_units.restore(self.model, {name: self.dense[name] for name in names})
 
     # --- what came of it --------------------------------------------------------------------------
 

@@ -24,8 +24,8 @@ Source: Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transforme
 Differs: gradients are of single rows, where the code squares those of batch means, in which rows of opposite sign
 cancel. Prices may be milliseconds and uneven: units are ordered by importance per price, and what is left over is
 spent on units that still fit. With the iterative schedule the first two steps are repeated on the pruned model.
-Tuning aims at the dense model and not at one pruned half way. The bias stays: moved to the targets' mean, it lost 1.2
-points on MiniLM and CLINC150 at half of the MACs, where masks alone gain 0.4. It is solved directly, with a damping
+Tuning aims at the dense model and not at one pruned half way. The bias stays: moved to the targets' mean, it lost a
+point on MiniLM and CLINC150 at half of the MACs, where masks alone gain 0.4. It is solved directly, with a damping
 that does not depend on the number of tokens (the source stops LSMR on the normal equations early). Values that leave
 a range are damped ten times as strongly, up to three times; only when that does not help nothing more is tuned, as in
 the source at once.
