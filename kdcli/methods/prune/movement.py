@@ -20,8 +20,8 @@ Differs: M is found again every ``every`` steps, not at each: sorting all scores
 training. Scope ``global`` is the paper's second variant, there called global. The soft threshold of the paper,
 which meets a wanted share only by trial, is left out. Scores are trained with AdamW like the weights, as the
 code of the authors does. Their scores start at zero (``bias`` 0), so that the first weights to go are drawn by the
-noise of a few steps. It is made for ten epochs of large data: 80% of MiniLM's weights in one epoch of 217 steps leave
-the answers of chance, whatever the bias.
+noise of a few steps. It is made for ten epochs of large data: half of MiniLM's weights in one epoch of 217 steps on
+SST-2 leave 49.9%, chance, from zero, and 85.2% from magnitudes. 80% in as many steps leave chance from both.
 """
 
 from __future__ import annotations
