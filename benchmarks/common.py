@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+EVERY = 0.02  # seconds between two samples of memory
 
 
 def kdcli(*words: str) -> str:
@@ -178,6 +183,9 @@ def lane(command: argparse.ArgumentParser) -> None:
     command.add_argument("--lane", default="0/1", help="K/N: every N-th line, from the K-th")
 
 
+# ---------------------------------------------------------------- memory
+
+
 def anonymous(pid: int) -> int:
     """Bytes of memory of a process that belong to no file; 0 when it has ended. Linux only."""
     try:
@@ -185,3 +193,54 @@ def anonymous(pid: int) -> int:
             return next((1024 * int(line.split()[1]) for line in stream if line.startswith("RssAnon")), 0)
     except (FileNotFoundError, ProcessLookupError):
         return 0
+
+
+def children(pid: int) -> list[int]:
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as stream:
+            return [int(word) for word in stream.read().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def sampled(stage: str, *words: str, cache: Path | None = None) -> tuple[dict[str, int], float]:
+    """Run a stage of the installed kdcli while its anonymous memory, and its children's, is sampled.
+
+    Returns:
+        Phase -> peak in bytes, by the lines in which kdcli announces its phases ("start" before the first), and the
+        seconds of the whole command. A command that fails ends the benchmark with what it said.
+    """
+    announced = f"kdcli {stage}: "
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kdcli", stage, *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | ({"KDCLI_CACHE": str(cache)} if cache else {}),
+    )
+    phases, lines = ["start"], []
+
+    def listen() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith(announced) and not line.startswith(f"{announced}done in"):
+                phases.append(line.removeprefix(announced).strip())
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    peaks: dict[str, int] = {}
+    while process.poll() is None:
+        found = sum(map(anonymous, [process.pid, *children(process.pid)]))
+        peaks[phases[-1]] = max(peaks.get(phases[-1], 0), found)
+        time.sleep(EVERY)
+    listener.join()
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        sys.exit(f"exit {process.returncode}: kdcli {stage} {' '.join(words)}\n{''.join(lines)}")
+    return peaks, seconds
+
+
+def by_phase(peaks: dict[str, int]) -> str:
+    return ", ".join(f"{phase} {peak / 2**20:.0f}" for phase, peak in peaks.items())

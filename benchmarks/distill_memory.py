@@ -18,23 +18,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from common import anonymous
+import common
 
-EVERY = 0.02  # seconds between two samples
 START, TRAINING = "start", "distill"  # phases: before kdcli names one, and teacher's pass and training
-ANNOUNCED = "kdcli distill: "  # what a line of stderr begins with that names the next phase
 SMALL = 1500  # training rows of the small teacher; its answers do not matter here
 MEASURED = 500  # rows of validation and test
 MIB = 2**20
@@ -83,42 +75,14 @@ def strings(rows: list[Row]) -> int:
 
 def distill(cache: Path, out: Path, *words: str) -> tuple[dict[str, Any], dict[str, int], float]:
     """Run ``kdcli distill``; its report, the peak of anonymous memory by phase, and its seconds."""
-    command = [sys.executable, "-m", "kdcli", "distill", *words, "--student", "tiny", "--init", "teacher"]
-    command += ["--method", "response", "--strategy", "teacher-assisted", "--augment", "0", "--epochs", "1"]
-    command += ["--batch-size", "64", "--lr", "2e-3", "--alpha", "0.5", "--temperature", "2", "--seed", "0"]
-    command += ["--set", "dropout=0", "--set", "phases=one", "--device", "cpu", "--out", str(out)]
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"KDCLI_CACHE": str(cache)},
-    )
-    phases, lines = [START], []
-
-    def listen() -> None:
-        assert process.stderr is not None
-        for line in process.stderr:
-            lines.append(line)
-            if line.startswith(ANNOUNCED) and not line.startswith(f"{ANNOUNCED}done in"):
-                phases.append(line.removeprefix(ANNOUNCED).strip())
-
-    listener = threading.Thread(target=listen)
-    listener.start()
-    peaks: dict[str, int] = defaultdict(int)
-    while process.poll() is None:
-        phase = phases[-1]
-        peaks[phase] = max(peaks[phase], anonymous(process.pid))
-        time.sleep(EVERY)
-    listener.join()
-    seconds = time.perf_counter() - started
-    if process.returncode:
-        sys.exit(f"exit {process.returncode}: {' '.join(command)}\n{''.join(lines)}")
+    options = [*words, "--student", "tiny", "--init", "teacher"]
+    options += ["--method", "response", "--strategy", "teacher-assisted", "--augment", "0", "--epochs", "1"]
+    options += ["--batch-size", "64", "--lr", "2e-3", "--alpha", "0.5", "--temperature", "2", "--seed", "0"]
+    options += ["--set", "dropout=0", "--set", "phases=one", "--device", "cpu", "--out", str(out)]
+    peaks, seconds = common.sampled("distill", *options, cache=cache)
     if TRAINING not in peaks:
         sys.exit(f"kdcli named no phase '{TRAINING}', but {', '.join(peaks)}")
-    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return report, dict(peaks), seconds
+    return common.report_of(out), peaks, seconds
 
 
 def main() -> None:
@@ -164,8 +128,7 @@ def main() -> None:
                     "seconds": seconds,
                 }
             )
-            several = ", ".join(f"{phase} {peak / MIB:.0f}" for phase, peak in peaks.items())
-            print(f"MiB by phase: {several}", file=sys.stderr, flush=True)
+            print(f"MiB by phase: {common.by_phase(peaks)}", file=sys.stderr, flush=True)
     sizes = {"encoded": "tokenised text", "strings": "strings"}
     sizes |= {name: f"peak {name}" for name in ("reading", "training", "overall")}
     print("| rows | tokens | " + " | ".join(sizes.values()) + " | took |")

@@ -13,10 +13,7 @@ prints one Markdown table a data set. Nothing is trained, except in the line tha
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +128,13 @@ def cost(given: argparse.Namespace) -> None:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         del model
         words = [str(made), "--data", data[source], "--limit", "50", "--budget", "0.6"]
-        started = time.monotonic()
-        command = [sys.executable, "-m", "kdcli", "lowrank", *words, "-o", str(Path(temporary) / "out")]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        peak = 0
-        while process.poll() is None:
-            peak = max(peak, common.anonymous(process.pid))
-            time.sleep(0.2)
+        peaks, seconds = common.sampled("lowrank", *words, "-o", str(Path(temporary) / "out"))
         report = report_of(Path(temporary) / "out")
+        peak = max(peaks.values())
         print(
-            f"apply {report['timings']['apply']:.0f} s, whole command {time.monotonic() - started:.0f} s, "
-            f"peak {peak / 2**20:.0f} MiB, {peak / size:.2f} times the model's {size / 2**20:.0f} MiB"
+            f"apply {report['timings']['apply']:.0f} s, whole command {seconds:.0f} s, "
+            f"peak {peak / 2**20:.0f} MiB, {peak / size:.2f} times the model's {size / 2**20:.0f} MiB\n"
+            f"MiB by phase: {common.by_phase(peaks)}"
         )
 
 

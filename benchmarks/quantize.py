@@ -129,7 +129,7 @@ def peers(given: argparse.Namespace) -> None:
             fused.write_bytes(plain.read_bytes())
     feeds = folder / "calibration.npz"
     rows = encode(model, given.data / "train.csv")[0]
-    draw = np.random.default_rng(0).choice(len(rows), 128, replace=False)
+    draw = np.random.default_rng(0).choice(len(rows), min(128, len(rows)), replace=False)
     arrays = {f"{key}_{i}": rows[row][key] for i, row in enumerate(draw) for key in inputs}
     np.savez(feeds, count=len(draw), **arrays)
     seconds: dict[str, float] = {}

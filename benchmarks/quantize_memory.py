@@ -16,22 +16,16 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import random
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from common import anonymous
+import common
 
-EVERY = 0.02  # seconds between two samples
 MEASURED = 64  # rows of validation and test: their answers do not matter here
-ANNOUNCED = "kdcli quantize: "
 MIB = 2**20
 
 
@@ -84,48 +78,15 @@ def large(directory: Path, tokenizer: Path) -> tuple[Path, int]:
     return directory, int(made.stdout.split()[-1])
 
 
-def children(pid: int) -> list[int]:
-    try:
-        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as stream:
-            return [int(word) for word in stream.read().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
 def quantize(model: Path, data: Path, scheme: str, calibration: int, work: Path) -> dict[str, Any]:
     """Run ``kdcli quantize``; peaks of memory by phase, and its seconds."""
-    command = [sys.executable, "-m", "kdcli", "quantize", str(model), "--data", str(data), "--scheme", scheme]
-    command += ["--calibration-samples", str(calibration), "--out", str(work / "out"), "--force"]
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"KDCLI_CACHE": str(work / "cache")},
+    words = [str(model), "--data", str(data), "--scheme", scheme, "--calibration-samples", str(calibration)]
+    peaks, seconds = common.sampled(
+        "quantize", *words, "--out", str(work / "out"), "--force", cache=work / "cache"
     )
-    phases, lines = ["load"], []
-
-    def listen() -> None:
-        assert process.stderr is not None
-        for line in process.stderr:
-            lines.append(line)
-            if line.startswith(ANNOUNCED) and "done in" not in line:
-                phases.append(line.removeprefix(ANNOUNCED).strip())
-
-    listener = threading.Thread(target=listen)
-    listener.start()
-    peaks: dict[str, int] = defaultdict(int)
-    while process.poll() is None:
-        peaks[phases[-1]] = max(peaks[phases[-1]], sum(map(anonymous, [process.pid, *children(process.pid)])))
-        time.sleep(EVERY)
-    listener.join()
-    if process.returncode:
-        sys.exit("".join(lines))
-    report = json.loads((work / "out" / "report.json").read_text(encoding="utf-8"))
     return {
-        "seconds": time.perf_counter() - started,
-        "apply_seconds": report["timings"].get("apply"),
+        "seconds": seconds,
+        "apply_seconds": common.report_of(work / "out")["timings"].get("apply"),
         "phases_mib": {name: round(peak / MIB, 1) for name, peak in peaks.items()},
         "peak_mib": round(max(peaks.values()) / MIB, 1),
     }

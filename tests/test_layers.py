@@ -23,6 +23,7 @@ LEVEL = {
     "report": 1,
     "cache": 0,
     "errors": 0,
+    "memory": 0,
     "progress": 0,
     "processes": 0,
 }

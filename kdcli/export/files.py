@@ -83,17 +83,47 @@ def values(tensor: TensorProto, weights: Mapping[str, np.ndarray]) -> np.ndarray
     return content.view(kind).reshape(tuple(tensor.dims))
 
 
+def referring(source: Path) -> bytes:
+    """A small graph that finds its weights in the bytes of ``source``, as its external data.
+
+    A runtime that is given it, and the directory of the file, maps them instead of reading them twice.
+
+    Raises:
+        InputError: The file is no graph.
+    """
+    with _graph_of(source) as (content, model, tensors):
+        for start, end in tensors:
+            rest, data = _without(content[start:end], TensorProto.RAW_DATA_FIELD_NUMBER)
+            if len(data) != 1 or data[0][1] - data[0][0] < _SMALL:
+                model.graph.initializer.append(TensorProto.FromString(content[start:end]))
+                continue
+            tensor = TensorProto.FromString(rest)
+            tensor.data_location = TensorProto.EXTERNAL
+            where = {"location": source.name, "offset": start + data[0][0], "length": data[0][1] - data[0][0]}
+            for key, value in where.items():
+                tensor.external_data.add(key=key, value=str(value))
+            model.graph.initializer.append(tensor)
+    return model.SerializeToString()
+
+
+@contextmanager
+def _graph_of(source: Path) -> Iterator[tuple[memoryview, onnx.ModelProto, list[tuple[int, int]]]]:
+    """The content of a file, its graph without initialisers, and where these lie."""
+    try:
+        with mapped(source) as content:
+            yield content, *_split(content)
+    except (DecodeError, IndexError, ValueError) as error:
+        raise InputError(f"{source} is no ONNX graph, or is cut off") from error
+
+
 def outline(source: Path) -> onnx.ModelProto:
     """Read a graph without its initialisers, which are almost all of its bytes.
 
     Raises:
         InputError: The file is no graph.
     """
-    try:
-        with mapped(source) as content:
-            return _split(content)[0]
-    except (DecodeError, IndexError, ValueError) as error:
-        raise InputError(f"{source} is no ONNX graph, or is cut off") from error
+    with _graph_of(source) as (_, model, _):
+        return model
 
 
 def save(model: onnx.ModelProto, target: Path, *, weights: Mapping[str, np.ndarray] | None = None) -> None:

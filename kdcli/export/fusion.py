@@ -13,6 +13,7 @@ import onnx
 from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
 from onnx.external_data_helper import set_external_data
 
+from kdcli.export import attention as attentions
 from kdcli.export import files
 from kdcli.export.quiet import quiet
 
@@ -69,6 +70,8 @@ def fuse(
         optimised = optimizer.optimize_model(
             model, model_type="bert", num_heads=0, hidden_size=0, opt_level=0, optimization_options=options
         )
+        if attentions.fuse(optimised.model.graph):
+            optimised.prune_graph()
         counts = optimised.get_fused_operator_statistics()
         merged = optimised.model
         del optimised, model

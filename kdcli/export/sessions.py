@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
+from kdcli import memory
 from kdcli.errors import InputError, ResourceError
+from kdcli.export import files
 
 Batch = Mapping[str, np.ndarray]
 
@@ -16,7 +19,7 @@ Batch = Mapping[str, np.ndarray]
 def open_session(
     path: Path, *, threads: int, device: str = "cpu", spinning: bool = True
 ) -> ort.InferenceSession:
-    """Open an ONNX file.
+    """Open an ONNX file. The weights of a large one are mapped, not read: the same numbers in less memory.
 
     Args:
         path: The graph.
@@ -43,11 +46,34 @@ def open_session(
             )
         number = device.partition(":")[2] or "0"
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
+    source: str | bytes = str(path)
+    if path.is_file() and path.stat().st_size >= files.LARGE:
+        source = files.referring(path)
+        folder = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(folder, str(path.resolve().parent))
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
+        return ort.InferenceSession(source, options, providers=providers)
     except Exception as error:  # onnxruntime's errors share no base class but Exception
         reason = str(error).strip().splitlines()[0][:200]
         raise InputError(f"onnxruntime cannot open {path}: {reason}") from error
+
+
+@contextmanager
+def running(
+    path: Path, *, threads: int, device: str = "cpu", spinning: bool = True
+) -> Iterator[Callable[[Batch], np.ndarray]]:
+    """Open an ONNX file for a while; of a large one the memory is given back at the end.
+
+    Yields:
+        The :func:`runner` of its session, of no use afterwards.
+    """
+    held = [runner(open_session(path, threads=threads, device=device, spinning=spinning))]
+    try:
+        yield lambda batch: held[0](batch)
+    finally:
+        held.clear()
+        if path.stat().st_size >= files.LARGE:
+            memory.give_back()
 
 
 def runner(session: ort.InferenceSession) -> Callable[[Batch], np.ndarray]:

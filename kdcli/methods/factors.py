@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.methods.moments import Moments
+from kdcli.models import mapped
 
 # Share of the mean of a metric's diagonal that is added to it, so that it has a Cholesky factor.
 _FLOOR = 1e-7
@@ -206,6 +207,15 @@ def solve(
         errors=errors.cpu().numpy(),
         damage=damage,
     )
+
+
+def in_file(factors: Factors) -> Factors:
+    """The same factors, in a file if they are in main memory."""
+    if factors.left.device.type != "cpu":
+        return factors
+    pair = factors.left, factors.right
+    left, right = mapped.empty([(t.shape, t.dtype) for t in pair])
+    return replace(factors, left=left.copy_(pair[0]), right=right.copy_(pair[1]))
 
 
 def _root(metric: Tensor) -> Tensor:

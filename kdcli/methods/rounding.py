@@ -18,6 +18,7 @@ from kdcli.models.integers import Integers, group_of
 
 TABLE_GROUP = 64
 """Columns of an embedding table of 4 bits that share a scale."""
+_ROWS = 4096  # of a table that are rounded together: each by itself, so that little memory is needed
 
 
 def symmetric(weight: Tensor, bits: int, *, group: int | None = None, limit: int | None = None) -> Integers:
@@ -62,9 +63,20 @@ def table(weight: Tensor, form: str) -> Integers:
     Tables are looked up and never multiplied, so 8 bits have their full range; 4 bits have a scale and a zero
     point for every 64 columns.
     """
+    parts = [_rounded(part, form) for part in weight.detach().split(_ROWS)]
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return Integers(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat(zeros) if zeros else None,
+        parts[0].bits,
+    )
+
+
+def _rounded(rows: Tensor, form: str) -> Integers:
     if form == "int4":
-        return asymmetric(weight, 4, group=group_of(weight.shape[1], TABLE_GROUP))
-    return symmetric(weight, 8)
+        return asymmetric(rows, 4, group=group_of(rows.shape[1], TABLE_GROUP))
+    return symmetric(rows, 8)
 
 
 def _grouped(weight: Tensor, group: int | None) -> Tensor:

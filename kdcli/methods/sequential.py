@@ -273,19 +273,22 @@ def replace_all(
             continue
         if given is exact:
             given = list(exact)
-        # The dense layer runs once; what its parts get is kept until the layer is done.
+        # The dense layer runs once; what says how its parts answer is kept until the layer is done.
         kept: list[dict[str, Tensor]] = []
+        middle: list[Tensor] = []
         after: list[Tensor] = []
         for call, right in zip(calls, exact, strict=True):
-            output, inputs, _ = _watched(layer, {*own, family.ffn_in}, call, right)
+            output, inputs, outputs = _watched(layer, {*own, family.ffn_in}, call, right)
             after.append(output)
-            kept.append(inputs)
+            middle.append(inputs[family.ffn_in])
+            kept.append({p: (outputs if narrow_by_outputs(u.dense) else inputs)[p] for p, u in own.items()})
+            del inputs, outputs
         for group in _groups(family):
             todo = list({own[path].name: own[path] for path in group if path in own}.values())
             new = {unit.name: found[unit.name] for unit in todo}
             if todo and fit.mode != "off":
                 moments = _moments(
-                    layer, family, group, todo, prefix, calls, exact, given, kept, samples, fit
+                    layer, family, group, todo, prefix, calls, exact, given, kept, middle, samples, fit
                 )
                 for unit in todo:
                     here = problem(unit, moments[unit.name])
@@ -312,18 +315,25 @@ def _difference(
     unit: Unit,
     prefix: str,
     found: Factors,
-    inputs: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
     sample: Sample,
 ) -> Tensor:
     """(2,) float64: squared distance of a unit's outputs from the dense ones, and of those from their mean."""
-    assert isinstance(unit.dense, nn.Linear)
     paths = [member.removeprefix(prefix) for member in unit.members]
     counted, weights = sample.of(unit)
-    y = nn.functional.linear(inputs[paths[0]][counted], unit.dense.weight, unit.dense.bias)
+    y = _answer(unit, kept[paths[0]], counted)
     now = torch.cat([outputs[path][counted] for path in paths], dim=1)
     both = torch.stack([(now - y).square().sum(1), (y - found.output.to(y)).square().sum(1)]).double()
     return (both if weights is None else both * weights).sum(1).cpu()
+
+
+def _answer(unit: Unit, kept: Tensor, counted: Tensor) -> Tensor:
+    """What a dense unit answers (N, O), from the narrower side of it (B, T, m) on the tokens that count (B, T)."""
+    assert isinstance(unit.dense, nn.Linear)
+    if narrow_by_outputs(unit.dense):
+        return kept[counted]
+    return nn.functional.linear(kept[counted], unit.dense.weight, unit.dense.bias)
 
 
 def _groups(family: Family) -> list[tuple[str, ...]]:
@@ -345,31 +355,32 @@ def _moments(
     exact: Sequence[Tensor],
     given: Sequence[Tensor],
     kept: Sequence[Mapping[str, Tensor]],
+    middle: Sequence[Tensor],
     samples: Sequence[Sample],
     fit: Fit,
 ) -> dict[str, Moments]:
     """Moments of the units of one group, which all read the same tensor, on the inputs they get now.
 
-    ``exact`` and ``given`` are the inputs of the layer in the dense model and now, ``kept`` what the parts of the
-    dense layer got.
+    ``exact`` and ``given`` are the inputs of the layer in the dense model and now, ``kept`` the narrower side of
+    the dense units, ``middle`` what the first product behind the attention gets in the dense model.
     """
     first = todo[0].members[0].removeprefix(prefix)
     # What the residual stream carries past the group has an error already; its projection can take it back.
     past = family.ffn_in if group == (family.ffn_out,) else None
     moments: dict[str, Moments] = {}
-    for sample, call, right, ours, old in zip(samples, calls, exact, given, kept, strict=True):
+    together = zip(samples, calls, exact, given, kept, middle, strict=True)
+    for sample, call, right, ours, old, between in together:
         new = _reaching(layer, call, ours, first, past)
         for unit in todo:
-            assert isinstance(unit.dense, nn.Linear)
             u = _inner(unit, new[first])
             counted, weights = sample.of(unit)
             targets = None
             if fit.mode == "targets":
-                targets = nn.functional.linear(old[first][counted], unit.dense.weight, unit.dense.bias)
+                targets = _answer(unit, old[first], counted)
                 if group == (family.attention_output,):
                     targets = targets + (right - ours)[counted]
                 elif past is not None:
-                    targets = targets + (old[past] - new[past])[counted]
+                    targets = targets + (between - new[past])[counted]
             if unit.name not in moments:
                 size = 0 if targets is None else targets.shape[1]
                 moments[unit.name] = Moments(u.shape[-1], u.device, size)

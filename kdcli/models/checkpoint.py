@@ -111,7 +111,11 @@ def quiet() -> Iterator[None]:
 
 
 def load(
-    path: Path, *, labels: Sequence[str] | None = None, device: str | torch.device = "cpu"
+    path: Path,
+    *,
+    labels: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+    in_file: bool = False,
 ) -> Checkpoint:
     """Load a sequence-classification checkpoint, whether kdcli or plain transformers wrote it.
 
@@ -119,6 +123,7 @@ def load(
         path: A directory with config.json, safetensors weights and a tokenizer.
         labels: Label names for a new head; used only when the checkpoint has none.
         device: Where the model goes.
+        in_file: Keep the weights of a large model of kdcli's in a file, for one that will not be trained.
 
     Returns:
         The model in float32 and eval mode. ``has_head`` is False when its classifier is new.
@@ -131,7 +136,7 @@ def load(
     _register_own()
     with quiet():
         if log is not None:
-            model, has_head = _load_own(path, log), True
+            model, has_head = _load_own(path, log, in_file), True
         else:
             model, has_head = _load_plain(path, files.config, labels)
         tokenizer = _load_tokenizer(path)
@@ -175,7 +180,7 @@ def _register_own() -> None:
     import kdcli.models.small  # noqa: F401
 
 
-def _load_own(path: Path, log: TransformLog) -> nn.Module:
+def _load_own(path: Path, log: TransformLog, in_file: bool) -> nn.Module:
     """Rebuild: configuration, then the log, then strict weights."""
     from transformers import AutoConfig
 
@@ -190,6 +195,8 @@ def _load_own(path: Path, log: TransformLog) -> nn.Module:
         raise InputError(f"{path / WEIGHTS} cannot be read: {error}") from error
     try:
         with torch.no_grad():
+            if in_file or log.quantised is not None:
+                mapped.parameters(model)
             _fill(model, state, log)
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
@@ -204,8 +211,6 @@ def _fill(model: nn.Module, state: dict[str, Tensor], log: TransformLog) -> None
         RuntimeError: Names or shapes do not fit.
         InputError: A tensor that the log names is missing or is not an integer one.
     """
-    if log.quantised is not None:
-        mapped.parameters(model)
     own = dict(model.named_parameters())
     for layout in [] if log.quantised is None else layouts_of(log.quantised):
         for name in layout.tensors:

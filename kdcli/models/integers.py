@@ -10,6 +10,7 @@ into 32-bit words (``pack-quantized``), the scales beside them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +41,18 @@ class Integers:
         """Columns that share a scale; None when a row has one scale."""
         groups = self.scale.shape[1]
         return None if groups == 1 else self.values.shape[1] // groups
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude of an integer."""
+        return max(int(self.values.max()), -int(self.values.min()), 0) if self.values.numel() else 0
+
+    def split(self, rows: int) -> Iterator[Integers]:
+        """Parts of so many rows each, one after the other."""
+        for at in range(0, len(self.values), rows):
+            part = slice(at, at + rows)
+            zero = None if self.zero is None else self.zero[part]
+            yield replace(self, values=self.values[part], scale=self.scale[part], zero=zero)
 
     def dense(self) -> Tensor:
         """The matrix that the integers stand for, (O, I) float32."""

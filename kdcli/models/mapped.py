@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcli import memory
 from kdcli.models.integers import Integers
 
-_LARGE = 64 << 20  # bytes; less is not worth a file
+LARGE = 64 << 20
+"""Bytes; less is not worth a file."""
 _ALIGNED = 64
 
 
@@ -60,24 +58,16 @@ def _in_file(size: int) -> Any:
 def parameters(model: nn.Module) -> None:
     """Move the parameters of a large model into a file; they have to be filled afterwards."""
     own = list(model.parameters())
-    if sum(p.numel() * p.element_size() for p in own) < _LARGE:
+    if sum(p.numel() * p.element_size() for p in own) < LARGE:
         return
     for parameter, place in zip(own, empty([(p.shape, p.dtype) for p in own]), strict=True):
         parameter.data = place
-    give_back()
-
-
-def give_back() -> None:
-    """Ask glibc to return what was freed: it keeps blocks of some megabytes. Others return them by themselves."""
-    gc.collect()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # musl has neither this file nor the function
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+    memory.give_back()
 
 
 def integers(given: Mapping[str, Integers]) -> dict[str, Integers]:
     """The same integers, in a file when they are many."""
-    if sum(m.values.numel() for m in given.values()) < _LARGE:
+    if sum(m.values.numel() for m in given.values()) < LARGE:
         return dict(given)
     places = empty([(m.values.shape, m.values.dtype) for m in given.values()])
     made = {}

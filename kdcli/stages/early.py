@@ -47,7 +47,7 @@ def check_chain(request: Request, path: Path) -> None:
         transforms = json.loads(log.read_text(encoding="utf-8"))["transforms"]
         quantised = [t["scheme"] for t in transforms if t["op"] == "quantise"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{log} is not a transform log that this kdcli can read: {error!r:.80}") from error
+        raise InputError(f"{log} is not a transform log that this kdcli can read: {_said(error)}") from error
     if quantised:
         again = request.stage == "quantize"
         order = (
@@ -57,6 +57,14 @@ def check_chain(request: Request, path: Path) -> None:
             f"{request.stage} needs dense weights, but '{path}' was quantised ({quantised[-1]})",
             f"{order}, or pass --dequantize to work on the rounded weights",
         )
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    if isinstance(error, TypeError):
+        return "it is not an object with a list of transforms"
+    return str(error) or type(error).__name__
 
 
 def place(request: Request, found: list[Resolved]) -> Path | None:

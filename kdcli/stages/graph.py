@@ -15,9 +15,9 @@ from kdcli import __version__, cache
 from kdcli.data import batching
 from kdcli.data.text import Encoded
 from kdcli.errors import ParityError
-from kdcli.export import files, fusion, onnx, parity, sessions
+from kdcli.export import fusion, onnx, parity, sessions
 from kdcli.export.fusion import Fusion
-from kdcli.models import activations, mapped
+from kdcli.models import activations
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
@@ -182,12 +182,8 @@ def _check(
     *,
     exact: bool = True,
 ) -> Parity:
-    session = sessions.open_session(path, threads=threads, spinning=False)
-    result = parity.compare(reference, sessions.runner(session), batches, exact=exact)
-    if path.stat().st_size >= files.LARGE:
-        del session
-        mapped.give_back()  # the next step would come on top of what this one has freed
-    return result
+    with sessions.running(path, threads=threads, spinning=False) as run:
+        return parity.compare(reference, run, batches, exact=exact)
 
 
 def _many(encoded: Encoded, pad_id: int) -> list[dict[str, np.ndarray]]:

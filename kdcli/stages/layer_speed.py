@@ -138,9 +138,8 @@ def in_turns(
             times = []
             for graph in graphs:
                 # One session is open at a time: the waiting threads of another would slow it.
-                run = sessions.runner(sessions.open_session(graph, threads=threads, device=device))
-                times.append(_times(run, [batches[0]] * _WARM + list(batches))[_WARM:])
-                del run
+                with sessions.running(graph, threads=threads, device=device) as run:
+                    times.append(_times(run, [batches[0]] * _WARM + list(batches))[_WARM:])
                 task.advance()
             if number == 0:
                 slowest = max(float(np.median(row)) for row in times)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdcli import memory
 from kdcli.data.text import Encoded
 from kdcli.errors import UsageError
 from kdcli.methods import curvature, evbmf, factor_units, factors, midway, rank_budget, sequential
@@ -20,6 +21,7 @@ from kdcli.methods.factors import Factors, Problem
 from kdcli.methods.moments import Moments
 from kdcli.methods.rank_budget import Choices, Ranks, Size
 from kdcli.methods.sequential import Fit, Sample
+from kdcli.models import mapped
 from kdcli.stages import calibration, lowrank_speed, speedup
 from kdcli.stages.budget_search import JUDGED_ROWS, search
 from kdcli.stages.context import Context
@@ -48,6 +50,8 @@ class Work:
         self.felt = Sensitivity({}, [])
         self.fisher: dict[str, tuple[Tensor, Tensor]] = {}
         self.found: dict[str, Factors] = {}
+        # Their factors are too much to have beside the model.
+        self.large = sum(size.dense for size in self.sizes.values()) >= mapped.LARGE // 4
         self.clock = Clock(max(1, round(float(context.encoded["train"].lengths.mean()))))
 
     # --- what is known ----------------------------------------------------------------------------
@@ -62,6 +66,13 @@ class Work:
             sensitivity=self._joined(unit),
             fisher=self._joined_fisher(unit),
         )
+
+    def _last_problem(self, unit: Unit, moments: Moments) -> Problem:
+        """The problem of a unit that will not be asked for again."""
+        made = self.problem(unit, moments)
+        for name in unit.members:
+            self.felt.matrices.pop(name, None)
+        return made
 
     def solve(self, problem: Problem, largest: int, *, curves: bool = False) -> Factors:
         """Solve a problem as the method weighs it."""
@@ -101,7 +112,8 @@ class Work:
 
     def _decompose(self, unit: Unit, moments: Moments) -> None:
         largest = int(np.ceil(self.sizes[unit.name].break_even)) - 1
-        self.found[unit.name] = self.solve(self.problem(unit, moments), largest, curves=True)
+        found = self.solve(self.problem(unit, moments), largest, curves=True)
+        self.found[unit.name] = factors.in_file(found) if self.large else found
 
     def _table(self, unit: Unit) -> Moments:
         assert isinstance(unit.dense, nn.Embedding)
@@ -167,7 +179,9 @@ class Work:
         if shared or {"sensitivity", "fisher"} & set(self.module.NEEDS):
             samples = self._feel(fit, samples)
         self.samples = samples
+        memory.give_back()
         self._collect(samples)
+        memory.give_back()
         if not shared:
             return {n: self.sizes[n].settle(max(1, self._wanted(n, amount))) for n in self.units}
         damage = self._damage(held, detail)
@@ -322,18 +336,24 @@ class Work:
                     self.found[name] = dataclasses.replace(self.found[name], left=none, right=none)
         family = self.context.checkpoint.family
         with self.context.progress.task("replacing", len(self.model.get_submodule(family.layers))) as task:  # type: ignore[arg-type]
+
+            def done() -> None:
+                task.advance()
+                if self.large:
+                    memory.give_back()
+
             return sequential.replace_all(
                 self.model,
                 family,
                 self.units,
                 ranks,
                 self.found,
-                self.problem,
+                self._last_problem if last else self.problem,
                 self.solve,
                 self.samples,
                 fit,
                 spend=last,
-                done=task.advance,
+                done=done,
             )
 
     def _install(self, ranks: Ranks) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,9 @@ def logits_of(
         return np.load(path, allow_pickle=False)
     size = 1 if dynamic_integers(graph) else 32
     groups = batching.equal_length_batches(encoded.lengths, size)
-    session = sessions.open_session(graph, threads=threads, device=device)
-    run = sessions.runner(session)
     logits: np.ndarray | None = None
-    with progress.task(title, len(encoded)) as task:
+    running = sessions.running(graph, threads=threads, device=device)
+    with running as run, progress.task(title, len(encoded)) as task:
         for rows in groups:
             part = run(batching.collate(encoded, rows, pad_id))
             if logits is None:
@@ -162,12 +162,11 @@ def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
         for _ in range(ROUNDS):
             for number, one in enumerate(models):
                 for runtime in conditions.runtimes:
-                    run = _runner(one, runtime, conditions)
-                    for batch_size in sizes:
-                        batches = latency_batches(one.encoded, one.checkpoint.pad_id, batch_size)
-                        samples = latency.collect(run, batches, **_ROUND)
-                        found.setdefault((number, runtime, batch_size), []).append(samples)
-                    del run
+                    with _running(one, runtime, conditions) as run:
+                        for batch_size in sizes:
+                            batches = latency_batches(one.encoded, one.checkpoint.pad_id, batch_size)
+                            samples = latency.collect(run, batches, **_ROUND)
+                            found.setdefault((number, runtime, batch_size), []).append(samples)
     for number, one in enumerate(models):
         one.measured.measurement.latency = [
             latency.summarise(found[number, runtime, batch_size], runtime=runtime, threads=threads)
@@ -176,14 +175,12 @@ def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
         ]
 
 
-def _runner(
+def _running(
     one: Timed, runtime: str, conditions: Conditions
-) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+) -> AbstractContextManager[Callable[[Mapping[str, np.ndarray]], np.ndarray]]:
     if runtime == "torch":
-        return torch_runner(one.checkpoint)
-    return sessions.runner(
-        sessions.open_session(one.graph, threads=conditions.threads, device=conditions.device)
-    )
+        return nullcontext(torch_runner(one.checkpoint))
+    return sessions.running(one.graph, threads=conditions.threads, device=conditions.device)
 
 
 def latency_batches(encoded: Encoded, pad_id: int, size: int) -> list[dict[str, np.ndarray]]:

@@ -51,8 +51,8 @@ class Clock:
         """Of the whole input model at batch 1, on rows of the training data."""
         assert context.input_graph is not None
         batches = measuring.latency_batches(context.encoded["train"], context.checkpoint.pad_id, 1)
-        session = sessions.open_session(context.input_graph, threads=self.threads)
-        samples = latency.collect(sessions.runner(session), batches, max_seconds=2.0)
+        with sessions.running(context.input_graph, threads=self.threads) as run:
+            samples = latency.collect(run, batches, max_seconds=2.0)
         return float(np.median(samples.milliseconds))
 
     def _measured(self, widths: tuple[int, ...]) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcli import __version__, processes
+from kdcli import __version__, memory, processes
 from kdcli.data import labels as label_names
 from kdcli.data import sources, text
 from kdcli.data.sources import Dataset
@@ -159,6 +159,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
 
     progress.phase(request.stage)
     seed_everything(context.seed)
+    memory.give_back()
     with timings.phase("apply"):
         applied: Applied = stage.apply(context)
     with timings.phase("save"):
@@ -172,11 +173,14 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         )
         applied.checkpoint.log.lineage = [e.model_dump(mode="json") for e in (*lineage, entry)]
         checkpoints.save(applied.checkpoint, work, integers=applied.integers, half=applied.half)
-    if request.stage == "quantize":
-        # Its weights are on the disk, twice; from here on only its tokenizer and its graph are needed.
-        applied.checkpoint.model.to("meta")
+    for used in (given, applied.checkpoint):
+        if (
+            used.placed is None
+        ):  # its weights are on the disk; from here on only its tokenizer and graph are needed
+            used.model.to("meta")
+    memory.give_back()
     with timings.phase("reload"):
-        after_model = checkpoints.load(work, device=context.device)
+        after_model = checkpoints.load(work, device=context.device, in_file=True)
     after_encoded, after_rows = context.encoded[split], rows
     if after_model.tokenizer.get_vocab() != given.tokenizer.get_vocab():
         with timings.phase("data"):  # what ships reads the texts in its own tokens

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,11 @@ def _store(
     graph: Path | None,
 ) -> None:
     teacher.model.eval()
-    run = torch_runner(teacher)
-    if graph is not None:
-        run = sessions.runner(sessions.open_session(graph, threads=torch.get_num_threads()))
+    running: AbstractContextManager[Callable[[Mapping[str, np.ndarray]], np.ndarray]]
+    if graph is None:
+        running = nullcontext(torch_runner(teacher))
+    else:
+        running = sessions.running(graph, threads=torch.get_num_threads())
     path.parent.mkdir(parents=True, exist_ok=True)
     size = max(1, _BATCH_TOKENS // max(1, int(encoded.lengths.mean())))
     batches = batching.inference_batches(encoded.lengths, size)
@@ -158,7 +161,7 @@ def _store(
         logits = np.lib.format.open_memmap(
             temporary, mode="w+", dtype=np.float32, shape=(len(encoded), classes)
         )
-        with progress.task("teacher outputs", len(encoded)) as task:
+        with running as run, progress.task("teacher outputs", len(encoded)) as task:
             for rows in batches:
                 logits[rows] = run(batching.collate(encoded, rows, teacher.pad_id))
                 task.advance(len(rows))

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from kdcli.errors import InputError
-from kdcli.export import files
+from kdcli.export import files, sessions
 from kdcli.export import onnx as exporter
 from tests import tiny
 
@@ -153,3 +153,23 @@ def test_a_graph_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match="cut off"):
         files.outline(path)
+
+
+def test_a_graph_that_refers_to_a_file_gives_its_answers_from_less_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = exported(tmp_path / "a.onnx")
+    small = onnx.load_from_string(files.referring(path))
+    aside = [t for t in small.graph.initializer if t.data_location == TensorProto.EXTERNAL]
+    assert {t.external_data[0].value for t in aside} == {"a.onnx"}
+    assert len(files.referring(path)) < path.stat().st_size / 2
+    rows = {name: np.ones((3, 7), dtype=np.int64) for name in NAMES}
+    want = sessions.runner(sessions.open_session(path, threads=1))(rows)
+    monkeypatch.setattr(files, "LARGE", 1)
+    with sessions.running(path, threads=1) as run:
+        assert np.array_equal(run(rows), want)  # the same kernels on the same numbers
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="cut off"):
+        sessions.open_session(path, threads=1)
+    with pytest.raises(InputError, match="cannot open"):
+        sessions.open_session(tmp_path / "none.onnx", threads=1)

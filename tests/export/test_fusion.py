@@ -9,14 +9,16 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from kdcli.export import fusion
+from kdcli.export import attention, fusion, sessions
 from kdcli.export import onnx as exporter
+from kdcli.models import transforms
+from kdcli.models.families import encoder_linears
 from tests import tiny
 
 
-@pytest.mark.parametrize("attention", ["packed", "separate"])
+@pytest.mark.parametrize("kind", ["packed", "separate"])
 def test_large_graphs_fuse_as_small_ones_do(
-    attention: fusion.Fusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: fusion.Fusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = tiny.checkpoint("bert")
     names = ["input_ids", "attention_mask", "token_type_ids"]
@@ -24,11 +26,11 @@ def test_large_graphs_fuse_as_small_ones_do(
         made.model, exporter.example(made.config.vocab_size, names, "cpu"), tmp_path / "plain.onnx"
     )
     here = Path.cwd()
-    counts = fusion.fuse(tmp_path / "plain.onnx", tmp_path / "small.onnx", attention=attention)
+    counts = fusion.fuse(tmp_path / "plain.onnx", tmp_path / "small.onnx", attention=kind)
     monkeypatch.setattr(fusion, "_LARGE", 1)
-    again = fusion.fuse(tmp_path / "plain.onnx", tmp_path / "large.onnx", attention=attention)
+    again = fusion.fuse(tmp_path / "plain.onnx", tmp_path / "large.onnx", attention=kind)
     assert counts == again
-    assert counts["Attention" if attention == "packed" else "MultiHeadAttention"] == 2
+    assert counts["Attention" if kind == "packed" else "MultiHeadAttention"] == 2
     # One file, nothing beside it, and the same place to work in as before.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["large.onnx", "plain.onnx", "small.onnx"]
     assert Path.cwd() == here
@@ -52,3 +54,32 @@ def test_models_with_equal_weights_fuse(tmp_path: Path) -> None:
         "BiasGelu": 2,
         "SkipLayerNormalization": 4,
     }
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_attention_between_factors_is_one_operator_too(family: str, tmp_path: Path) -> None:
+    made = tiny.checkpoint(family)
+    query = next(n for n in encoder_linears(made.model, made.family) if n.endswith(made.family.query))
+    transforms.factorise_linears(made.model, [query], 4)  # the other layer stays whole
+    names = ["input_ids", "attention_mask"]
+    plain, fused = tmp_path / "plain.onnx", tmp_path / "fused.onnx"
+    exporter.export(made.model, exporter.example(made.config.vocab_size, names, "cpu"), plain)
+    counts = fusion.fuse(plain, fused)
+    assert counts["MultiHeadAttention"] == counts["Attention"] == 1
+    kinds = {node.op_type for node in onnx.load(str(fused)).graph.node}
+    assert "Softmax" not in kinds  # nothing of what it stands for is left
+    batch = {name: values.numpy() for name, values in tiny.batch(family).items() if name in names}
+    assert (batch["attention_mask"] == 0).any()
+    want, got = (sessions.runner(sessions.open_session(p, threads=1))(batch) for p in (plain, fused))
+    # The same sums in another order, in float32.
+    assert np.abs(want - got).max() < 1e-5
+
+
+def test_other_attention_is_left_alone(tmp_path: Path) -> None:
+    made = tiny.checkpoint("mpnet")  # adds a bias by position to its scores
+    names = ["input_ids", "attention_mask"]
+    exporter.export(made.model, exporter.example(made.config.vocab_size, names, "cpu"), tmp_path / "a.onnx")
+    graph = onnx.load(str(tmp_path / "a.onnx")).graph
+    before = graph.SerializeToString()
+    assert attention.fuse(graph) == 0
+    assert graph.SerializeToString() == before

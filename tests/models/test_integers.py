@@ -106,3 +106,18 @@ def test_one_bit_stands_for_its_sign() -> None:
 )
 def test_block_sizes_are_powers_of_two_that_divide(columns: int, wanted: int, found: int | None) -> None:
     assert group_of(columns, wanted) == found
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_a_table_is_rounded_in_parts_as_it_is_whole(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(37, 64, generator=torch.Generator().manual_seed(3))
+    whole = rounding.table(weight, form)
+    monkeypatch.setattr(rounding, "_ROWS", 5)
+    parts = rounding.table(weight, form)
+    assert torch.equal(parts.values, whole.values)
+    assert torch.equal(parts.scale, whole.scale)
+    assert (parts.bits, parts.group, parts.zero is None) == (whole.bits, whole.group, whole.zero is None)
+    # Each row by itself, so that parts multiplied out are parts of the product.
+    assert torch.equal(torch.cat([part.dense() for part in whole.split(7)]), whole.dense())
+    assert whole.largest == int(whole.values.int().abs().max())
+    assert Integers(torch.tensor([[-128, 127]], dtype=torch.int8), torch.ones(1, 1)).largest == 128

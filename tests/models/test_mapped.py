@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from kdcli.models import checkpoint as checkpoints
 from kdcli.models import mapped
 from kdcli.models.integers import Integers
+from tests import tiny
 
 
 def anonymous() -> int:
@@ -57,7 +59,7 @@ def test_without_a_file_they_are_in_memory(
 def test_a_large_model_is_filled_without_memory_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mapped, "_LARGE", 1 << 20)
+    monkeypatch.setattr(mapped, "LARGE", 1 << 20)
     model = nn.Linear(2048, 4096)
     before = anonymous()
     mapped.parameters(model)
@@ -70,6 +72,22 @@ def test_a_large_model_is_filled_without_memory_of_its_own(
     assert torch.equal(model(x)[0, :3], torch.tensor([1.0, 2049.0, 4097.0]))
 
 
+def test_a_checkpoint_that_is_only_measured_is_read_into_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "LARGE", 1)
+    filled: list[nn.Module] = []
+    real = mapped.parameters
+    monkeypatch.setattr(mapped, "parameters", lambda model: filled.append(model) or real(model))
+    made = tiny.checkpoint()
+    (tmp_path / "m").mkdir()
+    checkpoints.save(made, tmp_path / "m")
+    own, in_file = checkpoints.load(tmp_path / "m"), checkpoints.load(tmp_path / "m", in_file=True)
+    assert len(filled) == 1
+    for name, weight in own.model.state_dict().items():
+        assert torch.equal(in_file.model.state_dict()[name], weight)
+
+
 def test_small_ones_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(4, 4)
     place = model.weight.data_ptr()
@@ -78,7 +96,7 @@ def test_small_ones_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     values = torch.randint(-8, 8, (4, 8), dtype=torch.int8)
     given = {"w": Integers(values, torch.ones(4, 1), bits=4)}
     assert mapped.integers(given)["w"] is given["w"]
-    monkeypatch.setattr(mapped, "_LARGE", 1)
+    monkeypatch.setattr(mapped, "LARGE", 1)
     moved = mapped.integers(given)["w"]
     assert moved.values.data_ptr() != values.data_ptr()
     assert torch.equal(moved.values, values)

@@ -12,7 +12,7 @@ from kdcli import processes
 from kdcli.errors import UsageError
 from kdcli.methods import rank_budget
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models import transforms
+from kdcli.models import mapped, transforms
 from kdcli.models.families import encoder_linears
 from kdcli.models.layers import LowRankEmbedding, LowRankLinear
 from kdcli.models.transforms import Cut, Factorise, Layers, Width
@@ -248,6 +248,21 @@ def test_same_seed_same_weights_and_the_samples_setting(tmp_path: Path) -> None:
     assert without_clock(found[0][1]) == without_clock(found[1][1])
     assert all(torch.equal(v, found[1][0][k]) for k, v in found[0][0].items())
     assert without_clock(found[2][1]) != without_clock(found[0][1])
+
+
+def test_factors_of_a_large_model_are_the_same_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = tiny.checkpoint(), tiny.checkpoint()
+    lowrank.apply(context_of(small, tmp_path, budget=0.6))
+    files = []
+    real = mapped.empty
+    monkeypatch.setattr(mapped, "LARGE", 1)
+    monkeypatch.setattr(mapped, "empty", lambda wanted: files.append(real(wanted)) or files[-1])
+    lowrank.apply(context_of(large, tmp_path, budget=0.6))
+    assert len(files) == len(encoder_linears(tiny.checkpoint().model, large.family))
+    for name, weight in small.model.state_dict().items():
+        assert torch.equal(large.model.state_dict()[name], weight)
 
 
 def test_recovery_follows_the_surgery(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from kdcli.models import activations
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import layouts_of
 from kdcli.models.transforms import read_log
-from kdcli.stages import quantize
+from kdcli.stages import early, quantize
 from kdcli.stages.base import QuantizeOptions
 from kdcli.stages.context import Context
 from tests import tiny
@@ -204,6 +204,7 @@ def test_layers_kept_in_float_stay(tmp_path: Path) -> None:
         ({"scheme": "int4", "embeddings": "fp16"}, {}, UsageError, "no --embeddings fp16"),
         ({"scheme": "fp16", "embeddings": "int8"}, {}, UsageError, "no --embeddings int8"),
         ({"scheme": "fp16"}, {"bits": "4"}, UsageError, "bits"),
+        ({"scheme": "auto"}, {"bits": "4"}, UsageError, "'bits': --scheme auto has objective and rows"),
         ({"scheme": "fp16", "sensitivity": True}, {}, UsageError, "--sensitivity has no meaning"),
     ],
 )
@@ -225,6 +226,21 @@ def test_a_broken_log_is_said_to_be_broken(content: str, reason: str, tmp_path: 
         read_log(tmp_path)
     assert "\n" not in str(caught.value)
     assert "http" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"version": 1, "tran', "Unterminated string.*line 1"),
+        ('{"version": 1}', "it has no 'transforms'"),
+        ('{"transforms": 3}', "it is not an object with a list of transforms"),
+    ],
+)
+def test_a_broken_log_is_found_before_anything_is_loaded(content: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "kdcli.json").write_text(content)
+    request = context_of(tiny.checkpoint("bert"), tmp_path / "out", {}, {}).request
+    with pytest.raises(InputError, match=f"kdcli.json is not a transform log .*: {reason}"):
+        early.check_chain(request, tmp_path)
 
 
 def test_a_broken_file_is_said_to_be_broken(tmp_path: Path) -> None:

@@ -94,8 +94,7 @@ def hardware_choice(context: Context, plan: Plan) -> tuple[Any, dict[str, Any]]:
 
 def largest_of(integers: dict[str, Integers], plan: Plan) -> int:
     """The largest magnitude of an integer that is multiplied by activations."""
-    found = (integers[f"{name}.weight"].values for name in plan.matrices)
-    return max((int(values.int().abs().max()) for values in found), default=0)
+    return max((integers[f"{name}.weight"].largest for name in plan.matrices), default=0)
 
 
 def saturation(largest: int) -> list[Warning_]:

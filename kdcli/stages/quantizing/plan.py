@@ -108,6 +108,13 @@ def settle(scheme: str, settings: Mapping[str, str]) -> tuple[ModuleType, Any, A
     """
     if scheme not in methods.names("quantize"):
         module = stage_file(scheme)
+        own = list(module.Config.model_fields)
+        if strange := next((key for key in settings if key not in own), None):
+            raise UsageError(
+                f"unknown setting '{strange}': --scheme {scheme} has {' and '.join(own)}, "
+                "and tries every scheme as it is by default",
+                "name one scheme to set more of it",
+            )
         return module, methods.parse_settings(module, settings), None
     module = methods.load("quantize", scheme)
     fields = module.Config.model_fields

@@ -22,6 +22,7 @@ from kdcli.stages.context import Applied, Context
 from kdcli.stages.quantizing.plan import Plan
 
 Rounds = Literal["none", "dynamic", "fixed"]
+_ROWS = 4096  # of a matrix that are multiplied out together
 Rewrite = Callable[[Path, Path], dict[str, Any]]
 
 
@@ -73,9 +74,14 @@ def finish(
     with torch.no_grad():
         for name, matrix in integers.items():
             weight = checkpoint.model.get_parameter(name)
-            rounded = matrix.dense()
-            table.append(_row(name, weight, rounded, matrix, plan))
-            weight.copy_(rounded)
+            wrong = size = 0.0
+            for old, new in zip(weight.split(_ROWS), matrix.split(_ROWS), strict=True):
+                rounded = new.dense()
+                size += float(old.norm()) ** 2
+                wrong += float((old - rounded).norm()) ** 2
+                old.copy_(rounded)
+            error = (wrong / size) ** 0.5 if size else 0.0
+            table.append(_row(name, weight, error, matrix, plan))
     kept = mapped.integers({name: matrix.cpu() for name, matrix in integers.items()})
     log = checkpoint.log
     # A model that was dequantised on the way in is quantised anew: only the last integers are in the file.
@@ -156,16 +162,13 @@ def _stored(integers: Mapping[str, Integers], plan: Plan) -> dict[str, Any]:
     return found
 
 
-def _row(
-    name: str, weight: torch.Tensor, rounded: torch.Tensor, matrix: Integers, plan: Plan
-) -> dict[str, Any]:
-    norm = float(weight.norm())
+def _row(name: str, weight: torch.Tensor, error: float, matrix: Integers, plan: Plan) -> dict[str, Any]:
     return {
         "name": name.removesuffix(".weight"),
         "kind": "table" if _is_table(name, plan) else "matrix",
         "shape": list(weight.shape),
         "bits": matrix.bits,
         "group": matrix.group,
-        "largest": int(matrix.values.int().abs().max()),
-        "relative_error": float((weight - rounded).norm()) / norm if norm else 0.0,
+        "largest": matrix.largest,
+        "relative_error": error,
     }
