@@ -11,6 +11,7 @@ Shape letters: B rows, T tokens, D features of all heads.
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,17 +83,13 @@ def fuse(graph: GraphProto) -> int:
         How many there were.
     """
     found = _Reader(graph)
-    made: dict[int, NodeProto] = {}
-    at = {id(node): number for number, node in enumerate(graph.node)}
+    made = []
     for node in graph.node:
         if node.op_type == "Softmax":
-            try:
-                last, fused = _fused(found, node)
-            except _Different:
-                continue
-            made[at[id(last)]] = fused
-    for number, fused in made.items():
-        graph.node[number].CopyFrom(fused)
+            with suppress(_Different):
+                made.append(_fused(found, node))
+    for last, fused in made:
+        last.CopyFrom(fused)
     return len(made)
 
 

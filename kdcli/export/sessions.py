@@ -47,7 +47,7 @@ def open_session(
         number = device.partition(":")[2] or "0"
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
     source: str | bytes = str(path)
-    if path.is_file() and path.stat().st_size >= files.LARGE:
+    if _large(path):
         source = files.referring(path)
         folder = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(folder, str(path.resolve().parent))
@@ -56,6 +56,10 @@ def open_session(
     except Exception as error:  # onnxruntime's errors share no base class but Exception
         reason = str(error).strip().splitlines()[0][:200]
         raise InputError(f"onnxruntime cannot open {path}: {reason}") from error
+
+
+def _large(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size >= files.LARGE
 
 
 @contextmanager
@@ -67,12 +71,13 @@ def running(
     Yields:
         The :func:`runner` of its session, of no use afterwards.
     """
+    large = _large(path)
     held = [runner(open_session(path, threads=threads, device=device, spinning=spinning))]
     try:
         yield lambda batch: held[0](batch)
     finally:
         held.clear()
-        if path.stat().st_size >= files.LARGE:
+        if large:
             memory.give_back()
 
 

@@ -56,7 +56,7 @@ def test_models_with_equal_weights_fuse(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
 def test_attention_between_factors_is_one_operator_too(family: str, tmp_path: Path) -> None:
     made = tiny.checkpoint(family)
     query = next(n for n in encoder_linears(made.model, made.family) if n.endswith(made.family.query))

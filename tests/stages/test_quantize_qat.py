@@ -13,7 +13,7 @@ from torch import nn
 
 from kdcli.errors import UsageError
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models.checkpoint import layouts_of
+from kdcli.models.compressed import layouts_of
 from kdcli.stages import prune, quantize
 from kdcli.stages.base import Common, PruneOptions, Request
 from kdcli.stages.recovery import zeros_of

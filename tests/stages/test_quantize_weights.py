@@ -14,7 +14,7 @@ from torch import nn
 from kdcli.errors import InputError, UsageError
 from kdcli.models import activations
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models.checkpoint import layouts_of
+from kdcli.models.compressed import layouts_of
 from kdcli.models.transforms import read_log
 from kdcli.stages import early, quantize
 from kdcli.stages.base import QuantizeOptions

@@ -13,8 +13,7 @@ from torch import nn
 from kdcli.data import batching
 from kdcli.export.int8 import Kernel, Stored, quantise_graph
 from kdcli.methods import rounding
-from kdcli.models import checkpoint as checkpoints
-from kdcli.models import mapped
+from kdcli.models import compressed, mapped
 from kdcli.models.integers import Integers
 from kdcli.models.transforms import Quantise
 from kdcli.report.schema import Method, Warning_
@@ -95,7 +94,7 @@ def finish(
             bits=max(set(bits), key=bits.count),
             reduce_range=bool(getattr(plan.config, "reduce_range", False)),
             tensors=sorted(kept),
-            layouts=checkpoints.layouts_for(kept),
+            layouts=compressed.layouts_for(kept),
             rounds=rounds or ("fixed" if activations else "none"),
             activations=dict(activations or {}),
         )
