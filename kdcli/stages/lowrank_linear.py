@@ -54,6 +54,10 @@ class Work:
         self.large = sum(size.dense for size in self.sizes.values()) >= mapped.LARGE // 4
         self.clock = Clock(max(1, round(float(context.encoded["train"].lengths.mean()))))
 
+    def _give_back(self) -> None:
+        if self.large:
+            memory.give_back()
+
     # --- what is known ----------------------------------------------------------------------------
 
     def problem(self, unit: Unit, moments: Moments) -> Problem:
@@ -179,9 +183,9 @@ class Work:
         if shared or {"sensitivity", "fisher"} & set(self.module.NEEDS):
             samples = self._feel(fit, samples)
         self.samples = samples
-        memory.give_back()
+        self._give_back()
         self._collect(samples)
-        memory.give_back()
+        self._give_back()
         if not shared:
             return {n: self.sizes[n].settle(max(1, self._wanted(n, amount))) for n in self.units}
         damage = self._damage(held, detail)
@@ -339,8 +343,7 @@ class Work:
 
             def done() -> None:
                 task.advance()
-                if self.large:
-                    memory.give_back()
+                self._give_back()
 
             return sequential.replace_all(
                 self.model,

@@ -26,7 +26,7 @@ from kdcli.data.sources import Dataset
 from kdcli.data.text import Encoded
 from kdcli.errors import InputError, ResourceError, UsageError
 from kdcli.measure import environment, quality
-from kdcli.models import activations, placement, transforms
+from kdcli.models import activations, mapped, placement, transforms
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.aliases import MODELS
 from kdcli.models.checkpoint import Checkpoint
@@ -159,7 +159,11 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
 
     progress.phase(request.stage)
     seed_everything(context.seed)
-    memory.give_back()
+    large = (
+        _weights_bytes(context.checkpoint.path) >= mapped.LARGE
+    )  # the next step comes on top of what is kept
+    if large:
+        memory.give_back()
     with timings.phase("apply"):
         applied: Applied = stage.apply(context)
     with timings.phase("save"):
@@ -178,7 +182,8 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
             used.placed is None
         ):  # its weights are on the disk; from here on only its tokenizer and graph are needed
             used.model.to("meta")
-    memory.give_back()
+    if large:
+        memory.give_back()
     with timings.phase("reload"):
         after_model = checkpoints.load(work, device=context.device, in_file=True)
     after_encoded, after_rows = context.encoded[split], rows
