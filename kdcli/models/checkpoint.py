@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
-import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdcli.errors import InputError
-from kdcli.models import activations, compressed, foreign, mapped, ownership, tokens, transforms
+from kdcli.models import activations, compressed, foreign, mapped, ownership, tokenizers, transforms
 from kdcli.models.families import FAMILIES, Family, family_of
 from kdcli.models.integers import Integers
 from kdcli.models.transforms import Quantise, TransformLog, Vocab
@@ -27,14 +25,6 @@ from kdcli.report.schema import Warning_
 
 WEIGHTS = "model.safetensors"
 
-# What belongs to a tokenizer, by name: nothing else is copied out of a foreign directory.
-TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
 # More positions than anybody classifies; a tokenizer without a limit says 1e30.
 _LONGEST = 8192
 
@@ -139,7 +129,7 @@ def load(
             verdict = ownership.judge(path, files, None if labels is None else list(labels))
             model, has_head = ownership.load(path, files.config, verdict), verdict.has_head
             doubts = verdict.warnings
-        tokenizer = _load_tokenizer(path)
+        tokenizer = tokenizers.load(path)
     vocabulary = getattr(model.config, "vocab_size", None)
     if vocabulary is not None and len(tokenizer) > vocabulary:
         raise InputError(
@@ -230,25 +220,6 @@ def _fill(model: nn.Module, state: dict[str, Tensor], log: TransformLog) -> None
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
 
 
-def _load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=False, local_files_only=True, use_fast=True
-        )
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise InputError(
-            f"{path} has no tokenizer that can be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise InputError(f"the tokenizer in {path} has no tokenizer.json form, which kdcli needs")
-    # A stored truncation or padding would silently change what every later user of the file sees.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
-
-
 def save(
     checkpoint: Checkpoint,
     directory: Path,
@@ -289,43 +260,14 @@ def save(
     if integers:
         config_json["quantization_config"] = compressed.configuration(model, checkpoint.log)
     _write_json(directory / "config.json", config_json)
-    save_tokenizer(checkpoint, directory)
+    tokenizers.save(
+        checkpoint.tokenizer,
+        checkpoint.path,
+        directory,
+        cut=any(isinstance(t, Vocab) for t in checkpoint.log.transforms),
+        max_length=checkpoint.max_length,
+    )
     transforms.write_log(checkpoint.log, directory)
-
-
-def save_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write tokenizer.json from memory and copy the small files around it by name, nothing else."""
-    tokenizer = checkpoint.tokenizer
-    tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
-    cut = any(isinstance(t, Vocab) for t in checkpoint.log.transforms)
-    for name in TOKENIZER_FILES:
-        source = checkpoint.path / name
-        if source.is_file() and source.resolve() != (directory / name).resolve():
-            shutil.copyfile(source, directory / name)
-    if cut:  # the files beside tokenizer.json must say what it says
-        with tempfile.TemporaryDirectory() as place:
-            for written in tokenizer.backend_tokenizer.model.save(place):
-                if (target := directory / Path(written).name).exists():
-                    shutil.copyfile(written, target)
-    config = directory / "tokenizer_config.json"
-    content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    if cut:
-        tokens.renumber_added(content, tokenizer.get_vocab())
-    for key, token in tokenizer.special_tokens_map.items():
-        if isinstance(token, str):
-            content.setdefault(key, token)
-    content.setdefault("model_max_length", checkpoint.max_length)
-    content.setdefault("tokenizer_class", type(checkpoint.tokenizer).__name__)
-    for key in (
-        "auto_map",
-        "chat_template",
-        "max_length",
-        "truncation_strategy",
-        "pad_to_multiple_of",
-        "stride",
-    ):
-        content.pop(key, None)
-    _write_json(config, content)
 
 
 def weights_digest(path: Path) -> str:
