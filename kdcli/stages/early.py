@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdcli.errors import InputError, UsageError
-from kdcli.models import references
+from kdcli.models import foreign, references
 from kdcli.models.references import Resolved
 from kdcli.report import io
 from kdcli.stages import output
@@ -109,6 +109,9 @@ def check(request: Request) -> list[Resolved]:
         KdcliError: Whatever would stop the run before its work begins.
     """
     found = [references.resolve(name, offline=request.common.offline) for name in models_of(request)]
+    for one in found:
+        if any(one.path.glob("*.safetensors")):  # what has none is told when it is loaded
+            foreign.check(one.path)
     check_chain(request, found[0].path)
     place(request, found)
     return found

@@ -136,7 +136,7 @@ def _report(
 ) -> Report:
     after = one.measured.measurement
     lineage = runner.lineage_of(one.checkpoint, one.source, after)
-    warnings = list(one.warnings)
+    warnings = [*one.checkpoint.doubts, *one.warnings]
     before: Measurement | None = None
     delta = Delta(accuracy=None, size_ratio=None, speedup=None, agreement=None, p_value=None)
     if baseline is not None:

@@ -234,7 +234,13 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         )
         entry = entry.model_copy(update={"accuracy": accuracy_of(after.measurement)})
         method = applied.method.model_copy(update={"detail": applied.method.detail | {"onnx": graph.detail}})
-        warnings = [*warnings, *applied.warnings, *graph.warnings, *honest(delta, after.measurement)]
+        warnings = [
+            *given.doubts,
+            *warnings,
+            *applied.warnings,
+            *graph.warnings,
+            *honest(delta, after.measurement),
+        ]
         judged = gates.judge(request.common.gates, before.measurement, after.measurement, delta)
         report = Report(
             schema_version=1,
