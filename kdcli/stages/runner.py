@@ -42,7 +42,7 @@ from kdcli.report.schema import (
     Report,
     Warning_,
 )
-from kdcli.stages import comparing, early, measuring, output
+from kdcli.stages import comparing, early, measuring, output, soundness
 from kdcli.stages import graph as graphs
 from kdcli.stages import rows as picked_rows
 from kdcli.stages.base import Request
@@ -134,10 +134,11 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
     """Everything between loading and publishing; returns the report that is in ``work``."""
     request, progress = context.request, context.progress
     threads = environment.threads()
+    picked = picked_rows.pick(context.dataset, None, request.common.limit)
+    doubts = [*context.checkpoint.doubts, *soundness.probe(context.checkpoint, context.encoded[picked.split])]
     if hasattr(stage, "prepare"):
         with timings.phase("prepare"):
             stage.prepare(context)
-    picked = picked_rows.pick(context.dataset, None, request.common.limit)
     split, rows = picked.split, picked.of(context.encoded)
     conditions = measuring.Conditions(
         threads=threads,
@@ -149,7 +150,8 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
     )
 
     progress.phase("measure before")
-    input_graph, warnings = graphs.of_input(
+    export = graphs.of_teacher if request.stage == "distill" else graphs.of_input
+    input_graph, warnings = export(
         context.checkpoint, context.encoded[split], threads=threads, timings=timings, progress=progress
     )
     context.input_graph = input_graph
@@ -181,9 +183,8 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         applied.checkpoint.log.lineage = [e.model_dump(mode="json") for e in (*lineage, entry)]
         checkpoints.save(applied.checkpoint, work, integers=applied.integers, half=applied.half)
     for used in (given, applied.checkpoint):
-        if (
-            used.placed is None
-        ):  # its weights are on the disk; from here on only its tokenizer and graph are needed
+        # Its weights are on the disk: from here on only its tokenizer is needed, and its graph where it has one.
+        if used.placed is None and not (used is given and input_graph is None):
             used.model.to("meta")
     if large:
         memory.give_back()
@@ -238,7 +239,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         entry = entry.model_copy(update={"accuracy": accuracy_of(after.measurement)})
         method = applied.method.model_copy(update={"detail": applied.method.detail | {"onnx": graph.detail}})
         warnings = [
-            *given.doubts,
+            *doubts,
             *warnings,
             *of_data(context.dataset),
             *applied.warnings,
