@@ -193,9 +193,12 @@ def _distill(
     if size is None:
         return seconds + epochs * texts * 3 * cost / _FLOPS_TRAIN, 0, logits
     small = _flops_a_row(*size, tokens)
-    seconds += epochs * texts * (3 * small / _FLOPS_TRAIN + _SECONDS_A_ROW)
+    training = epochs * texts * (3 * small / _FLOPS_TRAIN + _SECONDS_A_ROW)
+    seconds += training
     parameters = vocabulary * size[1] + 12 * size[0] * size[1] ** 2
-    return seconds * (2 if options.control else 1), 16 * parameters, 8 * parameters + logits
+    if options.control:  # each of the two takes as many steps as the student
+        seconds += 2 * training
+    return seconds, 16 * parameters, 8 * parameters + logits
 
 
 def _depth(config: dict[str, Any]) -> tuple[int, int]:

@@ -134,10 +134,11 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
     """Everything between loading and publishing; returns the report that is in ``work``."""
     request, progress = context.request, context.progress
     threads = environment.threads()
+    # Before a stage narrows what it trains and chooses on: what is measured stays whole.
+    split, rows = measured_rows(context.encoded, None, request.common.limit)
     if hasattr(stage, "prepare"):
         with timings.phase("prepare"):
             stage.prepare(context)
-    split, rows = measured_rows(context.encoded, None, request.common.limit)
     conditions = measuring.Conditions(
         threads=threads,
         device=session_device(context.device),
