@@ -56,7 +56,7 @@ def run(request: Request, progress: Progress) -> Outcome:
     models = found[: len(found) - (first is not None)]
     runner.device_of(request.common.device)
     request = early.settle_data(request, models[0].path)
-    dataset = runner.load_data(request, progress)
+    dataset = runner.load_data(request, [one.path for one in found], progress)
     baseline = None
     if first is not None:
         progress.phase(f"measure baseline {first.ref}")
@@ -136,7 +136,7 @@ def _report(
 ) -> Report:
     after = one.measured.measurement
     lineage = runner.lineage_of(one.checkpoint, one.source, after)
-    warnings = list(one.warnings)
+    warnings = [*one.checkpoint.doubts, *one.warnings, *runner.of_data(dataset)]
     before: Measurement | None = None
     delta = Delta(accuracy=None, size_ratio=None, speedup=None, agreement=None, p_value=None)
     if baseline is not None:

@@ -16,7 +16,6 @@ from kdcli.progress import Progress
 from kdcli.report import gates
 from kdcli.stages import early
 from kdcli.stages.base import (
-    SPLIT_SEED,
     STUDENT_PRESETS,
     DistillOptions,
     LowRankOptions,
@@ -87,7 +86,7 @@ def plan(request: Request, progress: Progress) -> Plan:
     common = request.common
     ref = common.data
     assert ref is not None
-    dataset = sources.load(ref, columns=common.columns, seed=SPLIT_SEED, offline=common.offline)
+    dataset = early.load_data(request, [one.path for one in found])
     rows = {name: len(split) for name, split in dataset.splits.items()}
     tokens = _tokens(dataset)
     config = files.config
@@ -214,7 +213,7 @@ def _flops_a_row(layers: int, hidden: int, tokens: float) -> float:
 
 
 def _tokens(dataset: sources.Dataset) -> float:
-    train = dataset.splits["train"]
+    train = next(iter(dataset.splits.values()))
     some = train.first[:500] + (train.second[:500] if train.second else [])
     words = sum(len(t.split()) for t in some) / max(1, min(len(train), 500))
     return words * _TOKENS_A_WORD + 2
