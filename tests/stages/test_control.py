@@ -15,7 +15,7 @@ from kdcli.data.augment import Origins
 from kdcli.data.text import Encoded, concatenate
 from kdcli.progress import Progress
 from kdcli.report import card, facts, html, markdown
-from kdcli.stages import runner
+from kdcli.stages import plan, runner
 from kdcli.stages.base import Common, DistillOptions, Request
 from kdcli.stages.strategies import control
 from kdcli.training.loop import FitOptions
@@ -67,16 +67,19 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.saved(tmp_path_factory.mktemp("teacher") / "teacher")
 
 
-def distill(teacher: Path, data: Path, out: Path, settings: dict | None = None, **options):
+def request(teacher: Path, data: Path, out: Path, settings: dict | None = None, **options) -> Request:
     given = {"student": "1x16", "epochs": 2, "lr": 5e-3, "init": "teacher", "augment": 2, "control": True}
-    request = Request(
+    return Request(
         stage="distill",
         model=None,
         options=DistillOptions(teachers=(str(teacher),), **(given | options)),
         common=Common(out=out, data=str(data), settings={"phases": "one"} | (settings or {})),
         argv=("kdcli", "distill"),
     )
-    outcome = runner.run(request, Progress())
+
+
+def distill(teacher: Path, data: Path, out: Path, settings: dict | None = None, **options):
+    outcome = runner.run(request(teacher, data, out, settings, **options), Progress())
     assert outcome is not None
     return outcome.report
 
@@ -134,6 +137,17 @@ def test_a_student_with_dropout_and_no_further_texts_has_one_control(
     report = distill(teacher, data_dir, tmp_path / "out", {"dropout": "0.3"}, augment=0)
     assert [one.dropout for one in watch.trained] == [0.3, 0.3]
     assert [run["name"] for run in report.method.detail["control"]["runs"]] == ["labels"]
+
+
+@pytest.mark.parametrize("student", ["1x16", "checkpoint"])
+def test_a_dry_run_counts_the_controls(student: str, teacher: Path, data_dir: Path, tmp_path: Path) -> None:
+    student = str(teacher) if student == "checkpoint" else student
+    many = {"student": student, "epochs": 10_000}  # so that the trainings are nearly all there is
+    alone, both = (
+        plan.plan(request(teacher, data_dir, tmp_path / "out", **many, control=control), Progress()).seconds
+        for control in (False, True)
+    )
+    assert both == pytest.approx(3 * alone, rel=0.1)
 
 
 # ------------------------------------------------- what the second control learns
