@@ -21,7 +21,7 @@ import torch
 
 from kdcli import __version__, memory, processes
 from kdcli.data import labels as label_names
-from kdcli.data import sources, text
+from kdcli.data import sampling, sources, text
 from kdcli.data.sources import Dataset
 from kdcli.data.text import Encoded
 from kdcli.errors import InputError, ResourceError, UsageError
@@ -380,9 +380,8 @@ def measured_rows(
     if name not in encoded:
         raise UsageError(f"the data has no split '{name}'; it has {', '.join(sorted(encoded))}")
     rows = encoded[name]
-    if limit is not None and limit < len(rows):
-        picked = np.sort(np.random.default_rng(0).choice(len(rows), limit, replace=False))
-        rows = rows.take(picked)
+    if limit is not None:
+        rows = sampling.sample(rows, limit, sampling.JUDGING_SEED)
     return name, rows
 
 
