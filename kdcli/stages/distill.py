@@ -6,6 +6,7 @@ A teacher without a head for the task is fine-tuned on it first; then the strate
 from __future__ import annotations
 
 import importlib
+from collections import ChainMap
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,7 +52,8 @@ def prepare(context: Context) -> None:
         extra = sources.load_texts(options.unlabeled)
         more = text.encode(extra, teacher.tokenizer, teacher.max_length, None)
         train = text.concatenate(train, more, UNLABELLED)
-    context.encoded = {**context.encoded, "train": train, "validation": validation}
+    narrowed = {"train": train, "validation": validation}
+    context.encoded = ChainMap(narrowed, context.encoded)  # type: ignore[arg-type]
     context.teacher_came_trained = [] if not teacher.has_head else [options.teachers[0]]
     if options.strategy == "online" and plan.settings.online == "teacher":
         from kdcli.stages.strategies import online

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdcli import methods
-from kdcli.data import sources
+from kdcli.data import sampling, sources
 from kdcli.models import safety
 from kdcli.models.aliases import SMALL_STUDENTS, small_student
 from kdcli.progress import Progress
@@ -212,8 +212,8 @@ def _flops_a_row(layers: int, hidden: int, tokens: float) -> float:
 
 def _tokens(dataset: sources.Dataset) -> float:
     train = next(iter(dataset.splits.values()))
-    some = train.first[:500] + (train.second[:500] if train.second else [])
-    words = sum(len(t.split()) for t in some) / max(1, min(len(train), 500))
+    some = train.take(sampling.positions(None, len(train), 500, sampling.JUDGING_SEED))
+    words = sum(len(t.split()) for t in some.first + (some.second or [])) / max(1, len(some))
     return words * _TOKENS_A_WORD + 2
 
 
