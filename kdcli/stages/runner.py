@@ -134,12 +134,13 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
     """Everything between loading and publishing; returns the report that is in ``work``."""
     request, progress = context.request, context.progress
     threads = environment.threads()
+    # Before a stage narrows what it trains and chooses on: what is measured stays whole.
     picked = picked_rows.pick(context.dataset, None, request.common.limit)
-    doubts = [*context.checkpoint.doubts, *soundness.probe(context.checkpoint, context.encoded[picked.split])]
+    split, rows = picked.split, picked.of(context.encoded)
+    doubts = [*context.checkpoint.doubts, *soundness.probe(context.checkpoint, context.encoded[split])]
     if hasattr(stage, "prepare"):
         with timings.phase("prepare"):
             stage.prepare(context)
-    split, rows = picked.split, picked.of(context.encoded)
     conditions = measuring.Conditions(
         threads=threads,
         device=session_device(context.device),
