@@ -43,7 +43,7 @@ from kdcli.report.schema import (
     Report,
     Warning_,
 )
-from kdcli.stages import early, measuring, output
+from kdcli.stages import early, measuring, output, texts
 from kdcli.stages import graph as graphs
 from kdcli.stages.base import SPLIT_SEED, Request
 from kdcli.stages.context import Applied, Context
@@ -100,7 +100,7 @@ def run(request: Request, progress: Progress) -> Outcome | None:
                 f"'{source}' has no classification head",
                 "fine-tune it first, or distill from it: kdcli distill --teacher MODEL --student tiny",
             )
-        encoded = Splits(dataset, checkpoint)
+        encoded = Splits(dataset, checkpoint, progress)
     context = Context(
         request=request,
         checkpoint=checkpoint,
@@ -137,7 +137,10 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
     if hasattr(stage, "prepare"):
         with timings.phase("prepare"):
             stage.prepare(context)
-    split, rows = measured_rows(context.encoded, None, request.common.limit)
+    read = context.encoded
+    split, rows = measured_rows(read, None, request.common.limit)
+    texts_told = texts.check_reading(context.checkpoint, context.dataset.splits[split], read[split], split)
+    texts_told += texts.told(context.checkpoint, {split: read[split]})
     conditions = measuring.Conditions(
         threads=threads,
         device=session_device(context.device),
@@ -187,7 +190,9 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
     with timings.phase("reload"):
         after_model = checkpoints.load(work, device=context.device, in_file=True)
     after_encoded, after_rows = context.encoded[split], rows
-    if after_model.tokenizer.get_vocab() != given.tokenizer.get_vocab():
+    if after_model.tokenizer.get_vocab() == given.tokenizer.get_vocab():
+        texts.check_written(given, after_model, context.dataset.splits[split], read[split])
+    else:
         with timings.phase("data"):  # what ships reads the texts in its own tokens
             own = Splits(context.dataset, after_model)
             after_encoded, after_rows = own[split], measured_rows(own, split, request.common.limit)[1]
@@ -234,7 +239,13 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         )
         entry = entry.model_copy(update={"accuracy": accuracy_of(after.measurement)})
         method = applied.method.model_copy(update={"detail": applied.method.detail | {"onnx": graph.detail}})
-        warnings = [*warnings, *applied.warnings, *graph.warnings, *honest(delta, after.measurement)]
+        warnings = [
+            *warnings,
+            *texts_told,
+            *applied.warnings,
+            *graph.warnings,
+            *honest(delta, after.measurement),
+        ]
         judged = gates.judge(request.common.gates, before.measurement, after.measurement, delta)
         report = Report(
             schema_version=1,
@@ -347,15 +358,20 @@ class Splits(Mapping[str, Encoded]):
     training rows.
     """
 
-    def __init__(self, dataset: Dataset, checkpoint: Checkpoint) -> None:
+    def __init__(self, dataset: Dataset, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
         self._dataset, self._checkpoint = dataset, checkpoint
+        self._progress = progress or Progress()
         self._index = label_names.align(dataset.label_names, checkpoint.labels)
         self._made: dict[str, Encoded] = {}
 
     def __getitem__(self, split: str) -> Encoded:
         if split not in self._made:
             made, rows = self._checkpoint, self._dataset.splits[split]
-            self._made[split] = text.encode(rows, made.tokenizer, made.max_length, self._index)
+            encoded = text.encode(rows, made.tokenizer, made.max_length, self._index, split)
+            if encoded.cut:
+                what = f"{encoded.cut} of {len(rows)} rows of {split}"
+                self._progress.note(f"{what} are longer than {made.max_length} tokens: they are cut there")
+            self._made[split] = encoded
         return self._made[split]
 
     def __iter__(self) -> Iterator[str]:
