@@ -16,7 +16,7 @@ from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
 from kdcli.report.redact import redact
 from kdcli.report.schema import LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
-from kdcli.stages import comparing, early, measuring, output, runner, texts
+from kdcli.stages import comparing, early, measuring, output, runner, soundness, texts
 from kdcli.stages import graph as graphs
 from kdcli.stages import rows as picked_rows
 from kdcli.stages.base import EvaluateOptions, Request
@@ -38,7 +38,7 @@ class _Judged:
         return self.timed.measured
 
     @property
-    def graph(self) -> Path:
+    def graph(self) -> Path | None:
         return self.timed.graph
 
 
@@ -104,7 +104,9 @@ def _measure(
     told = texts.check_reading(checkpoint, dataset.splits[split], encoded[split], split)
     told += texts.told(checkpoint, {split: encoded[split]})
     threads = environment.threads()
-    graph, warnings = graphs.of_input(
+    doubts = soundness.probe(checkpoint, encoded[split])
+    optional = options.runtime == "torch" and request.common.out is None
+    graph, warnings = (graphs.of_teacher if optional else graphs.of_input)(
         checkpoint, encoded[split], threads=threads, timings=timings, progress=progress
     )
     measured = measuring.measure(
@@ -116,7 +118,8 @@ def _measure(
         title=source,
         rows_sha256=picked.sha256,
     )
-    return _Judged(source, checkpoint, measuring.Timed(checkpoint, graph, rows, measured), [*told, *warnings])
+    found = [*told, *doubts, *warnings]
+    return _Judged(source, checkpoint, measuring.Timed(checkpoint, graph, rows, measured), found)
 
 
 def _conditions(
@@ -212,6 +215,7 @@ def _write(one: _Judged, report: Report, out: Path, timings: Timings) -> Report:
             if path.is_file() and path.name not in ("report.json", "README.md"):
                 shutil.copyfile(path, work / path.name)
         if not (work / graphs.FILE).exists():
+            assert one.graph is not None
             shutil.copyfile(one.graph, work / graphs.FILE)
         report = runner.finish(report, work, timings)
         output.publish(work, out)

@@ -14,7 +14,7 @@ import torch
 from kdcli import __version__, cache
 from kdcli.data import batching, sampling
 from kdcli.data.text import Encoded
-from kdcli.errors import ParityError
+from kdcli.errors import InputError, ParityError
 from kdcli.export import fusion, onnx, parity, sessions
 from kdcli.export.fusion import Fusion
 from kdcli.models import activations
@@ -26,6 +26,7 @@ from kdcli.stages.timing import Timings
 from kdcli.training.batches import model_inputs, torch_runner
 
 FILE = "model.onnx"
+_SAID = 160  # characters of what onnxruntime says: it goes on with paths and numbers of its source
 
 
 @dataclass
@@ -101,7 +102,12 @@ def build(
                 route = onnx.export(checkpoint.model, example, plain)
         detail: dict[str, Any] = {"exporter": route, "opset": onnx.OPSET, "fused": {}}
         with timings.phase("parity"):
-            result = _check(reference, plain, batches, threads)
+            try:
+                result = _check(reference, plain, batches, threads)
+            except _NotRunError as error:
+                raise InputError(
+                    f"the model cannot be exported to ONNX: {error}", onnx.NOT_EXPORTED
+                ) from error
         if not result.passed:
             raise ParityError(
                 f"the ONNX export is off by {result.max_abs_diff} from the checkpoint, allowed are {result.tolerance}"
@@ -112,14 +118,19 @@ def build(
             if attention != "none":
                 counts = fusion.fuse(plain, fused, embeddings=rewrite is None, attention=attention)
         with timings.phase("parity"):
-            fused_result = _check(reference, fused, batches, threads) if counts else None
+            try:
+                fused_result = _check(reference, fused, batches, threads) if counts else None
+            except _NotRunError:  # the plain graph does run
+                fused_result = None
         if fused_result is not None and fused_result.passed:
             chosen, result, detail["fused"] = fused, fused_result, counts
         elif attention != "none" and fusion.possible(plain):
             reason = (
                 "nothing fused"
                 if not counts
-                else f"fused logits differ by {fused_result and fused_result.max_abs_diff}"
+                else "onnxruntime does not run the fused graph"
+                if fused_result is None
+                else f"fused logits differ by {fused_result.max_abs_diff}"
             )
             warnings.append(Warning_(code="not-fused", message=f"the ONNX graph is not fused: {reason}"))
         if rewrite is not None:
@@ -149,6 +160,21 @@ def build(
         for path in (plain, fused):
             path.unlink(missing_ok=True)
     return Graph(target, result, detail, warnings)
+
+
+class _NotRunError(ParityError):
+    """onnxruntime does not run a graph; the first line of what it said."""
+
+
+def of_teacher(
+    checkpoint: Checkpoint, encoded: Encoded, *, threads: int, timings: Timings, progress: Progress
+) -> tuple[Path | None, list[Warning_]]:
+    """As :func:`of_input`, but None where there is no graph that agrees: torch can give a teacher's answers too."""
+    try:
+        return of_input(checkpoint, encoded, threads=threads, timings=timings, progress=progress)
+    except (InputError, ParityError) as error:
+        message = f"the input has no ONNX form, so its answers and times are those of torch: {error}"
+        return None, [Warning_(code="measured-in-torch", message=message)]
 
 
 def of_input(
@@ -189,8 +215,14 @@ def _check(
     *,
     exact: bool = True,
 ) -> Parity:
-    with sessions.running(path, threads=threads, spinning=False) as run:
-        return parity.compare(reference, run, batches, exact=exact)
+    try:
+        with sessions.running(path, threads=threads, spinning=False) as run:
+            return parity.compare(reference, run, batches, exact=exact)
+    except Exception as error:  # onnxruntime's errors have no common base
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _NotRunError(f"onnxruntime does not run the graph ({said[:_SAID]})") from error
 
 
 def _many(encoded: Encoded, pad_id: int) -> list[dict[str, np.ndarray]]:

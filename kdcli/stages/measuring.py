@@ -96,7 +96,7 @@ def logits_of(
 
 def measure(
     checkpoint: Checkpoint,
-    graph: Path,
+    graph: Path | None,
     encoded: Encoded,
     split: str,
     conditions: Conditions,
@@ -108,7 +108,8 @@ def measure(
 
     Args:
         checkpoint: Loaded from the directory whose size is meant.
-        graph: Its ONNX form, which gives the quality, because it is what ships.
+        graph: Its ONNX form, which gives the quality, because it is what ships; None where it has none and torch
+            gives it.
         encoded: Labelled rows.
         split: Their name.
         conditions: The same for every model that is compared.
@@ -118,7 +119,7 @@ def measure(
     threads, device = conditions.threads, conditions.device
     timings, progress, runtimes = conditions.timings, conditions.progress, conditions.runtimes
     with timings.phase("quality"):
-        if runtimes[0] == "onnx":
+        if graph is not None and runtimes[0] == "onnx":
             logits = logits_of(
                 graph,
                 encoded,
@@ -148,9 +149,13 @@ class Timed:
     """A model to be timed; its measurement gets the latencies."""
 
     checkpoint: Checkpoint
-    graph: Path
+    graph: Path | None  # None: it has none, and is timed in torch
     encoded: Encoded
     measured: Measured
+
+    def runtimes(self, wanted: Sequence[str]) -> list[str]:
+        """Those of the wanted runtimes that can run it."""
+        return [name for name in wanted if name == "torch" or self.graph is not None] or ["torch"]
 
 
 def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
@@ -163,7 +168,7 @@ def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
     with conditions.timings.phase("latency"):
         for _ in range(ROUNDS):
             for number, one in enumerate(models):
-                for runtime in conditions.runtimes:
+                for runtime in one.runtimes(conditions.runtimes):
                     with _running(one, runtime, conditions) as run:
                         for batch_size in sizes:
                             batches = latency_batches(one.encoded, one.checkpoint.pad_id, batch_size)
@@ -172,7 +177,7 @@ def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
     for number, one in enumerate(models):
         one.measured.measurement.latency = [
             latency.summarise(found[number, runtime, batch_size], runtime=runtime, threads=threads)
-            for runtime in conditions.runtimes
+            for runtime in one.runtimes(conditions.runtimes)
             for batch_size in sizes
         ]
 
@@ -180,7 +185,7 @@ def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
 def _running(
     one: Timed, runtime: str, conditions: Conditions
 ) -> AbstractContextManager[Callable[[Mapping[str, np.ndarray]], np.ndarray]]:
-    if runtime == "torch":
+    if runtime == "torch" or one.graph is None:
         return nullcontext(torch_runner(one.checkpoint))
     return sessions.running(one.graph, threads=conditions.threads, device=conditions.device)
 

@@ -42,7 +42,7 @@ from kdcli.report.schema import (
     Report,
     Warning_,
 )
-from kdcli.stages import comparing, early, measuring, output, texts
+from kdcli.stages import comparing, early, measuring, output, soundness, texts
 from kdcli.stages import graph as graphs
 from kdcli.stages import rows as picked_rows
 from kdcli.stages.base import Request
@@ -138,8 +138,9 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
     picked = picked_rows.pick(context.dataset, None, request.common.limit)
     read = context.encoded
     split, rows = picked.split, picked.of(read)
-    texts_told = texts.check_reading(context.checkpoint, context.dataset.splits[split], read[split], split)
-    texts_told += texts.told(context.checkpoint, {split: read[split]})
+    doubts = [*context.checkpoint.doubts, *soundness.probe(context.checkpoint, read[split])]
+    doubts += texts.check_reading(context.checkpoint, context.dataset.splits[split], read[split], split)
+    doubts += texts.told(context.checkpoint, {split: read[split]})
     if hasattr(stage, "prepare"):
         with timings.phase("prepare"):
             stage.prepare(context)
@@ -153,7 +154,8 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
     )
 
     progress.phase("measure before")
-    input_graph, warnings = graphs.of_input(
+    export = graphs.of_teacher if request.stage == "distill" else graphs.of_input
+    input_graph, warnings = export(
         context.checkpoint, context.encoded[split], threads=threads, timings=timings, progress=progress
     )
     context.input_graph = input_graph
@@ -185,9 +187,8 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         applied.checkpoint.log.lineage = [e.model_dump(mode="json") for e in (*lineage, entry)]
         checkpoints.save(applied.checkpoint, work, integers=applied.integers, half=applied.half)
     for used in (given, applied.checkpoint):
-        if (
-            used.placed is None
-        ):  # its weights are on the disk; from here on only its tokenizer and graph are needed
+        # Its weights are on the disk: from here on only its tokenizer is needed, and its graph where it has one.
+        if used.placed is None and not (used is given and input_graph is None):
             used.model.to("meta")
     if large:
         memory.give_back()
@@ -246,9 +247,8 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         entry = entry.model_copy(update={"accuracy": accuracy_of(after.measurement)})
         method = applied.method.model_copy(update={"detail": applied.method.detail | {"onnx": graph.detail}})
         warnings = [
-            *given.doubts,
+            *doubts,
             *warnings,
-            *texts_told,
             *of_data(context.dataset),
             *applied.warnings,
             *graph.warnings,
