@@ -41,6 +41,8 @@ def of_report(report: Report, console: Console) -> list[str]:
         lines.append("")
     if said := facts.delta_text(report):
         lines.append(said)
+    if report.stage == "evaluate" and (said := facts.files_text(report)):
+        lines.append(clean(said))
     if said := facts.amount_text(report):
         lines.append(clean(said))
     return lines + _notes([report], console)

@@ -226,6 +226,29 @@ def verdict_text(report: Report) -> str:
     return f"passed: all {len(report.gates)} gates met" if report.gates else "done, no gates asked for"
 
 
+def files_text(report: Report) -> str:
+    """Which files the numbers come from, in one sentence; empty for a report of an older version."""
+    files = report.after.files
+    if files is None:
+        return ""
+    weights = ", ".join(files.weights)
+    graph = f"an ONNX export of {weights}" if files.graph == "export" else files.graph
+    if files.quality == "torch":
+        said = [f"quality is that of {weights} in torch, size that of {graph}"]
+    else:
+        said = [f"quality, latency and size are those of {graph}"]
+        if files.graph == "export":
+            said.append("the directory has no ONNX file of its own")
+        elif weights:
+            said.append(f"parameters and multiply-accumulates those of {weights}")
+        else:
+            said.append("no weights are counted, because none belong to it")
+    found = report.method.detail.get("checkpoint") if report.method else None
+    if isinstance(found, dict) and isinstance(found.get("same"), int) and isinstance(found.get("rows"), int):
+        said.append(f"it answers as the checkpoint beside it on {found['same']} of {found['rows']} rows")
+    return "; ".join(said)
+
+
 def gate_value(expression: str, value: float | None) -> str:
     """A gate's number in the unit of its name."""
     if value is None or not math.isfinite(value):

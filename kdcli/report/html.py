@@ -76,6 +76,7 @@ def _one(report: Report, title: str, level: str = "h1") -> str:
         f"<{level}>{text(title)}</{level}>",
         f'<p class="verdict {tone}">{text(facts.verdict_text(report))}</p>',
         f'<p class="soft">{text(_byline(report))}</p>',
+        f'<p class="soft">{text(facts.files_text(report))}</p>' if report.after.files else "",
         _section("Before and after" if report.before else "Numbers", _numbers(report)),
         _section("Gates", _gates(report)),
         _section("ONNX export", f"<p>{text(facts.parity_text(report))}</p>" if report.parity else ""),

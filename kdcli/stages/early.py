@@ -102,13 +102,19 @@ def settle_data(request: Request, model: Path) -> Request:
     return replace(request, common=replace(common, data=data, columns=columns), origins=origins)
 
 
+def _resolve(ref: str, request: Request) -> Resolved:
+    """Where a model is; only what judges takes a graph by itself."""
+    graph = references.resolve_graph(ref) if request.stage == "evaluate" else None
+    return graph or references.resolve(ref, offline=request.common.offline)
+
+
 def check(request: Request) -> list[Resolved]:
     """Resolve every model, check the chain and the output's place.
 
     Raises:
         KdcliError: Whatever would stop the run before its work begins.
     """
-    found = [references.resolve(name, offline=request.common.offline) for name in models_of(request)]
+    found = [_resolve(name, request) for name in models_of(request)]
     check_chain(request, found[0].path)
     place(request, found)
     return found

@@ -33,7 +33,7 @@ def test_ratios_are_before_over_after() -> None:
 
 
 def answers(n: int, lost: int, won: int, wrong: int = 300) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Answers of two models of two classes: ``wrong`` rows that both miss, ``lost`` and ``won`` that one of them does."""
+    """Answers of two models, and the truth: ``wrong`` rows that both miss, ``lost`` and ``won`` that one does."""
     labels = np.zeros(n, dtype=np.int64)
     before, after = labels.copy(), labels.copy()
     before[:wrong] = after[:wrong] = 1
@@ -45,7 +45,11 @@ def answers(n: int, lost: int, won: int, wrong: int = 300) -> tuple[np.ndarray, 
 @pytest.mark.parametrize(
     ("lost", "won", "warned"),
     [
-        (30, 8, True),  # p = 0.0005 by scipy.stats.binomtest(8, 38); two unpaired errors of 0.0038 see nothing
+        (
+            30,
+            8,
+            True,
+        ),  # p = 0.0005 by scipy.stats.binomtest(8, 38); two unpaired errors of 0.0038 see nothing
         (10, 5, False),  # p = 0.3
         (0, 5, False),
         (8, 30, False),  # better
@@ -68,7 +72,9 @@ def test_a_fall_is_judged_row_by_row(lost: int, won: int, warned: bool) -> None:
         assert delta.p_value == pytest.approx(0.00047, abs=0.00001)
         assert delta.accuracy_ci95 is not None
         assert delta.accuracy_ci95[1] < 0
-        assert not comparing.fell(delta.model_copy(update={"p_value": None}), before, after)  # what was said before
+        assert not comparing.fell(
+            delta.model_copy(update={"p_value": None}), before, after
+        )  # what was said before
 
 
 def test_a_record_has_no_speed_and_counts_for_its_own_rows_only() -> None:
