@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+import kdcli
+
 EVERY = 0.02  # seconds between two samples of memory
 
 

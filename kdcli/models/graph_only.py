@@ -10,7 +10,7 @@ from torch import nn
 
 from kdcli.errors import InputError
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models import safety
+from kdcli.models import foreign, safety, tokenizers, transforms
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.transforms import TransformLog
 
@@ -52,12 +52,14 @@ def load(path: Path, *, device: str | torch.device = "cpu") -> Checkpoint:
     except (ValueError, OSError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"config.json in {safety.show(path)} cannot be read: {reason}") from error
-    if not files.config.get("id2label") and not files.config.get("num_labels"):
+    names = foreign.labels_of(files.config, safety.show(path / "config.json"))
+    if names is None:
         raise InputError(
             f"config.json in {safety.show(path)} names no labels, so nobody can tell what the graph's numbers mean",
             "put them into id2label, in the order of the graph's output",
         )
-    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    foreign.check_task(files.config, len(names), safety.show(path))
     with checkpoints.quiet():
-        tokenizer = checkpoints._load_tokenizer(path)
-    return Checkpoint(Unread(config), tokenizer, names, TransformLog(), path, placed=torch.device(device))
+        tokenizer = tokenizers.load(path)
+    log = transforms.read_log(path) or TransformLog()
+    return Checkpoint(Unread(config), tokenizer, names, log, path, placed=torch.device(device))

@@ -62,7 +62,7 @@ def run(request: Request, progress: Progress) -> Outcome:
     models = found[: len(found) - (first is not None)]
     runner.device_of(request.common.device)
     request = early.settle_data(request, models[0].path)
-    dataset = runner.load_data(request, progress)
+    dataset = runner.load_data(request, [one.path for one in found], progress)
     picked = picked_rows.pick(dataset, options.split, request.common.limit)
     baseline = None
     if first is not None:
@@ -160,7 +160,7 @@ def _report(
 ) -> Report:
     after = one.measured.measurement
     lineage = runner.lineage_of(one.checkpoint, one.source, after)
-    warnings = list(one.warnings)
+    warnings = [*one.checkpoint.doubts, *one.warnings, *runner.of_data(dataset)]
     before: Measurement | None = None
     delta, reasons = comparing.NONE, dict[str, str]()
     if baseline is not None:

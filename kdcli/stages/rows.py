@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kdcli.data import sampling
 from kdcli.data.sources import Dataset
 from kdcli.data.text import Encoded
 from kdcli.errors import UsageError
@@ -43,9 +44,9 @@ def pick(dataset: Dataset, split: str | None, limit: int | None) -> Picked:
     if name not in splits:
         raise UsageError(f"the data has no split '{name}'; it has {', '.join(sorted(splits))}")
     total = len(splits[name])
-    at = np.arange(total)
-    if limit is not None and limit < total:
-        at = np.sort(np.random.default_rng(0).choice(total, limit, replace=False))
+    labels = splits[name].labels
+    codes = None if labels is None else np.unique(np.array(labels), return_inverse=True)[1]
+    at = sampling.positions(codes, total, total if limit is None else limit, sampling.JUDGING_SEED)
     rows = splits[name].take(at)
     columns = [column for column in (rows.first, rows.second, rows.labels) if column is not None]
     each = sorted(hashlib.sha256(json.dumps(row).encode()).digest() for row in zip(*columns, strict=True))

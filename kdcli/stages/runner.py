@@ -10,7 +10,7 @@ import importlib
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 
 from kdcli import __version__, memory, processes
 from kdcli.data import labels as label_names
-from kdcli.data import sources, text
+from kdcli.data import text
 from kdcli.data.sources import Dataset
 from kdcli.data.text import Encoded
 from kdcli.errors import InputError, ResourceError
@@ -45,7 +45,7 @@ from kdcli.report.schema import (
 from kdcli.stages import comparing, early, measuring, output
 from kdcli.stages import graph as graphs
 from kdcli.stages import rows as picked_rows
-from kdcli.stages.base import SPLIT_SEED, Request
+from kdcli.stages.base import Request
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.timing import Timings
 from kdcli.training import distributed
@@ -86,7 +86,7 @@ def run(request: Request, progress: Progress) -> Outcome | None:
         device = device_of(request.common.device)
         distributed.start(device)
         request = early.settle_data(request, found.path)
-        dataset = load_data(request, progress)
+        dataset = load_data(request, [found.path], progress)
     seed_everything(request.common.seed)
     with timings.phase("load"):
         # A teacher that is larger than the device waits in memory, and is spread when it has to answer.
@@ -238,7 +238,9 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         entry = entry.model_copy(update={"accuracy": accuracy_of(after.measurement)})
         method = applied.method.model_copy(update={"detail": applied.method.detail | {"onnx": graph.detail}})
         warnings = [
+            *given.doubts,
             *warnings,
+            *of_data(context.dataset),
             *applied.warnings,
             *graph.warnings,
             *comparing.honest(delta, before.measurement, after.measurement),
@@ -335,14 +337,14 @@ def seed_everything(seed: int) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def load_data(request: Request, progress: Progress) -> Dataset:
-    """Load the data of a request that :func:`kdcli.stages.early.settle_data` has filled in."""
+def load_data(request: Request, models: Sequence[Path], progress: Progress) -> Dataset:
+    """:func:`kdcli.stages.early.load_data`, and say what there is to say of the data."""
     common = request.common
     assert common.data is not None
     said = {"default": "the default; --data names another", "model": "as in the model's own report"}
     if (origin := request.origins.get("data", "flag")) in said:
         progress.note(f"data: {common.data} ({said[origin]})")
-    dataset = sources.load(common.data, columns=common.columns, seed=SPLIT_SEED, offline=common.offline)
+    dataset = early.load_data(request, models)
     for note in dataset.notes:
         progress.note(note)
     return dataset
@@ -433,6 +435,11 @@ def data_info(dataset: Dataset) -> DataInfo:
     """Which rows were used."""
     rows = {name: len(split) for name, split in dataset.splits.items()}
     return DataInfo(ref=redact(dataset.ref), fingerprint=dataset.fingerprint, rows=rows)
+
+
+def of_data(dataset: Dataset) -> list[Warning_]:
+    """What the report says of the data."""
+    return [Warning_(code=code, message=message) for code, message in dataset.warnings]
 
 
 def unique(warnings: list[Warning_]) -> list[Warning_]:

@@ -33,7 +33,7 @@ def test_ratios_are_before_over_after() -> None:
 
 
 def answers(n: int, lost: int, won: int, wrong: int = 300) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Answers of two models, and the truth: ``wrong`` rows that both miss, ``lost`` and ``won`` that one does."""
+    """Answers of two models of two classes: ``wrong`` rows that both miss, ``lost`` and ``won`` that one does."""
     labels = np.zeros(n, dtype=np.int64)
     before, after = labels.copy(), labels.copy()
     before[:wrong] = after[:wrong] = 1

@@ -274,3 +274,30 @@ def test_the_chain_remembers_data_and_columns(models: Path, data_dir: Path, tmp_
         assert report.config["columns"].origin == "model"
         assert report.data is not None
         assert report.data.ref == str(data)
+
+
+def test_one_file_is_judged_whole_but_not_the_rows_a_model_was_trained_on(
+    models: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    one = tmp_path / "one.csv"
+    one.write_bytes((data_dir / "train.csv").read_bytes())
+    trained = prune(models / "a", tmp_path / "pruned", one).report
+    assert trained.data is not None
+    whole = judge(models / "a", data=one).report
+    assert whole.data is not None
+    assert whole.after.quality is not None
+    assert whole.data.rows == {"test": 96}
+    assert (whole.after.quality.accuracy.n, whole.after.quality.accuracy.split) == (96, "test")
+    moved = tmp_path / "moved.csv"
+    moved.write_bytes(one.read_bytes())
+    # One of the models is enough: all of them are judged on the same rows.
+    for names, options in (
+        ([tmp_path / "pruned"], {}),
+        ([models / "a", tmp_path / "pruned"], {}),
+        ([models / "a"], {"baseline": str(tmp_path / "pruned")}),
+    ):
+        held_out = judge(*names, data=moved, **options).report
+        assert held_out.data is not None
+        assert held_out.data.fingerprint == trained.data.fingerprint
+        assert held_out.after.quality is not None
+        assert held_out.after.quality.accuracy.n == trained.data.rows["test"]

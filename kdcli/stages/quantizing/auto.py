@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kdcli.data import sampling
 from kdcli.data.text import Encoded
 from kdcli.errors import KdcliError, UsageError
 from kdcli.measure import environment
@@ -26,7 +27,6 @@ from kdcli.stages.context import Applied, Context
 from kdcli.stages.quantizing import guarding
 from kdcli.stages.quantizing import plan as plans
 from kdcli.stages.quantizing.plan import Plan, refuse_training
-from kdcli.stages.quantizing.simulating import some
 from kdcli.stages.timing import Timings
 
 TABLES = ("int8", "int4", "fp16", "fp32")
@@ -129,9 +129,8 @@ def apply(context: Context, plan: Plan) -> Applied:
         one for one in CANDIDATES if options.embeddings in (None, one.embeddings) or _takes(one, options)
     ]
     timings = Timings()
-    rows = some(context.encoded["validation"], plan.config.rows)
-    if (limit := context.request.common.limit) is not None:
-        rows = some(rows, limit)
+    count = min(plan.config.rows, context.request.common.limit or plan.config.rows)
+    rows = sampling.sample(context.encoded["validation"], count, sampling.JUDGING_SEED)
     conditions = measuring.Conditions(
         threads=environment.threads(),
         device="cpu",
