@@ -86,5 +86,7 @@ def _notes(reports: Sequence[Report], console: Console) -> list[str]:
             value = clean(facts.gate_text(gate))
             lines.append(f"gate {verdict}: {where}{clean(gate.expression)} (is {value})")
         for warning in report.warnings:
-            lines.append(f"{console.paint('33', 'warning')}: {where}{clean(warning.message)}")
+            loud = warning.code in facts.ALARMS
+            word = console.paint("31", "WARNING") if loud else console.paint("33", "warning")
+            lines.append(f"{word}: {where}{clean(warning.message)}")
     return lines

@@ -31,6 +31,11 @@ _SIZES: tuple[tuple[str, str, Kind], ...] = (
     ("model.onnx", "onnx_bytes", "bytes"),
     ("model.onnx, gzipped", "onnx_gzip_bytes", "bytes"),
 )
+ALARMS = {
+    "one-answer": "the model gives every row the same answer",
+    "majority": "the model is no better than always giving the most frequent answer",
+}
+"""Warnings that are as loud as a missed gate, because no other number shows what they say."""
 MANY_ZEROS = 0.01
 """Share of the weights from which on zeros are worth a word: a trained model has a few of its own."""
 SIGNIFICANT = 0.05
@@ -216,6 +221,12 @@ def _score(
     )
 
 
+def alarm(report: Report) -> str | None:
+    """What makes a good number worthless, in a few words; None where nothing does."""
+    codes = {one.code for one in report.warnings}
+    return next((words for code, words in ALARMS.items() if code in codes), None)
+
+
 def verdict_text(report: Report) -> str:
     """The outcome in a few words."""
     if report.verdict == ExitCode.PARITY:
@@ -223,7 +234,10 @@ def verdict_text(report: Report) -> str:
     missed = sum(not gate.passed for gate in report.gates)
     if missed:
         return f"FAILED: {missed} of {len(report.gates)} gates missed"
-    return f"passed: all {len(report.gates)} gates met" if report.gates else "done, no gates asked for"
+    met = f"all {len(report.gates)} gates met" if report.gates else "no gates asked for"
+    if (words := alarm(report)) is not None:
+        return f"BUT {words}: {met}"
+    return f"passed: {met}" if report.gates else f"done, {met}"
 
 
 def files_text(report: Report) -> str:

@@ -71,7 +71,7 @@ def text(value: object) -> str:
 
 
 def _one(report: Report, title: str, level: str = "h1") -> str:
-    tone = "good" if report.verdict == 0 else "bad"
+    tone = "good" if report.verdict == 0 and facts.alarm(report) is None else "bad"
     parts = [
         f"<{level}>{text(title)}</{level}>",
         f'<p class="verdict {tone}">{text(facts.verdict_text(report))}</p>',

@@ -167,6 +167,10 @@ class LineageEntry(_Part):
     model: str
     accuracy: Number | None
     params: dict[str, Any]
+    chosen: list[str] = Field(default=[], description="what the rows of the validation split chose, in words")
+    chosen_on: str | None = Field(
+        default=None, description="sha256 of the rows of that split, as `rows_sha256`"
+    )
 
 
 class Environment(_Part):

@@ -18,8 +18,9 @@ from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
 from kdcli.report.redact import redact
 from kdcli.report.schema import LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
-from kdcli.stages import comparing, early, judged, measuring, output, runner
+from kdcli.stages import answers, comparing, early, judged, measuring, output, runner
 from kdcli.stages import graph as graphs
+from kdcli.stages import lineage as lineages
 from kdcli.stages import rows as picked_rows
 from kdcli.stages.base import EvaluateOptions, Request
 from kdcli.stages.runner import Outcome
@@ -75,7 +76,7 @@ def run(request: Request, progress: Progress) -> Outcome:
     progress.phase("measure latency")
     everyone = [one.timed for one in ([baseline, *ours] if baseline is not None else ours)]
     measuring.time_together(everyone, _conditions(request, options, timings, progress))
-    reports = [_report(request, options, one, baseline, dataset, timings) for one in ours]
+    reports = [_report(request, options, one, baseline, dataset, picked, timings) for one in ours]
     if out is not None:
         reports = [_write(ours[0], reports[0], out, timings)]
     if options.html is not None:
@@ -156,11 +157,20 @@ def _report(
     one: _Judged,
     baseline: _Judged | None,
     dataset: runner.Dataset,
+    picked: picked_rows.Picked,
     timings: Timings,
 ) -> Report:
     after = one.measured.measurement
-    lineage = runner.lineage_of(one.checkpoint, one.source, after)
-    warnings = [*one.checkpoint.doubts, *one.warnings, *runner.of_data(dataset)]
+    lineage = lineages.lineage_of(one.checkpoint, one.source, after)
+    labels = one.timed.encoded.labels
+    assert labels is not None
+    warnings = [
+        *one.checkpoint.doubts,
+        *one.warnings,
+        *runner.of_data(dataset),
+        *answers.doubts(one.measured.logits, labels, one.checkpoint.labels),
+        *lineages.selected(lineage, picked.split, picked.split_sha256),
+    ]
     before: Measurement | None = None
     delta, reasons = comparing.NONE, dict[str, str]()
     if baseline is not None:
