@@ -22,10 +22,11 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report.schema import Parity, Warning_
+from kdcli.stages import judged
 from kdcli.stages.timing import Timings
 from kdcli.training.batches import model_inputs, torch_runner
 
-FILE = "model.onnx"
+FILE = judged.FILE
 _SAID = 160  # characters of what onnxruntime says: it goes on with paths and numbers of its source
 
 
@@ -180,10 +181,25 @@ def of_teacher(
 def of_input(
     checkpoint: Checkpoint, encoded: Encoded, *, threads: int, timings: Timings, progress: Progress
 ) -> tuple[Path, list[Warning_]]:
-    """The ONNX form of a model that came in: its own ``model.onnx``, else an export kept in the cache."""
-    own = checkpoint.path / FILE
-    if own.is_file() and checkpoint.by_kdcli:
-        return own, []
+    """The ONNX form of a checkpoint that came in: kdcli's own ``model.onnx``, else an export kept in the cache.
+
+    A ``model.onnx`` that is not the checkpoint's, because somebody put it there, is left alone with a warning: a stage
+    works on the checkpoint.
+    """
+    warnings = []
+    if (own := judged.own_graph(checkpoint.path)) is not None:
+        instead = "the stage works on the checkpoint, and 'before' is an export of it"
+        try:
+            with timings.phase("parity"):
+                found = judged.agreement(checkpoint, own, encoded, threads=threads)
+        except InputError as error:
+            message = f"{judged.named(checkpoint, own)} of the input cannot be run ({error}); {instead}"
+            warnings.append(Warning_(code="onnx-not-compared", message=message))
+        else:
+            if found.differs:
+                warnings.append(judged.differ(checkpoint, own, found, instead))
+            elif checkpoint.by_kdcli:
+                return own, []
     name = cache.key(
         model=checkpoints.weights_digest(checkpoint.path),
         labels=checkpoint.labels,
@@ -198,8 +214,8 @@ def of_input(
             graph = build(
                 checkpoint, temporary / FILE, encoded, threads=threads, timings=timings, progress=progress
             )
-        return place / FILE, graph.warnings
-    return place / FILE, []
+        return place / FILE, [*warnings, *graph.warnings]
+    return place / FILE, warnings
 
 
 def inputs_of(checkpoint: Checkpoint, encoded: Encoded) -> list[str]:
