@@ -41,6 +41,7 @@ FILES = (
     "vocab.json",
     "merges.txt",
 )
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 PROBE_SECONDS = 1.5  # to connect
 ANSWER_SECONDS = 10.0  # for the first answer
 
@@ -60,6 +61,7 @@ class Resolved:
     revision: str | None = None  # commit id
     alias: str | None = None
     notes: list[str] = field(default_factory=list)  # choices that the user should see
+    graph: Path | None = None  # the ONNX file that was named, and not its directory
 
 
 def resolve(ref: str, *, offline: bool = False, progress: Progress | None = None) -> Resolved:
@@ -98,6 +100,35 @@ def resolve(ref: str, *, offline: bool = False, progress: Progress | None = None
     return found
 
 
+def resolve_graph(ref: str) -> Resolved | None:
+    """Find what belongs to a bare ``.onnx`` file; None for a reference that is not written like one.
+
+    Its configuration and its tokenizer lie beside it, or one level up from a folder ``onnx``, as on the hub.
+
+    Raises:
+        InputError: There is no such file, or not what belongs to it.
+    """
+    if not ref.endswith(".onnx") or "://" in ref or not ref.isprintable():
+        return None
+    file = Path(ref).expanduser() if ref.startswith("~") else Path(ref)
+    if file.is_dir():
+        return None
+    if not file.is_file():
+        raise InputError(f"there is no file {ref!r}")
+    homes = [file.parent]
+    if file.parent.name == "onnx":
+        homes.append(file.parent.parent)
+    for home in homes:
+        tokenizer = any((home / name).is_file() for name in TOKENIZERS)
+        if (home / "config.json").is_file() and tokenizer:
+            return Resolved(home, "path", ref, graph=file)
+    lacks = "config.json" if not any((home / "config.json").is_file() for home in homes) else "tokenizer"
+    raise InputError(
+        f"{ref!r} is a graph alone: beside it there is no {lacks}, so nobody can tell what its inputs and answers mean",
+        "put config.json and the tokenizer's files of its model into the same directory",
+    )
+
+
 def resolve_student(preset: str, *, offline: bool = False, progress: Progress | None = None) -> Resolved:
     """Find the published weights of a student preset; a local directory of that name is not considered.
 
@@ -127,7 +158,10 @@ def _local(ref: str) -> Path | None:
     except OSError as error:
         raise InputError(f"{ref!r} cannot be read: {error.strerror}") from error
     if exists:
-        raise InputError(f"{ref!r} is a file, not a model directory", "give the directory that holds it")
+        hint = "give the directory that holds it"
+        if ref.endswith(".onnx"):
+            hint += "; an ONNX file by itself is for evaluate, as nothing can be trained or cut in a graph"
+        raise InputError(f"{ref!r} is a file, not a model directory", hint)
     if ref.startswith((".", "/", "~")) or ref.endswith("/") or ref.count("/") > 1 or "\\" in ref:
         near = nearby.like(path)
         hint = "a hub id is written org/name[@revision]" if near is None else f"did you mean '{near}'?"
