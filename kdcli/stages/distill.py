@@ -92,6 +92,7 @@ def _with_head(context: Context, plan: Plan, teacher: Checkpoint) -> tuple[Check
         batch_size=settings.teacher_batch_size,
         lr=settings.teacher_lr or (1e-4 if int(teacher.config.hidden_size) <= 384 else 3e-5),
         seed=context.seed,
+        rate_option="--set teacher_lr=RATE",
     )
     return teachers.fine_tuned(
         teacher,
