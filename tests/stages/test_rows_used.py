@@ -28,7 +28,8 @@ from kdcli.stages.base import (
 from kdcli.stages.context import Context
 from kdcli.stages.quantizing import auto, dynamic, sensitivity
 from kdcli.stages.quantizing.auto import Candidate, Tried
-from kdcli.stages.runner import Splits, measured_rows
+from kdcli.stages.rows import pick
+from kdcli.stages.runner import Splits
 from kdcli.stages.speedup import Speed
 from kdcli.stages.strategies import lesson
 from tests import tiny
@@ -273,13 +274,13 @@ def test_a_teacher_without_a_head_is_fine_tuned_without_test(tmp_path: Path) -> 
 def test_measured_rows_are_a_sample_of_the_labels() -> None:
     """``--limit`` on a sorted file: a model that always gives one answer is right in half of the rows."""
     made = tiny.checkpoint()
-    encoded = Splits(Dataset("tiny", watched.splits(), "0" * 64, list(tiny.LABELS)), made)
-    name, rows = measured_rows(encoded, None, 10)
-    assert name == "test"
-    assert np.bincount(rows.labels).tolist() == [5, 5]
-    again = measured_rows(encoded, None, 10)[1]
-    assert np.array_equal(rows.ids, again.ids)
-    assert measured_rows(encoded, None, 500)[1] is encoded["test"]
+    dataset = Dataset("tiny", watched.splits(), "0" * 64, list(tiny.LABELS))
+    encoded = Splits(dataset, made)
+    picked = pick(dataset, None, 10)
+    assert picked.split == "test"
+    assert np.bincount(picked.of(encoded).labels).tolist() == [5, 5]
+    assert np.array_equal(picked.at, pick(dataset, None, 10).at)
+    assert pick(dataset, None, 500).of(encoded) is encoded["test"]
 
 
 def test_rows_of_a_parity_check_have_all_labels() -> None:

@@ -17,6 +17,7 @@ import pytest
 from kdcli.data import batching
 from kdcli.data.sources import Rows
 from kdcli.data.text import Encoded
+from kdcli.stages import rows as picked_rows
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.pruning import vocab
 from kdcli.stages.runner import Splits
@@ -146,7 +147,8 @@ def watching(context: Context) -> Iterator[Watch]:
         patch.setattr(Encoded, "take", noted_take)
         patch.setattr(batching, "collate", noted_collate)
         patch.setattr(Splits, "__getitem__", lambda self, split: watch.give(split, lambda: own(self, split)))
-        patch.setattr(vocab, "measured_rows", opened(vocab.measured_rows))
+        patch.setattr(vocab, "pick", opened(vocab.pick))
+        patch.setattr(picked_rows.Picked, "of", opened(picked_rows.Picked.of))
         patch.setattr(control, "accuracy", opened(control.accuracy))
         context.encoded = _Watched(context.encoded, watch)
         context.dataset = replace(context.dataset, splits=_Watched(context.dataset.splits, watch))  # type: ignore[arg-type]
