@@ -13,6 +13,8 @@ from kdcli import memory
 from kdcli.errors import InputError, ResourceError
 from kdcli.export import files
 
+ort.disable_telemetry_events()  # of a Windows build, which reads no variable; see kdcli/__init__.py
+
 Batch = Mapping[str, np.ndarray]
 
 
