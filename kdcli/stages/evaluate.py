@@ -70,7 +70,7 @@ def run(request: Request, progress: Progress) -> Outcome:
     measuring.time_together(everyone, _conditions(request, options, timings, progress))
     reports = [_report(request, options, one, baseline, dataset, timings) for one in judged]
     if out is not None:
-        reports = [_write(judged[0], reports[0], out, timings)]
+        reports = [_write(judged[0], reports[0], out, timings, force=request.common.force)]
     if options.html is not None:
         _write_text(options.html, html.page(reports))
     if options.junit is not None:
@@ -217,7 +217,7 @@ def _same_rows(before: Measurement, after: Measurement) -> bool:
     return one.n == two.n and one.split == two.split
 
 
-def _write(one: _Judged, report: Report, out: Path, timings: Timings) -> Report:
+def _write(one: _Judged, report: Report, out: Path, timings: Timings, *, force: bool) -> Report:
     """Copy the model unchanged, with its ONNX export, the card and the report."""
     source = one.checkpoint.path
     with output.building(out, 2 * sum(p.stat().st_size for p in source.iterdir() if p.is_file())) as work:
@@ -227,7 +227,7 @@ def _write(one: _Judged, report: Report, out: Path, timings: Timings) -> Report:
         if not (work / graphs.FILE).exists():
             shutil.copyfile(one.graph, work / graphs.FILE)
         report = runner.finish(report, work, timings)
-        output.publish(work, out)
+        output.publish(work, out, force=force)
     return report
 
 

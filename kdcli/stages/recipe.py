@@ -162,9 +162,9 @@ def run(
         progress.phase(f"stage {number} of {len(steps)}: {step.stage}")
         if writes:
             output.choose(target, "", step.stage, force=force, inputs=())
-        if writes and (kept / io.FILE).is_file():
+        if writes and cache.whole(kept):
             progress.note(f"{step.stage}: nothing changed, taken from the cache")
-            _copy(kept, target)
+            _copy(kept, target, step.stage, force=force)
             report = io.read(target)
         else:
             common = replace(step.common, out=target if writes else None, force=force)
@@ -280,7 +280,11 @@ def _cache_key(step: Step, model: str | None) -> str:
     )
 
 
-def _copy(source: Path, target: Path) -> None:
-    with output.building(target, sum(p.stat().st_size for p in source.iterdir())) as work:
-        shutil.copytree(source, work, dirs_exist_ok=True)
-        output.publish(work, target)
+def _copy(source: Path, target: Path, stage: str, *, force: bool) -> None:
+    size = sum(p.stat().st_size for p in source.iterdir())
+    with (
+        output.reserved(target, "", stage, force=force, inputs=()) as place,
+        output.building(place, size) as work,
+    ):
+        shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(cache.SUMS))
+        output.publish(work, place, force=force)

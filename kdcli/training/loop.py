@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli import processes
+from kdcli import interrupts, processes
 from kdcli.data import batching
 from kdcli.data.text import Encoded
 from kdcli.errors import InputError, InterruptedRun
+from kdcli.interrupts import Steps
 from kdcli.progress import Progress
 from kdcli.training import distributed
 from kdcli.training.batches import model_inputs
 from kdcli.training.compact import compacted
-from kdcli.training.interrupt import Interrupt, interruptible
 from kdcli.training.resume import ResumePoint, pack_optimizer, unpack_optimizer
 
 
@@ -185,7 +185,10 @@ class _Run:
         per_epoch = -(-len(train) // options.batch_size)
         lengths = train.lengths
         checking = inference(validation, options.batch_size * 4, self.pad_id)
-        with interruptible() as interrupt, progress.task(self.title, per_epoch * options.epochs) as task:
+        with (
+            interrupts.stepping() as interrupt,
+            progress.task(self.title, per_epoch * options.epochs) as task,
+        ):
             task.advance(state.epoch * per_epoch + state.step)
             while not state.done:
                 batches = batching.train_batches(lengths, options.batch_size, options.seed, state.epoch)
@@ -232,7 +235,7 @@ class _Run:
         )
 
     def step(
-        self, train: Encoded, rows: np.ndarray, at: int, steps: int, interrupt: Interrupt
+        self, train: Encoded, rows: np.ndarray, at: int, steps: int, interrupt: Steps
     ) -> tuple[Tensor, bool]:
         """One optimizer step on a global batch; returns its loss and whether a signal has arrived."""
         for group in self.optimizer.param_groups:
@@ -258,7 +261,7 @@ class _Run:
         if processes.first():
             resume.save(tensors, plain)
 
-    def stop(self, state: _State, interrupt: Interrupt) -> None:
+    def stop(self, state: _State, interrupt: Steps) -> None:
         """Keep the resume point and end."""
         import signal
 
@@ -274,7 +277,7 @@ class _Run:
         raise InterruptedRun(
             f"{self.title} stopped {after}",
             hint,
-            terminated=interrupt.signal == signal.SIGTERM,
+            terminated=interrupt.signal not in (None, signal.SIGINT),
         )
 
 
