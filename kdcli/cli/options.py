@@ -409,7 +409,13 @@ SettingsOpt = Annotated[
     _option("--set", help="A parameter of the method; repeatable.", parse=values.pair, metavar="KEY=VALUE"),
 ]
 LimitOpt = Annotated[
-    int | None, _option("--limit", help="Measure on at most N rows.", parse=values.whole(1), metavar="N")
+    int | None,
+    _option(
+        "--limit",
+        help="Measure on at most N rows, every label in its share.",
+        parse=values.whole(1),
+        metavar="N",
+    ),
 ]
 ResumeOpt = Annotated[bool, _option("--resume/--no-resume", help="Go on where an interrupted run stopped.")]
 ForceOpt = Annotated[bool, _option("-f", "--force/--no-force", help="Replace an output that kdcli wrote.")]

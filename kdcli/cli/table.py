@@ -81,7 +81,7 @@ def _notes(reports: Sequence[Report], console: Console) -> list[str]:
         where = f"{clean(report.model.source)}: " if len(reports) > 1 else ""
         for gate in report.gates:
             verdict = console.paint("32", "met") if gate.passed else console.paint("31", "MISSED")
-            value = facts.gate_value(gate.expression, gate.value)
+            value = clean(facts.gate_text(gate))
             lines.append(f"gate {verdict}: {where}{clean(gate.expression)} (is {value})")
         for warning in report.warnings:
             lines.append(f"{console.paint('33', 'warning')}: {where}{clean(warning.message)}")

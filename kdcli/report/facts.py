@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from kdcli.errors import ExitCode
-from kdcli.report.schema import Latency, LineageEntry, Measurement, MetricValue, Report
+from kdcli.report.schema import Gate, Latency, LineageEntry, Measurement, MetricValue, Report
 
 Kind = Literal["score", "count", "bytes", "ms", "rate"]
 
@@ -239,6 +239,12 @@ def gate_value(expression: str, value: float | None) -> str:
     return f"{value:.3g}" if quantity == "p_value" else number(value)
 
 
+def gate_text(gate: Gate) -> str:
+    """A gate's number, and why there is none."""
+    value = gate_value(gate.expression, gate.value)
+    return value if gate.reason is None else f"{value}: {gate.reason}"
+
+
 def parity_text(report: Report) -> str:
     """The check of the export in one sentence; empty when there was none."""
     parity = report.parity
@@ -260,7 +266,11 @@ def delta_text(report: Report) -> str:
     if delta.agreement is not None:
         parts.append(f"same answer as before on {100 * delta.agreement:.2f} % of rows")
     if delta.p_value is not None:
-        parts.append(f"McNemar {probability(delta.p_value)}")
+        rows = f"{delta.lost} rows lost and {delta.won} won, " if delta.lost is not None else ""
+        parts.append(f"{rows}McNemar {probability(delta.p_value)}")
+    if delta.accuracy_ci95 is not None:
+        low, high = delta.accuracy_ci95
+        parts.append(f"95 % interval of the change in accuracy {low:+.4f} to {high:+.4f}")
     return "; ".join(parts)
 
 

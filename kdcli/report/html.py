@@ -146,7 +146,7 @@ def _gates(report: Report) -> str:
     rows = []
     for gate in report.gates:
         tone, word = ("good", "met") if gate.passed else ("bad", "MISSED")
-        measured = facts.gate_value(gate.expression, gate.value)
+        measured = facts.gate_text(gate)
         rows.append(
             f"<tr><td>{text(gate.name)}</td><td><code>{text(gate.expression)}</code></td>"
             f'<td class="n">{text(measured)}</td><td class="{tone}">{word}</td></tr>'

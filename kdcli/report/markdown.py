@@ -67,7 +67,7 @@ def table(report: Report) -> str:
                     (
                         escape(gate.name),
                         escape(gate.expression),
-                        escape(facts.gate_value(gate.expression, gate.value)),
+                        escape(facts.gate_text(gate)),
                         "met" if gate.passed else "**MISSED**",
                     )
                     for gate in report.gates

@@ -50,6 +50,10 @@ class Quality(_Part):
     accuracy: MetricValue
     macro_f1: MetricValue
     ece: MetricValue
+    rows_sha256: str | None = Field(
+        default=None,
+        description="of the texts and labels of the rows, in any order; two numbers compare only where it is the same",
+    )
 
 
 class Size(_Part):
@@ -100,6 +104,11 @@ class Delta(_Part):
     speedup: Number | None = Field(description="p50 at batch 1 before / after")
     agreement: Number | None = Field(description="share of rows with the same top-1 answer")
     p_value: Number | None = Field(description="McNemar, exact, two-sided")
+    accuracy_ci95: tuple[Number, Number] | None = Field(
+        default=None, description="95 % interval of `accuracy`, both models on the same rows"
+    )
+    lost: int | None = Field(default=None, description="rows that only `before` got right")
+    won: int | None = Field(default=None, description="rows that only `after` got right")
 
 
 class Method(_Part):
@@ -131,6 +140,7 @@ class Gate(_Part):
     value: Number | None
     threshold: Number
     passed: bool
+    reason: str | None = Field(default=None, description="why there is no value, and how to get one")
 
 
 class LineageEntry(_Part):

@@ -6,6 +6,7 @@ A teacher without a head for the task is fine-tuned on it first; then the strate
 from __future__ import annotations
 
 import importlib
+from collections import ChainMap
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def prepare(context: Context) -> None:
         extra = sources.load_texts(options.unlabeled)
         more = text.encode(extra, teacher.tokenizer, teacher.max_length, None)
         train = text.concatenate(train, more, UNLABELLED)
-    context.encoded = {**context.encoded, "train": train}
+    context.encoded = ChainMap({"train": train}, context.encoded)  # type: ignore[arg-type]
     if options.strategy == "online" and plan.settings.online == "teacher":
         from kdcli.stages.strategies import online
 

@@ -9,15 +9,16 @@ from pathlib import Path
 
 from kdcli import __version__
 from kdcli.errors import InputError, UsageError
-from kdcli.measure import environment, quality
+from kdcli.measure import environment
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
 from kdcli.report.redact import redact
-from kdcli.report.schema import Delta, LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
-from kdcli.stages import early, measuring, output, runner
+from kdcli.report.schema import LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
+from kdcli.stages import comparing, early, measuring, output, runner
 from kdcli.stages import graph as graphs
+from kdcli.stages import rows as picked_rows
 from kdcli.stages.base import EvaluateOptions, Request
 from kdcli.stages.runner import Outcome
 from kdcli.stages.timing import Timings
@@ -56,15 +57,16 @@ def run(request: Request, progress: Progress) -> Outcome:
     models = found[: len(found) - (first is not None)]
     runner.device_of(request.common.device)
     request = early.settle_data(request, models[0].path)
-    dataset = runner.load_data(request, progress)
+    dataset = runner.load_data(request, [one.path for one in found], progress)
+    picked = picked_rows.pick(dataset, options.split, request.common.limit)
     baseline = None
     if first is not None:
         progress.phase(f"measure baseline {first.ref}")
-        baseline = _measure(request, options, first.ref, first.path, dataset, timings, progress)
+        baseline = _measure(request, options, first.ref, first.path, dataset, picked, timings, progress)
     judged: list[_Judged] = []
     for model in models:
         progress.phase(f"measure {model.ref}")
-        judged.append(_measure(request, options, model.ref, model.path, dataset, timings, progress))
+        judged.append(_measure(request, options, model.ref, model.path, dataset, picked, timings, progress))
     progress.phase("measure latency")
     everyone = [one.timed for one in ([baseline, *judged] if baseline is not None else judged)]
     measuring.time_together(everyone, _conditions(request, options, timings, progress))
@@ -87,6 +89,7 @@ def _measure(
     source: str,
     path: Path,
     dataset: runner.Dataset,
+    picked: picked_rows.Picked,
     timings: Timings,
     progress: Progress,
 ) -> _Judged:
@@ -97,7 +100,7 @@ def _measure(
         if not checkpoint.has_head:
             raise InputError(f"'{source}' has no classification head, so there is nothing to evaluate")
         encoded = runner.Splits(dataset, checkpoint)
-    split, rows = runner.measured_rows(encoded, options.split, request.common.limit)
+    split, rows = picked.split, picked.of(encoded)
     threads = environment.threads()
     graph, warnings = graphs.of_input(
         checkpoint, encoded[split], threads=threads, timings=timings, progress=progress
@@ -109,6 +112,7 @@ def _measure(
         split,
         _conditions(request, options, timings, progress),
         title=source,
+        rows_sha256=picked.sha256,
     )
     return _Judged(source, checkpoint, measuring.Timed(checkpoint, graph, rows, measured), warnings)
 
@@ -136,41 +140,29 @@ def _report(
 ) -> Report:
     after = one.measured.measurement
     lineage = runner.lineage_of(one.checkpoint, one.source, after)
-    warnings = list(one.warnings)
+    warnings = [*one.checkpoint.doubts, *one.warnings, *runner.of_data(dataset)]
     before: Measurement | None = None
-    delta = Delta(accuracy=None, size_ratio=None, speedup=None, agreement=None, p_value=None)
+    delta, reasons = comparing.NONE, dict[str, str]()
     if baseline is not None:
         before = baseline.measured.measurement
-        delta = runner.compare(before, after)
+        delta = comparing.compare(before, after)
         if set(baseline.checkpoint.labels) == set(one.checkpoint.labels):
             order = [baseline.checkpoint.labels.index(name) for name in one.checkpoint.labels]
-            old, new = baseline.measured.logits[:, order].argmax(1), one.measured.logits.argmax(1)
             rows = one.timed.encoded
             assert rows.labels is not None
-            delta = delta.model_copy(
-                update={
-                    "agreement": float((old == new).mean()),
-                    "p_value": quality.mcnemar(old, new, rows.labels),
-                }
+            delta = comparing.row_by_row(
+                delta,
+                baseline.measured.logits[:, order].argmax(1),
+                one.measured.logits.argmax(1),
+                rows.labels,
             )
     elif len(one.checkpoint.log.lineage) > 1 and (recorded := _recorded(lineage[0])) is not None:
-        before = recorded
-        delta = runner.compare(before, after)
-        if not _same_rows(before, after):
-            warnings.append(
-                Warning_(
-                    code="other-rows",
-                    message="the lineage's first model was measured on other rows than these",
-                )
-            )
-        warnings.append(
-            Warning_(
-                code="recorded-baseline",
-                message=f"compared with the recorded numbers of '{lineage[0].model}'; --baseline measures again",
-            )
-        )
-    warnings.extend(runner.honest(delta, after))
-    judged = gates.judge(request.common.gates, before, after, delta)
+        before = comparing.from_record(recorded, after)
+        delta = comparing.compare(before, after)
+        told, reasons = comparing.of_record(recorded, before, lineage[0].model)
+        warnings.extend(told)
+    warnings.extend(comparing.honest(delta, before, after))
+    judged = gates.judge(request.common.gates, before, after, delta, reasons)
     report = Report(
         schema_version=1,
         kind="kdcli.report",
@@ -208,13 +200,6 @@ def _report(
 def _recorded(first: LineageEntry) -> Measurement | None:
     stored = first.params.get("measurement")
     return Measurement.model_validate(stored) if stored is not None else None
-
-
-def _same_rows(before: Measurement, after: Measurement) -> bool:
-    if before.quality is None or after.quality is None:
-        return False
-    one, two = before.quality.accuracy, after.quality.accuracy
-    return one.n == two.n and one.split == two.split
 
 
 def _write(one: _Judged, report: Report, out: Path, timings: Timings, *, force: bool) -> Report:

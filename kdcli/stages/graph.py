@@ -12,7 +12,7 @@ import onnxruntime
 import torch
 
 from kdcli import __version__, cache
-from kdcli.data import batching
+from kdcli.data import batching, sampling
 from kdcli.data.text import Encoded
 from kdcli.errors import ParityError
 from kdcli.export import fusion, onnx, parity, sessions
@@ -188,5 +188,5 @@ def _check(
 
 def _many(encoded: Encoded, pad_id: int) -> list[dict[str, np.ndarray]]:
     """64 rows one by one, because the activation scale of an integer graph depends on the whole batch."""
-    rows = np.unique(np.linspace(0, len(encoded) - 1, 64).astype(int))
-    return [batching.collate(encoded, rows[i : i + 1], pad_id) for i in range(len(rows))]
+    rows = sampling.sample(encoded, 64, sampling.JUDGING_SEED)
+    return [batching.collate(rows, [i], pad_id) for i in range(len(rows))]

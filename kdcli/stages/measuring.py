@@ -101,6 +101,7 @@ def measure(
     conditions: Conditions,
     *,
     title: str,
+    rows_sha256: str | None = None,
 ) -> Measured:
     """Measure a checkpoint and its ONNX file on one split; latency comes from :func:`time_together`.
 
@@ -111,6 +112,7 @@ def measure(
         split: Their name.
         conditions: The same for every model that is compared.
         title: ``before`` or ``after``, for people.
+        rows_sha256: Of the rows (:class:`kdcli.stages.rows.Picked`), for comparing with another run.
     """
     threads, device = conditions.threads, conditions.device
     timings, progress, runtimes = conditions.timings, conditions.progress, conditions.runtimes
@@ -128,7 +130,7 @@ def measure(
         else:
             logits = _torch_logits(checkpoint, encoded, progress, title)
         assert encoded.labels is not None
-        found = quality.measure(logits, encoded.labels, split)
+        found = quality.measure(logits, encoded.labels, split).model_copy(update={"rows_sha256": rows_sha256})
     tensors = list(checkpoint.model.parameters())
     parameters = sum(t.numel() for t in tensors)
     nonzero = sum(int((t != 0).sum()) for t in tensors)
