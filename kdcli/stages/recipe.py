@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from kdcli import __version__, cache
+from kdcli import cache
 from kdcli.errors import ExitCode, InputError, did_you_mean
 from kdcli.models import references
 from kdcli.progress import Progress
@@ -257,21 +257,26 @@ def _key(name: Any) -> str:
 
 
 def _cache_key(step: Step, model: str | None) -> str:
-    """Everything that decides a stage's output; the report's times and paths are not part of it."""
+    """Everything that decides a stage's output and the numbers in its report; paths are not part of it."""
+    from kdcli.measure import environment
     from kdcli.models.checkpoint import weights_digest
 
-    ref = model if step.stage != "distill" else step.options.teachers[0]
-    assert ref is not None
-    source = references.resolve(ref, offline=step.common.offline).path
+    request = _request(step, model, step.common)
+    found = [references.resolve(name, offline=step.common.offline) for name in early.models_of(request)]
     common = {k: v for k, v in asdict(step.common).items() if k not in ("out", "force", "resume", "debug")}
-    dataset = early.load_data(early.settle_data(_request(step, model, step.common), source), [source])
+    dataset = early.load_data(early.settle_data(request, found[0].path), [found[0].path])
+    read = [getattr(step.options, f.name) for f in fields(step.options)]
+    graphs = [one.path / "model.onnx" for one in found]
+    files = [path for path in (*graphs, *read) if isinstance(path, Path) and path.is_file()]
     return cache.key(
         stage=step.stage,
-        input=weights_digest(source),
+        inputs=[weights_digest(one.path) for one in found],
+        files=[io.sha256_of(path) for path in files],
         options=asdict(step.options),
         common=common,
         data=dataset.fingerprint,
-        version=__version__,
+        code=cache.code(),
+        machine=[environment.cpu_name(), *environment.isa(), environment.threads()],
         dequantize=step.dequantize,
     )
 
