@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-import kdcli
+from kdcli import __version__ as _VERSION  # noqa: F401 - importing it switches telemetry off
 
 EVERY = 0.02  # seconds between two samples of memory
 

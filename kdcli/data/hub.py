@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import socket
 import threading
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 
 from kdcli.data.labels import printable
 from kdcli.data.readers import Located, Table, extract, first_line
-from kdcli.errors import InputError, UnavailableError
+from kdcli.errors import InputError, ResourceError, UnavailableError
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,199}}))?")
@@ -45,6 +46,7 @@ def load(
 
     Raises:
         UnavailableError: It is neither reachable nor cached (in this revision).
+        ResourceError: The cache cannot be written.
         InputError: The hub has no such data set, or it is not of a usable form.
     """
     import datasets
@@ -62,6 +64,14 @@ def load(
             loaded = datasets.load_dataset(repo, revision=revision)
     except Exception as error:  # whatever the library raises, the user asked for data that can't be had
         reason = first_line(error)
+        if isinstance(error, OSError) and error.errno in (
+            errno.EACCES,
+            errno.EROFS,
+            errno.EPERM,
+            errno.ENOSPC,
+        ):
+            hint = "set HF_HOME (or HF_DATASETS_CACHE) to a directory that can be written and has room"
+            raise ResourceError(f"data set '{ref}' cannot be stored in the cache: {reason}", hint) from error
         if cut_off:
             why = "--offline or HF_HUB_OFFLINE is set" if told else "the hub can't be reached"
             raise UnavailableError(f"data set '{ref}' is not in the local cache, and {why}", hint) from error

@@ -78,7 +78,7 @@ def run(request: Request, progress: Progress) -> Outcome:
     measuring.time_together(everyone, _conditions(request, options, timings, progress))
     reports = [_report(request, options, one, baseline, dataset, picked, timings) for one in ours]
     if out is not None:
-        reports = [_write(ours[0], reports[0], out, timings)]
+        reports = [_write(ours[0], reports[0], out, timings, force=request.common.force)]
     if options.html is not None:
         _write_text(options.html, html.page(reports))
     if options.junit is not None:
@@ -240,7 +240,7 @@ def _recorded(first: LineageEntry) -> Measurement | None:
     return Measurement.model_validate(stored) if stored is not None else None
 
 
-def _write(one: _Judged, report: Report, out: Path, timings: Timings) -> Report:
+def _write(one: _Judged, report: Report, out: Path, timings: Timings, *, force: bool) -> Report:
     """Copy the model unchanged, with the graph that was judged, the card and the report."""
     source = one.checkpoint.path
     assert one.graph is not None
@@ -256,7 +256,7 @@ def _write(one: _Judged, report: Report, out: Path, timings: Timings) -> Report:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
         report = runner.finish(report, work, timings)
-        output.publish(work, out)
+        output.publish(work, out, force=force)
     return report
 
 

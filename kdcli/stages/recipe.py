@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from kdcli import __version__, cache
+from kdcli import cache
 from kdcli.errors import ExitCode, InputError, did_you_mean
 from kdcli.models import references
 from kdcli.progress import Progress
@@ -161,9 +161,9 @@ def run(
         progress.phase(f"stage {number} of {len(steps)}: {step.stage}")
         if writes:
             output.choose(target, "", step.stage, force=force, inputs=())
-        if writes and (kept / io.FILE).is_file():
+        if writes and cache.whole(kept):
             progress.note(f"{step.stage}: nothing changed, taken from the cache")
-            _copy(kept, target)
+            _copy(kept, target, step.stage, force=force)
             report = io.read(target)
         else:
             common = replace(step.common, out=target if writes else None, force=force)
@@ -257,26 +257,35 @@ def _key(name: Any) -> str:
 
 
 def _cache_key(step: Step, model: str | None) -> str:
-    """Everything that decides a stage's output; the report's times and paths are not part of it."""
+    """Everything that decides a stage's output and the numbers in its report; paths are not part of it."""
+    from kdcli.measure import environment
     from kdcli.models.checkpoint import weights_digest
 
-    ref = model if step.stage != "distill" else step.options.teachers[0]
-    assert ref is not None
-    source = references.resolve(ref, offline=step.common.offline).path
+    request = _request(step, model, step.common)
+    found = [references.resolve(name, offline=step.common.offline) for name in early.models_of(request)]
     common = {k: v for k, v in asdict(step.common).items() if k not in ("out", "force", "resume", "debug")}
-    dataset = early.load_data(early.settle_data(_request(step, model, step.common), source), [source])
+    dataset = early.load_data(early.settle_data(request, found[0].path), [found[0].path])
+    read = [getattr(step.options, f.name) for f in fields(step.options)]
+    graphs = [one.path / "model.onnx" for one in found]
+    files = [path for path in (*graphs, *read) if isinstance(path, Path) and path.is_file()]
     return cache.key(
         stage=step.stage,
-        input=weights_digest(source),
+        inputs=[weights_digest(one.path) for one in found],
+        files=[io.sha256_of(path) for path in files],
         options=asdict(step.options),
         common=common,
         data=dataset.fingerprint,
-        version=__version__,
+        code=cache.code(),
+        machine=[environment.cpu_name(), *environment.isa(), environment.threads()],
         dequantize=step.dequantize,
     )
 
 
-def _copy(source: Path, target: Path) -> None:
-    with output.building(target, sum(p.stat().st_size for p in source.iterdir())) as work:
-        shutil.copytree(source, work, dirs_exist_ok=True)
-        output.publish(work, target)
+def _copy(source: Path, target: Path, stage: str, *, force: bool) -> None:
+    size = sum(p.stat().st_size for p in source.iterdir())
+    with (
+        output.reserved(target, "", stage, force=force, inputs=()) as place,
+        output.building(place, size) as work,
+    ):
+        shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(cache.SUMS))
+        output.publish(work, place, force=force)

@@ -30,6 +30,7 @@ from kdcli.models import activations, mapped, placement, transforms
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.aliases import MODELS
 from kdcli.models.checkpoint import Checkpoint
+from kdcli.models.references import Resolved
 from kdcli.progress import Progress
 from kdcli.report import card, gates, io
 from kdcli.report.redact import redact
@@ -70,20 +71,28 @@ def run(request: Request, progress: Progress) -> Outcome | None:
     Raises:
         KdcliError: Anything a user can act on; nothing half-written is left behind.
     """
-    if request.stage == "evaluate":
-        from kdcli.stages import evaluate
+    resolved = early.check(request)
+    if not processes.first():
+        return None if request.stage == "evaluate" else _run(request, progress, resolved[0], None)
+    with early.reserved(request, resolved) as out:
+        if request.stage == "evaluate":
+            from kdcli.stages import evaluate
 
-        return evaluate.run(request, progress) if processes.first() else None
+            return evaluate.run(request, progress)
+        return _run(request, progress, resolved[0], out)
+
+
+def _run(request: Request, progress: Progress, found: Resolved, out: Path | None) -> Outcome | None:
+    """One stage that makes a model; ``out`` is known to the first process."""
     timings = Timings()
     with timings.phase("resolve"):
-        found = early.check(request)[0]
         source = found.ref
         for note in found.notes:
             progress.note(note)
-        out = early.place(request, [found])
-        assert out is not None
         device = device_of(request.common.device)
         distributed.start(device)
+        out = distributed.of_first(out)
+        assert out is not None
         request = early.settle_data(request, found.path)
         dataset = load_data(request, [found.path], progress)
     seed_everything(request.common.seed)
@@ -116,9 +125,10 @@ def run(request: Request, progress: Progress) -> Outcome | None:
     needed = 6 * _weights_bytes(found.path) + (64 << 20)
     with output.building(out, needed) as work:
         report = _live(context, stage, source, work, timings)
-        output.publish(work, out)
+        common = request.common
+        final = output.publish(work, out, force=common.force, named=common.out is not None)
     shutil.rmtree(output.resume_directory(out), ignore_errors=True)
-    return Outcome(out, report, [report])
+    return Outcome(final, report, [report])
 
 
 def _follow(context: Context, stage: Any) -> None:
