@@ -91,7 +91,8 @@ def augment(
     tokens = tokens.only(_rescued(rng, tokens, ~_some(rng, tokens, rates.drop)))
     lengths = np.bincount(tokens.row, minlength=n * len(encoded))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    made = Encoded(tokens.ids, tokens.type_ids, offsets, None)
+    type_ids = None if encoded.type_ids is None else tokens.type_ids
+    made = Encoded(tokens.ids, type_ids, offsets, None)
     return made, Origins(np.tile(np.arange(len(encoded)), n), second, _share(tokens, n * len(encoded)))
 
 
@@ -113,13 +114,18 @@ def _hashes(encoded: Encoded) -> np.ndarray:
     """One uint64 a row: the sum of a random number for every (place, token, segment), mixed as in splitmix64."""
     place = np.arange(len(encoded.ids)) - np.repeat(encoded.offsets[:-1], encoded.lengths)
     x = place.astype(np.uint64) << np.uint64(40)
-    x |= encoded.type_ids.astype(np.uint64) << np.uint64(32)
+    x |= _segments(encoded).astype(np.uint64) << np.uint64(32)
     x |= encoded.ids.astype(np.uint64)
     x += np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(x ^ (x >> np.uint64(31)))])
     return sums[encoded.offsets[1:]] - sums[encoded.offsets[:-1]]
+
+
+def _segments(encoded: Encoded) -> np.ndarray:
+    """Segment ids of all tokens; zeros where the tokenizer gives none."""
+    return np.zeros(len(encoded.ids), dtype=np.int8) if encoded.type_ids is None else encoded.type_ids
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,7 @@ def _splice(
     at = np.repeat(starts - _before(sizes), sizes) + np.arange(int(sizes.sum()))
     made = np.repeat(np.arange(len(first)), one + two)
     other = np.repeat(np.arange(len(sizes)) % 2 == 1, sizes)
-    tokens = _Tokens(encoded.ids[at], encoded.type_ids[at], made, _runs(ordinary[at], made), other)
+    tokens = _Tokens(encoded.ids[at], _segments(encoded)[at], made, _runs(ordinary[at], made), other)
     return tokens, np.where(spliced, second, first)
 
 

@@ -16,7 +16,7 @@ from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
 from kdcli.report.redact import redact
 from kdcli.report.schema import LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
-from kdcli.stages import comparing, early, measuring, output, runner
+from kdcli.stages import comparing, early, measuring, output, runner, texts
 from kdcli.stages import graph as graphs
 from kdcli.stages import rows as picked_rows
 from kdcli.stages.base import EvaluateOptions, Request
@@ -99,8 +99,10 @@ def _measure(
         checkpoint = checkpoints.load(path, device=device)
         if not checkpoint.has_head:
             raise InputError(f"'{source}' has no classification head, so there is nothing to evaluate")
-        encoded = runner.Splits(dataset, checkpoint)
+        encoded = runner.Splits(dataset, checkpoint, progress)
     split, rows = picked.split, picked.of(encoded)
+    told = texts.check_reading(checkpoint, dataset.splits[split], encoded[split], split)
+    told += texts.told(checkpoint, {split: encoded[split]})
     threads = environment.threads()
     graph, warnings = graphs.of_input(
         checkpoint, encoded[split], threads=threads, timings=timings, progress=progress
@@ -114,7 +116,7 @@ def _measure(
         title=source,
         rows_sha256=picked.sha256,
     )
-    return _Judged(source, checkpoint, measuring.Timed(checkpoint, graph, rows, measured), warnings)
+    return _Judged(source, checkpoint, measuring.Timed(checkpoint, graph, rows, measured), [*told, *warnings])
 
 
 def _conditions(

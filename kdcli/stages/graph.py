@@ -38,12 +38,16 @@ class Graph:
     warnings: list[Warning_] = field(default_factory=list)
 
 
-def parity_batches(encoded: Encoded, pad_id: int) -> list[dict[str, np.ndarray]]:
-    """Real rows at the shapes that go wrong: single short and long ones, mixed lengths, extra padding."""
+def parity_batches(encoded: Encoded, pad_id: int, limit: int) -> list[dict[str, np.ndarray]]:
+    """Real rows at the shapes that go wrong: single short and long ones, mixed lengths, extra padding.
+
+    None is wider than ``limit`` tokens.
+    """
     order = np.argsort(encoded.lengths, kind="stable")
     shortest, longest, middle = order[:1], order[-1:], order[len(order) // 2 : len(order) // 2 + 1]
     spread = order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]
-    wide = int(encoded.lengths[spread].max()) + 5
+    longest_row = int(encoded.lengths[spread].max())
+    wide = max(longest_row, min(longest_row + 5, limit))  # there may be no position for more
     groups: list[tuple[np.ndarray, int | None]] = [
         (shortest, None),
         (middle, None),
@@ -77,10 +81,10 @@ def build(
     Raises:
         ParityError: The exported graph does not agree with the checkpoint.
     """
-    names = [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in _inputs_of(checkpoint)]
+    names = inputs_of(checkpoint, encoded)
     plain = target.with_name("plain.onnx")
     fused = target.with_name("fused.onnx")
-    batches = parity_batches(encoded, checkpoint.pad_id)
+    batches = parity_batches(encoded, checkpoint.pad_id, checkpoint.max_length)
     rounding = torch_runner(checkpoint)
 
     def reference(batch: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -90,7 +94,9 @@ def build(
     warnings: list[Warning_] = []
     try:
         with timings.phase("export"):
-            example = onnx.example(int(checkpoint.config.vocab_size), names, checkpoint.device)
+            example = onnx.example(
+                int(checkpoint.config.vocab_size), names, checkpoint.device, tokens=checkpoint.max_length
+            )
             with activations.paused(checkpoint.model):
                 route = onnx.export(checkpoint.model, example, plain)
         detail: dict[str, Any] = {"exporter": route, "opset": onnx.OPSET, "fused": {}}
@@ -155,6 +161,7 @@ def of_input(
     name = cache.key(
         model=checkpoints.weights_digest(checkpoint.path),
         labels=checkpoint.labels,
+        inputs=inputs_of(checkpoint, encoded),
         kdcli=__version__,
         torch=torch.__version__,
         onnxruntime=onnxruntime.__version__,
@@ -169,9 +176,9 @@ def of_input(
     return place / FILE, []
 
 
-def _inputs_of(checkpoint: Checkpoint) -> Sequence[str]:
-    probe = {n: np.zeros((1, 2), dtype=np.int64) for n in ("input_ids", "attention_mask", "token_type_ids")}
-    return list(model_inputs(checkpoint.model, probe, "cpu"))
+def inputs_of(checkpoint: Checkpoint, encoded: Encoded) -> list[str]:
+    """What the graph asks for: what the model takes of what its tokenizer gives, no more."""
+    return list(model_inputs(checkpoint.model, batching.collate(encoded, [0], checkpoint.pad_id), "cpu"))
 
 
 def _check(

@@ -42,7 +42,7 @@ from kdcli.report.schema import (
     Report,
     Warning_,
 )
-from kdcli.stages import comparing, early, measuring, output
+from kdcli.stages import comparing, early, measuring, output, texts
 from kdcli.stages import graph as graphs
 from kdcli.stages import rows as picked_rows
 from kdcli.stages.base import Request
@@ -100,7 +100,7 @@ def run(request: Request, progress: Progress) -> Outcome | None:
                 f"'{source}' has no classification head",
                 "fine-tune it first, or distill from it: kdcli distill --teacher MODEL --student tiny",
             )
-        encoded = Splits(dataset, checkpoint)
+        encoded = Splits(dataset, checkpoint, progress)
     context = Context(
         request=request,
         checkpoint=checkpoint,
@@ -136,7 +136,10 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
     threads = environment.threads()
     # Before a stage narrows what it trains and chooses on: what is measured stays whole.
     picked = picked_rows.pick(context.dataset, None, request.common.limit)
-    split, rows = picked.split, picked.of(context.encoded)
+    read = context.encoded
+    split, rows = picked.split, picked.of(read)
+    texts_told = texts.check_reading(context.checkpoint, context.dataset.splits[split], read[split], split)
+    texts_told += texts.told(context.checkpoint, {split: read[split]})
     if hasattr(stage, "prepare"):
         with timings.phase("prepare"):
             stage.prepare(context)
@@ -191,7 +194,11 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
     with timings.phase("reload"):
         after_model = checkpoints.load(work, device=context.device, in_file=True)
     after_encoded, after_rows = context.encoded[split], rows
-    if after_model.labels != input_labels or after_model.tokenizer.get_vocab() != given.tokenizer.get_vocab():
+    if after_model.labels == input_labels and (
+        after_model.tokenizer.get_vocab() == given.tokenizer.get_vocab()
+    ):
+        texts.check_written(given, after_model, context.dataset.splits[split], read[split])
+    else:
         with timings.phase("data"):  # what ships reads the texts in its own tokens, and counts its own labels
             own = Splits(context.dataset, after_model)
             after_encoded, after_rows = own[split], picked.of(own)
@@ -241,6 +248,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         warnings = [
             *given.doubts,
             *warnings,
+            *texts_told,
             *of_data(context.dataset),
             *applied.warnings,
             *graph.warnings,
@@ -358,15 +366,20 @@ class Splits(Mapping[str, Encoded]):
     training rows.
     """
 
-    def __init__(self, dataset: Dataset, checkpoint: Checkpoint) -> None:
+    def __init__(self, dataset: Dataset, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
         self._dataset, self._checkpoint = dataset, checkpoint
+        self._progress = progress or Progress()
         self._index = label_names.align(dataset.label_names, checkpoint.labels)
         self._made: dict[str, Encoded] = {}
 
     def __getitem__(self, split: str) -> Encoded:
         if split not in self._made:
             made, rows = self._checkpoint, self._dataset.splits[split]
-            self._made[split] = text.encode(rows, made.tokenizer, made.max_length, self._index)
+            encoded = text.encode(rows, made.tokenizer, made.max_length, self._index, split)
+            if encoded.cut:
+                what = f"{encoded.cut} of {len(rows)} rows of {split}"
+                self._progress.note(f"{what} are longer than {made.max_length} tokens: they are cut there")
+            self._made[split] = encoded
         return self._made[split]
 
     def __iter__(self) -> Iterator[str]:
