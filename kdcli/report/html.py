@@ -71,11 +71,12 @@ def text(value: object) -> str:
 
 
 def _one(report: Report, title: str, level: str = "h1") -> str:
-    tone = "good" if report.verdict == 0 else "bad"
+    tone = "good" if report.verdict == 0 and facts.alarm(report) is None else "bad"
     parts = [
         f"<{level}>{text(title)}</{level}>",
         f'<p class="verdict {tone}">{text(facts.verdict_text(report))}</p>',
         f'<p class="soft">{text(_byline(report))}</p>',
+        f'<p class="soft">{text(facts.files_text(report))}</p>' if report.after.files else "",
         _section("Before and after" if report.before else "Numbers", _numbers(report)),
         _section("Gates", _gates(report)),
         _section("ONNX export", f"<p>{text(facts.parity_text(report))}</p>" if report.parity else ""),

@@ -58,7 +58,11 @@ def table(report: Report) -> str:
     ]
     if said := facts.delta_text(report):
         parts.append(escape(said[0].upper() + said[1:] + "."))
-    parts += [escape(said[0].upper() + said[1:] + ".") for said in found_out(report)]
+    parts += [
+        escape(said[0].upper() + said[1:] + ".")
+        for said in (facts.files_text(report), *found_out(report))
+        if said
+    ]
     if report.gates:
         parts.append(
             grid(
