@@ -26,7 +26,7 @@ from kdcli.data.readers import (
 )
 from kdcli.errors import InputError, UnavailableError, UsageError, did_you_mean
 
-__all__ = ["ALIASES", "DataAlias", "Dataset", "Rows", "list_aliases", "load", "load_texts"]
+__all__ = ["ALIASES", "DataAlias", "Dataset", "Judging", "Rows", "list_aliases", "load", "load_texts"]
 
 _SPLITS = {
     "train": "train",
@@ -79,6 +79,18 @@ class Dataset:
     fingerprint: str  # sha256 over the content of all splits
     label_names: list[str]  # sorted, numbers numerically
     notes: list[str] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)  # (code, message), for the report
+
+
+@dataclass(frozen=True)
+class Judging:
+    """The data are read to judge models, not to make them: no train split is needed, nor two labels."""
+
+    split: str = "test"  # what one whole file is called
+    #: Fingerprints of the data that the models were made with.
+    made_with: frozenset[str] = frozenset()
+    #: The model's own report names these data and had a train split: a file is split as it was then.
+    as_made: bool = False
 
 
 def list_aliases() -> list[DataAlias]:
@@ -86,8 +98,18 @@ def list_aliases() -> list[DataAlias]:
     return [ALIASES[name] for name in sorted(ALIASES)]
 
 
-def load(ref: str, *, columns: str | None = None, seed: int = 0, offline: bool = False) -> Dataset:
+def load(
+    ref: str,
+    *,
+    columns: str | None = None,
+    seed: int = 0,
+    offline: bool = False,
+    judging: Judging | None = None,
+) -> Dataset:
     """Load a data set and check every row of it.
+
+    One file is split 80/10/10. To judge models all rows of it are one split, unless a model was made with
+    this very file: then it is split as it was then, so that no row is judged that was trained on.
 
     Args:
         ref: A local directory or file, an alias, or a hub id ``org/name[@revision]``; a local path wins.
@@ -95,6 +117,7 @@ def load(ref: str, *, columns: str | None = None, seed: int = 0, offline: bool =
             are not named like their role.
         seed: Splits a single file, and takes a validation split from train where there is none.
         offline: Open no connection.
+        judging: Given by ``evaluate`` alone.
 
     Raises:
         UsageError: ``columns`` is malformed or does not apply.
@@ -108,11 +131,8 @@ def load(ref: str, *, columns: str | None = None, seed: int = 0, offline: bool =
         path = Path(ref)
         if ref in ALIASES:
             notes.append(f"'{ref}' is a local path here; the alias of that name is not used")
-        if path.is_dir():
-            parts = _directory(path, chosen)
-        else:
-            parts = _split_file(read(path, chosen), seed)
-            notes.append(f"'{ref}' is one file: train, validation and test are 80/10/10 of it, seed {seed}")
+        one = None if path.is_dir() else read(path, chosen)
+        parts = _directory(path, chosen, judging) if one is None else _one(ref, one, seed, judging, notes)
     elif ref in ALIASES:
         if chosen:
             raise UsageError(f"--columns does not apply to the alias '{ref}', whose columns are known")
@@ -126,14 +146,14 @@ def load(ref: str, *, columns: str | None = None, seed: int = 0, offline: bool =
             f"unknown data '{printable(ref)}': {did_you_mean(printable(ref), ALIASES)}",
             "or give a directory with train.csv, a single file, or a hub id org/name",
         )
-    if "train" not in parts:
+    if not parts or ("train" not in parts and judging is None):
         raise InputError(f"data '{ref}' has no train split; it has: {', '.join(sorted(parts)) or 'none'}")
-    if "validation" not in parts:
+    if "validation" not in parts and "train" in parts:
         train = parts["train"]
         held = _stratified(train.rows, seed) == 1
         parts |= {"train": train.take(np.flatnonzero(~held)), "validation": train.take(np.flatnonzero(held))}
         notes.append(f"no validation split: {int(held.sum())} rows of train are taken for it, seed {seed}")
-    names = _check(ref, parts)
+    names = _check(ref, parts, judging)
     splits = {name: parts[name].rows for name in _ORDER if name in parts}
     return Dataset(ref, splits, _fingerprint(splits), names, notes)
 
@@ -152,7 +172,7 @@ def load_texts(path: Path) -> Rows:
     return Rows(texts)
 
 
-def _directory(path: Path, chosen: dict[str, str]) -> dict[str, Located]:
+def _directory(path: Path, chosen: dict[str, str], judging: Judging | None) -> dict[str, Located]:
     parts: dict[str, Located] = {}
     for name, split in _SPLITS.items():
         for suffix in READERS:
@@ -166,7 +186,7 @@ def _directory(path: Path, chosen: dict[str, str]) -> dict[str, Located]:
                     "keep one of them",
                 )
             parts[split] = read(file, chosen)
-    if "train" not in parts:
+    if "train" not in parts and (judging is None or not parts):
         have = sorted(printable(p.name) for p in path.iterdir())[:8]
         raise InputError(
             f"data directory '{path}' has no train file; it has: {', '.join(have) or 'nothing'}",
@@ -198,6 +218,22 @@ def _alias(alias: DataAlias) -> dict[str, Located]:
     return _split_file(Located(Rows(part.rows.first, None, labels), part.source, part.lines), _ALIAS_SEED)
 
 
+def _one(ref: str, part: Located, seed: int, judging: Judging | None, notes: list[str]) -> dict[str, Located]:
+    """The splits of one file."""
+    split = _split_file(part, seed)
+    if judging is None:
+        notes.append(f"'{ref}' is one file: train, validation and test are 80/10/10 of it, seed {seed}")
+        return split
+    if (
+        judging.as_made
+        or _fingerprint({name: part.rows for name, part in split.items()}) in judging.made_with
+    ):
+        notes.append(f"'{ref}' is one file, and the model was made with it: judged is what was held out")
+        return split
+    notes.append(f"'{ref}' is one file: all {len(part.rows)} rows of it are judged")
+    return {judging.split: part}
+
+
 def _split_file(part: Located, seed: int) -> dict[str, Located]:
     """80/10/10, stratified; each split shuffled, because a file is often sorted by label."""
     shuffled = np.random.default_rng(seed).permutation(len(part.rows))
@@ -225,16 +261,22 @@ def _stratified(rows: Rows, seed: int) -> np.ndarray:
     return roles
 
 
-def _check(ref: str, parts: dict[str, Located]) -> list[str]:
-    """Refuse splits that can't be learned from or measured on; return the label names of train."""
+def _check(ref: str, parts: dict[str, Located], judging: Judging | None) -> list[str]:
+    """Refuse splits that can't be learned from or measured on; return the label names.
+
+    They are those of train, which every other split keeps to; to judge models those of all splits.
+    """
+    first = next(iter(parts))
     for name, part in parts.items():
         if len(part.rows) < _MIN_ROWS:
             raise InputError(
                 f"data '{ref}': the {name} split has {len(part.rows)} rows; at least {_MIN_ROWS} are needed",
                 "give more rows, or files with the splits made by hand",
             )
-        if (part.rows.second is None) != (parts["train"].rows.second is None):
-            raise InputError(f"data '{ref}': one of train and {name} has pairs of texts, the other has not")
+        if (part.rows.second is None) != (parts[first].rows.second is None):
+            raise InputError(f"data '{ref}': one of {first} and {name} has pairs of texts, the other has not")
+    if judging is not None:
+        return ordered(label for part in parts.values() for label in part.rows.labels or [])
     names = ordered(parts["train"].rows.labels or [])
     if len(names) < 2:
         raise InputError(

@@ -30,6 +30,11 @@ Route = Literal["torchscript", "dynamo"]
 OPSET = 17  # LayerNormalization is one operator from here on; every maintained onnxruntime reads it
 OUTPUT = "logits"
 
+NOT_EXPORTED = (
+    "it may still teach (kdcli distill --teacher MODEL), and kdcli evaluate --runtime torch measures it"
+)
+"""What is left to do with a model that has no ONNX form."""
+
 _LARGE = files.LARGE
 
 
@@ -85,7 +90,8 @@ def export(
         ) from error
     except Exception as error:
         reason = (str(error).strip() or printed.getvalue().strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"the model cannot be exported to ONNX: {reason}") from error
+        reason = reason.partition(" (Could this error message be improved?")[0]
+        raise InputError(f"the model cannot be exported to ONNX: {reason}", NOT_EXPORTED) from error
     finally:
         model.train(training)
     check_dimensions(path, names)

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdcli.errors import InputError
-from kdcli.models import activations, compressed, inputs, mapped, safety, tokenizers, transforms
+from kdcli.models import activations, compressed, foreign, inputs, mapped, ownership, tokenizers, transforms
 from kdcli.models.families import FAMILIES, Family, family_of
 from kdcli.models.integers import Integers
 from kdcli.models.transforms import Quantise, TransformLog
+from kdcli.report.schema import Warning_
 
 WEIGHTS = "model.safetensors"
 
@@ -36,6 +37,7 @@ class Checkpoint:
     path: Path  # where it was loaded from
     has_head: bool = True  # False: the classification head is newly initialised
     by_kdcli: bool = False
+    doubts: list[Warning_] = field(default_factory=list)  # what a report on it should say
     notes: list[str] = field(default_factory=list)
     placed: torch.device | None = None  # where inputs go when the weights are spread over several places
     pads_left: bool = False  # only where padding on the right would change the answers
@@ -111,14 +113,17 @@ def load(
     Raises:
         InputError: The directory is broken, unsafe, or not a text classifier.
     """
-    files = safety.check_checkpoint(path)
+    files = foreign.check(path)
     log = transforms.read_log(path)
+    doubts: list[Warning_] = []
     _register_own()
     with quiet():
         if log is not None:
             model, has_head = _load_own(path, log, in_file), True
         else:
-            model, has_head = _load_plain(path, files.config, labels)
+            verdict = ownership.judge(path, files, None if labels is None else list(labels))
+            model, has_head = ownership.load(path, files.config, verdict), verdict.has_head
+            doubts = verdict.warnings
         tokenizer = tokenizers.load(path, by_kdcli=log is not None)
     inputs.check_padding(model, path)
     vocabulary = getattr(model.config, "vocab_size", None)
@@ -142,6 +147,7 @@ def load(
         path,
         has_head,
         log is not None,
+        doubts,
         pads_left=inputs.must_pad_left(model, tokenizer),
     )
 
@@ -175,7 +181,7 @@ def _load_own(path: Path, log: TransformLog, in_file: bool) -> nn.Module:
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = fresh(config)
+    model = ownership.settle(fresh(config))
     transforms.replay(model, log)
     try:
         state = load_file(path / WEIGHTS)
@@ -210,55 +216,12 @@ def _fill(model: nn.Module, state: dict[str, Tensor], log: TransformLog) -> None
     for name, kept in transforms.shared_weights(log).items():
         if kept in state:
             state[name] = state[kept]
+    for name, tensor in state.items():
+        if name in own and not tensor.is_floating_point():
+            raise RuntimeError(
+                f"'{name}' holds {str(tensor.dtype).removeprefix('torch.')}, and the log has no scale"
+            )
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-
-
-def _load_plain(
-    path: Path, config_json: Mapping[str, Any], labels: Sequence[str] | None
-) -> tuple[nn.Module, bool]:
-    """Load what transformers wrote; say whether its classification head was really in the file."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    kwargs: dict[str, Any] = {}
-    if labels is not None and not _stores_head(path, config_json):
-        kwargs = {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {name: i for i, name in enumerate(labels)},
-        }
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True, **kwargs)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            config=config,
-            attn_implementation="eager",
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kind = config_json.get("model_type")
-        raise InputError(
-            f"{path} cannot be loaded as a text classifier (model_type {kind!r}): {reason}"
-        ) from error
-    missing = set(info["missing_keys"])
-    base = str(getattr(model, "base_model_prefix", "")) + "."
-    if lost := sorted(k for k in missing if k.startswith(base) and ".pooler." not in k):
-        raise InputError(f"{path} lacks weights that its config.json promises, such as '{lost[0]}'")
-    return model, not any(not k.startswith(base) for k in missing)
-
-
-def _stores_head(path: Path, config_json: Mapping[str, Any]) -> bool:
-    """Whether the weights hold a classification head, told from the tensor names alone."""
-    names = [name for file in sorted(path.glob("*.safetensors")) for name in safety.read_header(file)]
-    architectures = config_json.get("architectures") or [""]
-    heads = ("classifier.", "score.", "pre_classifier.")
-    return str(architectures[0]).endswith("ForSequenceClassification") and any(
-        n.startswith(heads) for n in names
-    )
 
 
 def save(

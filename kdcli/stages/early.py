@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from kdcli.data import sources
+from kdcli.data.sources import Dataset, Judging
 from kdcli.errors import InputError, UsageError
-from kdcli.models import references
+from kdcli.models import foreign, references
 from kdcli.models.references import Resolved
 from kdcli.report import io
+from kdcli.report.schema import DataInfo
 from kdcli.stages import output
-from kdcli.stages.base import DEFAULT_DATA, SUCCESSORS, DistillOptions, EvaluateOptions, Request
+from kdcli.stages.base import (
+    DEFAULT_DATA,
+    SPLIT_SEED,
+    SUCCESSORS,
+    DistillOptions,
+    EvaluateOptions,
+    Request,
+)
 
 
 def models_of(request: Request) -> list[str]:
@@ -102,13 +113,55 @@ def settle_data(request: Request, model: Path) -> Request:
     return replace(request, common=replace(common, data=data, columns=columns), origins=origins)
 
 
+def _resolve(ref: str, request: Request) -> Resolved:
+    """Where a model is; only what judges takes a graph by itself."""
+    graph = references.resolve_graph(ref) if request.stage == "evaluate" else None
+    return graph or references.resolve(ref, offline=request.common.offline)
+
+
+def load_data(request: Request, models: Sequence[Path]) -> Dataset:
+    """Load the data of a request that :func:`settle_data` has filled in.
+
+    Args:
+        request: Its stage says whether the rows are to be learned from or judged.
+        models: Every model that the request reads, which tells what was held out when it was made.
+    """
+    common, options = request.common, request.options
+    assert common.data is not None
+    judging = None
+    if isinstance(options, EvaluateOptions):
+        made = [info for path in models if (info := _made_with(path)) is not None]
+        judging = Judging(
+            split=options.split or "test",
+            made_with=frozenset(info.fingerprint for info in made),
+            as_made=request.origins.get("data") == "model" and bool(made) and "train" in made[0].rows,
+        )
+    return sources.load(
+        common.data, columns=common.columns, seed=SPLIT_SEED, offline=common.offline, judging=judging
+    )
+
+
+def _made_with(model: Path) -> DataInfo | None:
+    """The data that a model's own report names; None for a model that has no report of kdcli's."""
+    if not (model / io.FILE).is_file():
+        return None
+    try:
+        return io.read(model).data
+    except InputError:
+        return None
+
+
 def check(request: Request) -> list[Resolved]:
     """Resolve every model, check the chain and the output's place.
 
     Raises:
         KdcliError: Whatever would stop the run before its work begins.
     """
-    found = [references.resolve(name, offline=request.common.offline) for name in models_of(request)]
+    found = [_resolve(name, request) for name in models_of(request)]
+    for one in found:
+        # What has no weights is told when it is loaded; a graph that was named is judged without them, if need be.
+        if one.graph is None and any(one.path.glob("*.safetensors")):
+            foreign.check(one.path)
     check_chain(request, found[0].path)
     place(request, found)
     return found

@@ -30,7 +30,6 @@ from kdcli.report import gates, io
 from kdcli.report.schema import Report
 from kdcli.stages import early, output, plan
 from kdcli.stages.base import (
-    SPLIT_SEED,
     STAGES,
     Common,
     DistillOptions,
@@ -259,16 +258,13 @@ def _key(name: Any) -> str:
 
 def _cache_key(step: Step, model: str | None) -> str:
     """Everything that decides a stage's output; the report's times and paths are not part of it."""
-    from kdcli.data import sources
     from kdcli.models.checkpoint import weights_digest
 
     ref = model if step.stage != "distill" else step.options.teachers[0]
     assert ref is not None
     source = references.resolve(ref, offline=step.common.offline).path
     common = {k: v for k, v in asdict(step.common).items() if k not in ("out", "force", "resume", "debug")}
-    settled = early.settle_data(_request(step, model, step.common), source).common
-    assert settled.data is not None
-    dataset = sources.load(settled.data, columns=settled.columns, seed=SPLIT_SEED, offline=settled.offline)
+    dataset = early.load_data(early.settle_data(_request(step, model, step.common), source), [source])
     return cache.key(
         stage=step.stage,
         input=weights_digest(source),

@@ -11,7 +11,7 @@ from kdcli.data import text
 from kdcli.data.readers import Rows
 from kdcli.data.text import Encoded
 from kdcli.errors import InputError
-from kdcli.models import inputs, tokenizers
+from kdcli.models import graph_only, inputs, tokenizers
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.schema import Warning_
 
@@ -113,7 +113,7 @@ def told(checkpoint: Checkpoint, splits: Mapping[str, Encoded]) -> list[Warning_
             )
             found.append(Warning_(code="unknown-tokens", message=message))
     tokenizer = checkpoint.tokenizer
-    if tokenizer.padding_side == "left" and not checkpoint.pads_left:
+    if tokenizer.padding_side == "left" and not checkpoint.pads_left and not graph_only.is_one(checkpoint):
         change = inputs.padding_difference(checkpoint.model, tokenizer, left=True)
         if change > inputs.NOISE:
             message = (

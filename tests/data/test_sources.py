@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kdcli.data import sources
-from kdcli.data.sources import Rows, load, load_texts
+from kdcli.data.sources import Judging, Rows, load, load_texts
 from kdcli.errors import InputError, UnavailableError, UsageError
 
 
@@ -256,3 +256,33 @@ def test_local_data_imports_nothing_heavy(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path / "all.csv")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_to_judge_models_one_file_is_one_split(tmp_path: Path) -> None:
+    path = write(tmp_path / "all.csv", numbered(40))
+    data = load(str(path), judging=Judging())
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"test": 40}
+    assert data.splits["test"].first == [text for text, _ in numbered(40)]
+    assert data.notes == [f"'{path}' is one file: all 40 rows of it are judged"]
+    assert list(load(str(path), judging=Judging(split="validation")).splits) == ["validation"]
+
+
+def test_the_file_that_a_model_was_made_with_is_split_as_it_was_then(tmp_path: Path) -> None:
+    path = write(tmp_path / "all.csv", numbered(40))
+    made = load(str(path))
+    for judging in (Judging(made_with=frozenset({made.fingerprint})), Judging(as_made=True)):
+        data = load(str(path), judging=judging)
+        assert data.splits == made.splits
+        assert "what was held out" in data.notes[0]
+    assert list(load(str(path), judging=Judging(made_with=frozenset({"0" * 64}))).splits) == ["test"]
+
+
+def test_to_judge_models_neither_train_nor_two_labels_are_needed(tmp_path: Path) -> None:
+    write(tmp_path / "test.csv", numbered(4, labels="b"))
+    data = load(str(tmp_path), judging=Judging())
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"test": 4}
+    assert data.label_names == ["b"]
+    write(tmp_path / "train.csv", numbered(40, labels="a"))
+    assert load(str(tmp_path), judging=Judging()).label_names == ["a", "b"]
+    with pytest.raises(InputError, match="two labels are needed"):
+        load(str(tmp_path))
