@@ -39,7 +39,7 @@ def prepare(context: Context) -> None:
         train = _budget(train, options.labels, context.seed)
     teacher = context.checkpoint
     if options.unlabeled is not None:
-        extra = sources.load_texts(options.unlabeled)
+        extra = sources.load_texts(options.unlabeled, context.request.common.columns)
         more = text.encode(extra, teacher.tokenizer, teacher.max_length, None)
         train = text.concatenate(train, more, UNLABELLED)
     context.encoded = {**context.encoded, "train": train}
