@@ -24,7 +24,7 @@ _MANY_VALUES = 20
 MAX_IDS = 1 << 16
 _MISSING = ("nan", "null", "none", "na", "n/a")
 _SEPARATORS = (";", "|", ",")
-_MULTI = "kdcli learns one label a row: give the rows one label each, or one column of several as the label"
+_MULTI = "kdcli learns one label a row, not several at once: write a column with one label in every row"
 
 
 def read_labels(table: Table, name: str, *, ids: bool) -> tuple[list[str | None], bool]:

@@ -154,7 +154,8 @@ def _offer(table: Table, columns: Columns) -> str | None:
                 return None
             chosen["text"] = text
     if "label" not in chosen and find(left, "label") is None:
-        rest = [name for name in left if name not in chosen.values()]
+        texts = {find(left, chosen.get(role, role)) for role in ROLES[:-1]}
+        rest = [name for name in left if name not in texts]
         label = first(name for name in _LABELS if folded.get(name) in rest)
         label = label or (rest[0] if len(rest) == 1 else None)
         if label is None:
