@@ -31,6 +31,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import kdcli  # noqa: F401 - first: it switches off telemetry, which onnxruntime decides on when it is loaded
+
+# isort: split
 import numpy as np
 import onnxruntime
 import tensorly

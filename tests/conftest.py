@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import kdcli  # noqa: F401 - first: it switches off telemetry, which onnxruntime decides on when it is loaded
+
 # One thread: the models here are too small to share, and waiting threads would slow the whole suite.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -163,7 +163,8 @@ LabelsOpt = Annotated[
     int | None,
     _option(
         "--labels",
-        help="Use the labels of N training rows only; the rest teaches unlabelled.",
+        help="Use the labels of N training rows only, and of as small a share of the validation rows; "
+        "the rest teaches unlabelled.",
         parse=values.whole(1),
         metavar="N",
     ),
@@ -181,7 +182,11 @@ AugmentOpt = Annotated[
     ),
 ]
 ControlOpt = Annotated[
-    bool, _option("--control/--no-control", help="Also train the same student without the teacher.")
+    bool,
+    _option(
+        "--control/--no-control",
+        help="Also train the same student without the teacher: on the labels, and on the further texts too.",
+    ),
 ]
 
 # --- training ------------------------------------------------------------------------------------
@@ -409,7 +414,13 @@ SettingsOpt = Annotated[
     _option("--set", help="A parameter of the method; repeatable.", parse=values.pair, metavar="KEY=VALUE"),
 ]
 LimitOpt = Annotated[
-    int | None, _option("--limit", help="Measure on at most N rows.", parse=values.whole(1), metavar="N")
+    int | None,
+    _option(
+        "--limit",
+        help="Measure on at most N rows, every label in its share.",
+        parse=values.whole(1),
+        metavar="N",
+    ),
 ]
 ResumeOpt = Annotated[bool, _option("--resume/--no-resume", help="Go on where an interrupted run stopped.")]
 ForceOpt = Annotated[bool, _option("-f", "--force/--no-force", help="Replace an output that kdcli wrote.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -71,19 +72,54 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) 
     return float(np.abs(gap).sum() / len(labels))
 
 
-def mcnemar(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> float:
-    """Two-sided exact p-value that two models are equally often right on these rows (McNemar 1947).
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same rows: what one got right and the other did not."""
+
+    lost: int  # rows that only the first got right
+    won: int  # rows that only the second got right
+    n: int
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the second minus that of the first, in points of 1."""
+        return (self.won - self.lost) / self.n
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided exact p-value that both are equally often right (McNemar 1947): a binomial test on the rows
+        that exactly one of them got right; 1.0 when there are none."""
+        from scipy.stats import binomtest
+
+        either = self.lost + self.won
+        return 1.0 if either == 0 else float(binomtest(self.won, either, 0.5).pvalue)
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """95% interval of the difference: half a row is added to each of the four cells of the table of both
+        models' hits, then the normal one (Agresti and Min 2005, section 2.2). Shorter than what two separate
+        intervals say, because the models meet the same rows."""
+        n, lost, won = self.n + 2, self.lost + 0.5, self.won + 0.5
+        centre = (won - lost) / n
+        half = _Z95 * math.sqrt(lost + won - (won - lost) ** 2 / n) / n
+        return max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> Paired:
+    """Compare two models row by row.
 
     Args:
         before: (N,) answers of one model.
-        after: (N,) answers of the other.
+        after: (N,) answers of the other, to the same rows.
         labels: (N,) the truth.
-
-    Returns:
-        Binomial test on the rows that exactly one of the two got right; 1.0 when there are none.
     """
-    from scipy.stats import binomtest
+    return Paired(
+        lost=int(((before == labels) & (after != labels)).sum()),
+        won=int(((before != labels) & (after == labels)).sum()),
+        n=len(labels),
+    )
 
-    lost = int(((before == labels) & (after != labels)).sum())
-    won = int(((before != labels) & (after == labels)).sum())
-    return 1.0 if lost + won == 0 else float(binomtest(won, lost + won, 0.5).pvalue)
+
+def mcnemar(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> float:
+    """The p-value of :func:`paired`."""
+    return paired(before, after, labels).p_value

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
-import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,23 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdcli.errors import InputError
-from kdcli.models import activations, compressed, mapped, safety, tokens, transforms
+from kdcli.models import activations, compressed, foreign, inputs, mapped, ownership, tokenizers, transforms
 from kdcli.models.families import FAMILIES, Family, family_of
 from kdcli.models.integers import Integers
-from kdcli.models.transforms import Quantise, TransformLog, Vocab
+from kdcli.models.transforms import Quantise, TransformLog
+from kdcli.report.schema import Warning_
 
 WEIGHTS = "model.safetensors"
-
-# What belongs to a tokenizer, by name: nothing else is copied out of a foreign directory.
-TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
-# More positions than anybody classifies; a tokenizer without a limit says 1e30.
-_LONGEST = 8192
 
 
 @dataclass
@@ -49,8 +37,10 @@ class Checkpoint:
     path: Path  # where it was loaded from
     has_head: bool = True  # False: the classification head is newly initialised
     by_kdcli: bool = False
+    doubts: list[Warning_] = field(default_factory=list)  # what a report on it should say
     notes: list[str] = field(default_factory=list)
     placed: torch.device | None = None  # where inputs go when the weights are spread over several places
+    pads_left: bool = False  # only where padding on the right would change the answers
 
     @property
     def config(self) -> Any:
@@ -72,15 +62,12 @@ class Checkpoint:
     @property
     def max_length(self) -> int:
         """Longest input in tokens, special tokens included."""
-        positions = int(getattr(self.config, "max_position_embeddings", 512) or 512)
-        if self.model_type in ("roberta", "mpnet"):
-            positions -= int(self.config.pad_token_id) + 1  # their positions start after the padding index
-        limit = int(min(getattr(self.tokenizer, "model_max_length", positions) or positions, _LONGEST))
-        return min(positions, limit)
+        return inputs.longest(self.model, self.tokenizer)
 
     @property
     def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id or 0)
+        """Id of the padding; its attribute ``left`` is true where it goes to the left of a text."""
+        return inputs.padding(self.model, self.tokenizer, left=self.pads_left)
 
     @property
     def device(self) -> torch.device:
@@ -126,20 +113,22 @@ def load(
     Raises:
         InputError: The directory is broken, unsafe, or not a text classifier.
     """
-    files = safety.check_checkpoint(path)
+    files = foreign.check(path)
     log = transforms.read_log(path)
+    doubts: list[Warning_] = []
     _register_own()
     with quiet():
         if log is not None:
             model, has_head = _load_own(path, log, in_file), True
         else:
-            model, has_head = _load_plain(path, files.config, labels)
-        tokenizer = _load_tokenizer(path)
+            verdict = ownership.judge(path, files, None if labels is None else list(labels))
+            model, has_head = ownership.load(path, files.config, verdict), verdict.has_head
+            doubts = verdict.warnings
+        tokenizer = tokenizers.load(path, by_kdcli=log is not None)
+    inputs.check_padding(model, path)
     vocabulary = getattr(model.config, "vocab_size", None)
-    if vocabulary is not None and len(tokenizer) > vocabulary:
-        raise InputError(
-            f"the tokenizer in {path} has {len(tokenizer)} tokens, but the model embeds only {vocabulary}"
-        )
+    if vocabulary is not None:
+        tokenizers.check_size(tokenizer, vocabulary, path)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"weight '{name}' in {path} holds NaN or infinity")
@@ -150,7 +139,17 @@ def load(
     model.eval().to(device)
     if log is not None and log.quantised is not None:
         activations.attach(model, log.quantised)
-    return Checkpoint(model, tokenizer, names, log or TransformLog(), path, has_head, log is not None)
+    return Checkpoint(
+        model,
+        tokenizer,
+        names,
+        log or TransformLog(),
+        path,
+        has_head,
+        log is not None,
+        doubts,
+        pads_left=inputs.must_pad_left(model, tokenizer),
+    )
 
 
 def fresh(config: Any) -> nn.Module:
@@ -182,7 +181,7 @@ def _load_own(path: Path, log: TransformLog, in_file: bool) -> nn.Module:
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = fresh(config)
+    model = ownership.settle(fresh(config))
     transforms.replay(model, log)
     try:
         state = load_file(path / WEIGHTS)
@@ -217,74 +216,12 @@ def _fill(model: nn.Module, state: dict[str, Tensor], log: TransformLog) -> None
     for name, kept in transforms.shared_weights(log).items():
         if kept in state:
             state[name] = state[kept]
+    for name, tensor in state.items():
+        if name in own and not tensor.is_floating_point():
+            raise RuntimeError(
+                f"'{name}' holds {str(tensor.dtype).removeprefix('torch.')}, and the log has no scale"
+            )
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-
-
-def _load_plain(
-    path: Path, config_json: Mapping[str, Any], labels: Sequence[str] | None
-) -> tuple[nn.Module, bool]:
-    """Load what transformers wrote; say whether its classification head was really in the file."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    kwargs: dict[str, Any] = {}
-    if labels is not None and not _stores_head(path, config_json):
-        kwargs = {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {name: i for i, name in enumerate(labels)},
-        }
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True, **kwargs)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            config=config,
-            attn_implementation="eager",
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kind = config_json.get("model_type")
-        raise InputError(
-            f"{path} cannot be loaded as a text classifier (model_type {kind!r}): {reason}"
-        ) from error
-    missing = set(info["missing_keys"])
-    base = str(getattr(model, "base_model_prefix", "")) + "."
-    if lost := sorted(k for k in missing if k.startswith(base) and ".pooler." not in k):
-        raise InputError(f"{path} lacks weights that its config.json promises, such as '{lost[0]}'")
-    return model, not any(not k.startswith(base) for k in missing)
-
-
-def _stores_head(path: Path, config_json: Mapping[str, Any]) -> bool:
-    """Whether the weights hold a classification head, told from the tensor names alone."""
-    names = [name for file in sorted(path.glob("*.safetensors")) for name in safety.read_header(file)]
-    architectures = config_json.get("architectures") or [""]
-    heads = ("classifier.", "score.", "pre_classifier.")
-    return str(architectures[0]).endswith("ForSequenceClassification") and any(
-        n.startswith(heads) for n in names
-    )
-
-
-def _load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=False, local_files_only=True, use_fast=True
-        )
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise InputError(
-            f"{path} has no tokenizer that can be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise InputError(f"the tokenizer in {path} has no tokenizer.json form, which kdcli needs")
-    # A stored truncation or padding would silently change what every later user of the file sees.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
 
 
 def save(
@@ -327,49 +264,28 @@ def save(
     if integers:
         config_json["quantization_config"] = compressed.configuration(model, checkpoint.log)
     _write_json(directory / "config.json", config_json)
-    save_tokenizer(checkpoint, directory)
-    transforms.write_log(checkpoint.log, directory)
-
-
-def save_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write tokenizer.json from memory and copy the small files around it by name, nothing else."""
-    tokenizer = checkpoint.tokenizer
-    tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
-    cut = any(isinstance(t, Vocab) for t in checkpoint.log.transforms)
-    for name in TOKENIZER_FILES:
-        source = checkpoint.path / name
-        if source.is_file() and source.resolve() != (directory / name).resolve():
-            shutil.copyfile(source, directory / name)
-    if cut:  # the files beside tokenizer.json must say what it says
-        with tempfile.TemporaryDirectory() as place:
-            for written in tokenizer.backend_tokenizer.model.save(place):
-                if (target := directory / Path(written).name).exists():
-                    shutil.copyfile(written, target)
-    config = directory / "tokenizer_config.json"
-    content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    if cut:
-        tokens.renumber_added(content, tokenizer.get_vocab())
-    for key, token in tokenizer.special_tokens_map.items():
-        if isinstance(token, str):
-            content.setdefault(key, token)
-    content.setdefault("model_max_length", checkpoint.max_length)
-    content.setdefault("tokenizer_class", type(checkpoint.tokenizer).__name__)
-    for key in (
-        "auto_map",
-        "chat_template",
-        "max_length",
-        "truncation_strategy",
-        "pad_to_multiple_of",
-        "stride",
+    side = None
+    if (
+        checkpoint.tokenizer.padding_side == "left"
+        and not checkpoint.pads_left
+        and inputs.padding_difference(model, checkpoint.tokenizer, left=True) > inputs.NOISE
     ):
-        content.pop(key, None)
-    _write_json(config, content)
+        side = "right"  # a student of a teacher that is padded on the left is not
+    with quiet():
+        tokenizers.save(
+            checkpoint.tokenizer,
+            checkpoint.path,
+            directory,
+            max_length=checkpoint.max_length,
+            padding_side=side,
+        )
+    transforms.write_log(checkpoint.log, directory)
 
 
 def weights_digest(path: Path) -> str:
     """sha256 over what decides a checkpoint's answers: configuration, log, tokenizer and weights."""
     digest = hashlib.sha256()
-    names = ["config.json", transforms.FILE, "tokenizer.json", "vocab.txt", "model.safetensors.index.json"]
+    names = ["config.json", transforms.FILE, "model.safetensors.index.json", *tokenizers.DECISIVE]
     for file in [path / n for n in names] + sorted(path.glob("*.safetensors")):
         if file.is_file():
             digest.update(file.name.encode())

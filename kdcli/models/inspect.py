@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kdcli.models import references, safety
+from kdcli.models import foreign, references, safety
 
 _SIZES = (
     "hidden_size",
@@ -30,7 +30,7 @@ def describe(ref: str, *, offline: bool = False) -> dict[str, Any]:
         KdcliError: It cannot be found, or it is broken or unsafe; then the message is the verdict.
     """
     found = references.resolve(ref, offline=offline)
-    files = safety.check_checkpoint(found.path)
+    files = foreign.check(found.path)
     config = files.config
     tensors: dict[str, Any] = {}
     for path in files.weights:
@@ -39,7 +39,6 @@ def describe(ref: str, *, offline: bool = False) -> dict[str, Any]:
     by_type: dict[str, int] = {}
     for entry in tensors.values():
         by_type[entry["dtype"]] = by_type.get(entry["dtype"], 0) + math.prod(entry["shape"])
-    labels = config.get("id2label") or {}
     described: dict[str, Any] = {
         "model": ref,
         "source": found.source,
@@ -49,7 +48,7 @@ def describe(ref: str, *, offline: bool = False) -> dict[str, Any]:
         "family": config.get("model_type"),
         "architecture": (config.get("architectures") or [None])[0],
         "sizes": {key: config[key] for key in _SIZES if config.get(key) is not None},
-        "labels": [labels[key] for key in sorted(labels, key=lambda k: int(k))],
+        "labels": foreign.labels_of(config, "config.json") or [],
         "tensors": len(tensors),
         "values_by_type": dict(sorted(by_type.items())),
         "files": {p.name: p.stat().st_size for p in sorted(found.path.iterdir()) if p.is_file()},
@@ -57,6 +56,8 @@ def describe(ref: str, *, offline: bool = False) -> dict[str, Any]:
         "onnx": _onnx(found.path / "model.onnx"),
     }
     log = found.path / "kdcli.json"
+    if not log.is_file():
+        described |= _judged(found.path, files)
     if log.is_file():
         from kdcli.models.transforms import read_log
 
@@ -68,6 +69,19 @@ def describe(ref: str, *, offline: bool = False) -> dict[str, Any]:
             for entry in read.lineage
         ]
     return described
+
+
+def _judged(path: Path, files: foreign.CheckpointFiles) -> dict[str, Any]:
+    """What the stages find before they load a model that kdcli did not write: the same refusals, the same labels."""
+    from kdcli.models import checkpoint, ownership
+
+    with checkpoint.quiet():
+        verdict = ownership.judge(path, files)
+    head = (
+        "classification" if verdict.has_head else "none: distill fine-tunes it first, no other stage takes it"
+    )
+    found = {"head": head, "warnings": [warning.message for warning in verdict.warnings]}
+    return found | ({"labels": verdict.labels} if verdict.has_head else {})
 
 
 def _onnx(path: Path) -> dict[str, Any] | None:

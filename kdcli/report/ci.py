@@ -53,7 +53,7 @@ def _cases(report: Report) -> list[tuple[str, str | None]]:
     """(name, what failed or None)."""
     cases: list[tuple[str, str | None]] = []
     for gate in report.gates:
-        missed = f"missed {gate.expression}: {facts.gate_value(gate.expression, gate.value)}"
+        missed = f"missed {gate.expression}: {facts.gate_text(gate)}"
         cases.append((f"gate {gate.name}", None if gate.passed else missed))
     if report.parity is not None:
         text = f"the export {facts.parity_text(report)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
@@ -42,6 +42,10 @@ NAMES = (
     "p99_ms",
     "throughput_per_s",
 )
+
+
+_COMPARED = ("drop", "agreement", "p_value", "speedup", "size_ratio")
+_NOTHING = "there is nothing to compare with; --baseline MODEL measures another model on the same rows"
 
 
 class Limits(Protocol):
@@ -113,7 +117,7 @@ def value_of(name: str, after: Measurement, delta: Delta) -> float | None:
     if name in ("accuracy", "macro_f1", "ece"):
         return None if after.quality is None else getattr(after.quality, name).value
     if name == "drop":
-        return None if delta.accuracy is None else -delta.accuracy
+        return None if delta.accuracy is None else 0.0 - delta.accuracy  # never -0
     if name in ("agreement", "p_value", "speedup", "size_ratio"):
         return getattr(delta, name)
     if name == "macs":
@@ -133,11 +137,24 @@ def at_batch(measurement: Measurement, batch: int) -> Latency | None:
     return next((one for one in measurement.latency if one.batch == batch), None)
 
 
-def judge(limits: Limits, before: Measurement | None, after: Measurement, delta: Delta) -> list[Gate]:
+def judge(
+    limits: Limits,
+    before: Measurement | None,
+    after: Measurement,
+    delta: Delta,
+    reasons: Mapping[str, str] | None = None,
+) -> list[Gate]:
     """Judge every gate that was asked for.
 
     ``max_drop`` is in points of 1 of the accuracy; it and ``min_speedup`` need something to compare
     with, and fail when there is nothing (``before`` is None).
+
+    Args:
+        limits: What was asked for.
+        before: The model that is compared with.
+        after: The model that is judged.
+        delta: The one against the other.
+        reasons: Name of a value -> why it is missing, where the caller knows; a gate without a value says it.
     """
     asked: list[tuple[str, str, Expression]] = []
     if limits.max_drop is not None:
@@ -163,7 +180,18 @@ def judge(limits: Limits, before: Measurement | None, after: Measurement, delta:
         # A drop of exactly the limit is allowed: 0.9 - 0.89 must not fail 0.01 for its last binary digit.
         slack = 1e-12 if expression.name == "drop" and expression.operator == "<=" else 0.0
         passed = Expression(expression.name, expression.operator, expression.threshold + slack).holds(usable)
+        reason = None
+        if usable is None:
+            nothing = _NOTHING if before is None and expression.name in _COMPARED else None
+            reason = (reasons or {}).get(expression.name, nothing)
         gates.append(
-            Gate(name=name, expression=text, value=usable, threshold=expression.threshold, passed=passed)
+            Gate(
+                name=name,
+                expression=text,
+                value=usable,
+                threshold=expression.threshold,
+                passed=passed,
+                reason=reason,
+            )
         )
     return gates

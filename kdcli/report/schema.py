@@ -50,6 +50,10 @@ class Quality(_Part):
     accuracy: MetricValue
     macro_f1: MetricValue
     ece: MetricValue
+    rows_sha256: str | None = Field(
+        default=None,
+        description="of the texts and labels of the rows, in any order; two numbers compare only where it is the same",
+    )
 
 
 class Size(_Part):
@@ -83,6 +87,20 @@ class Latency(_Part):
     n: int = Field(description="timed batches")
 
 
+class Files(_Part):
+    """Which files the numbers of a measurement come from."""
+
+    graph: str | None = Field(
+        description="the ONNX file that was timed and weighed, by its place in the model's directory; `export`: "
+        "the directory has none, and kdcli exported the checkpoint; null: it has no ONNX form, torch gave all"
+    )
+    graph_sha256: str | None
+    quality: Literal["onnx", "torch"] = Field(description="what gave the answers: that graph, or torch")
+    weights: list[str] = Field(
+        description="of parameters, MACs and what torch gives; empty: none that belong to the graph"
+    )
+
+
 class Measurement(_Part):
     """One model, measured."""
 
@@ -90,6 +108,7 @@ class Measurement(_Part):
     size: Size
     compute: Compute
     latency: list[Latency]
+    files: Files | None = Field(default=None, description="null in reports of older versions")
 
 
 class Delta(_Part):
@@ -100,6 +119,11 @@ class Delta(_Part):
     speedup: Number | None = Field(description="p50 at batch 1 before / after")
     agreement: Number | None = Field(description="share of rows with the same top-1 answer")
     p_value: Number | None = Field(description="McNemar, exact, two-sided")
+    accuracy_ci95: tuple[Number, Number] | None = Field(
+        default=None, description="95 % interval of `accuracy`, both models on the same rows"
+    )
+    lost: int | None = Field(default=None, description="rows that only `before` got right")
+    won: int | None = Field(default=None, description="rows that only `after` got right")
 
 
 class Method(_Part):
@@ -131,6 +155,7 @@ class Gate(_Part):
     value: Number | None
     threshold: Number
     passed: bool
+    reason: str | None = Field(default=None, description="why there is no value, and how to get one")
 
 
 class LineageEntry(_Part):
@@ -142,6 +167,10 @@ class LineageEntry(_Part):
     model: str
     accuracy: Number | None
     params: dict[str, Any]
+    chosen: list[str] = Field(default=[], description="what the rows of the validation split chose, in words")
+    chosen_on: str | None = Field(
+        default=None, description="sha256 of the rows of that split, as `rows_sha256`"
+    )
 
 
 class Environment(_Part):

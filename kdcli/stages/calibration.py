@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdcli.data import batching
+from kdcli.data import batching, sampling
 from kdcli.data.text import Encoded
 from kdcli.stages.context import Context
 from kdcli.training.batches import model_inputs
@@ -18,9 +18,12 @@ _BATCH_TOKENS = 1024
 
 
 def sample(context: Context, count: int) -> Encoded:
-    """Training rows, drawn by the seed: ``count`` of them, fewer where their texts are long."""
+    """Training rows, drawn by the seed: ``count`` of them, fewer where their texts are long.
+
+    Every beginning of them is a sample like the whole, so a part of them may be taken from the front.
+    """
     train = context.encoded["train"]
-    order = np.random.default_rng(context.seed).permutation(len(train))[:count]
+    order = sampling.order(train.labels, len(train), context.seed)[:count]
     fitting = int(np.searchsorted(np.cumsum(train.lengths[order]), MOST_TOKENS, side="right"))
     return train.take(order[: max(1, fitting)])
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdcli.data import sampling
 from kdcli.errors import UsageError
 from kdcli.methods import rank_budget
 from kdcli.methods.moments import watching
@@ -207,7 +208,7 @@ def _decide(
     if "budget" in amount:
         return shared(amount["budget"], detail)
     validation = context.encoded["validation"]
-    judged = validation.take(np.arange(min(JUDGED_ROWS, len(validation))))
+    judged = sampling.sample(validation, JUDGED_ROWS, sampling.JUDGING_SEED)
     full, best, latest = calibration.accuracy(context, judged), none, none
 
     def attempt(budget: float) -> float | None:
@@ -274,7 +275,7 @@ def _for_speedup(
 
     class Whole(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return model(**{key: value[:1] for key, value in batches[0].items()}).logits
+            return model(**{key: value[:1] for key, value in _middle(batches).items()}).logits
 
     choices: dict[str, Choices] = {}
     for name, (steps, harm) in curves.items():
@@ -307,10 +308,14 @@ def _one_row(
     def see(name: str, x: Tensor, y: Tensor) -> None:
         found.setdefault(name, x.detach()[:1].clone())
 
-    middle = batches[len(batches) // 2]
     with watching(layers, see):
-        model(**{key: value[:1] for key, value in middle.items()})
+        model(**{key: value[:1] for key, value in _middle(batches).items()})
     return found
+
+
+def _middle(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Batches come by length, so these are rows of middling length."""
+    return batches[len(batches) // 2]
 
 
 @torch.no_grad()

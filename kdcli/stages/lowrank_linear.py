@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli import memory
+from kdcli.data import sampling
 from kdcli.data.text import Encoded
 from kdcli.errors import UsageError
 from kdcli.methods import curvature, evbmf, factor_units, factors, midway, rank_budget, sequential
@@ -298,7 +299,7 @@ class Work:
     ) -> Ranks:
         """The smallest budget that loses at most ``max_drop`` of the accuracy on validation rows."""
         validation = self.context.encoded["validation"]
-        judged = validation.take(np.arange(min(JUDGED_ROWS, len(validation))))
+        judged = sampling.sample(validation, JUDGED_ROWS, sampling.JUDGING_SEED)
         full = calibration.accuracy(self.context, judged)
         best: Ranks = dict.fromkeys(self.units)
         latest = best

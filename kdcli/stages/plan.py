@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdcli import methods
-from kdcli.data import sources
+from kdcli.data import sampling, sources
 from kdcli.models import safety
 from kdcli.models.aliases import SMALL_STUDENTS, small_student
 from kdcli.progress import Progress
@@ -189,12 +189,13 @@ def _distill(
         rounds = checked.settings.teacher_epochs or distill.teacher_epochs(train, labels, size_)
         seconds += rounds * train * 3 * cost / _FLOPS_TRAIN
     logits = 4 * texts * labels
+    trainings = 3 if options.control else 1  # each of two controls takes as many steps as the student
     if size is None:
-        return seconds + epochs * texts * 3 * cost / _FLOPS_TRAIN, 0, logits
+        return seconds + trainings * epochs * texts * 3 * cost / _FLOPS_TRAIN, 0, logits
     small = _flops_a_row(*size, tokens)
-    seconds += epochs * texts * (3 * small / _FLOPS_TRAIN + _SECONDS_A_ROW)
+    seconds += trainings * epochs * texts * (3 * small / _FLOPS_TRAIN + _SECONDS_A_ROW)
     parameters = vocabulary * size[1] + 12 * size[0] * size[1] ** 2
-    return seconds * (2 if options.control else 1), 16 * parameters, 8 * parameters + logits
+    return seconds, 16 * parameters, 8 * parameters + logits
 
 
 def _depth(config: dict[str, Any]) -> tuple[int, int]:
@@ -211,8 +212,8 @@ def _flops_a_row(layers: int, hidden: int, tokens: float) -> float:
 
 def _tokens(dataset: sources.Dataset) -> float:
     train = next(iter(dataset.splits.values()))
-    some = train.first[:500] + (train.second[:500] if train.second else [])
-    words = sum(len(t.split()) for t in some) / max(1, min(len(train), 500))
+    some = train.take(sampling.positions(None, len(train), 500, sampling.JUDGING_SEED))
+    words = sum(len(t.split()) for t in some.first + (some.second or [])) / max(1, len(some))
     return words * _TOKENS_A_WORD + 2
 
 

@@ -29,7 +29,7 @@ from kdcli.training.losses import cross_entropy
 from kdcli.training.resume import ResumePoint
 from kdcli.training.shortcut import first_token_only
 
-_FORMAT = 2  # raise it when the same inputs would give other cached content
+_FORMAT = 3  # raise it when the same inputs would give other cached content
 _BATCH_TOKENS = 4096
 
 
@@ -153,7 +153,9 @@ def _store(
         running = sessions.running(graph, threads=torch.get_num_threads())
     path.parent.mkdir(parents=True, exist_ok=True)
     size = max(1, _BATCH_TOKENS // max(1, int(encoded.lengths.mean())))
-    batches = batching.inference_batches(encoded.lengths, size)
+    # Texts of one length need no padding, which not every architecture ignores.
+    plain = teacher.model_type in checkpoints.supported_families()
+    batches = (batching.inference_batches if plain else batching.equal_length_batches)(encoded.lengths, size)
     classes = int(teacher.config.num_labels)
     handle, temporary = tempfile.mkstemp(prefix=".outputs-", suffix=".npy", dir=path.parent)
     os.close(handle)

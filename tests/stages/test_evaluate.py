@@ -87,13 +87,34 @@ def test_without_baseline_the_lineage_is_the_measure(models: Path, data_dir: Pat
     first = prune(models / "a", tmp_path / "p1", data_dir).report
     prune(tmp_path / "p1", tmp_path / "p2", data_dir)
     report = judge(tmp_path / "p2", data=data_dir, common={"gates": Gates(max_drop=1.0)}).report
-    assert report.before == first.before
+    assert first.before is not None
+    assert report.before == first.before.model_copy(update={"latency": []})
+    assert report.delta.speedup is None
     assert "recorded-baseline" in {w.code for w in report.warnings}
     assert report.gates[0].passed
     # A plain model has no lineage: a gate that needs one cannot pass.
     alone = judge(models / "a", data=data_dir, common={"gates": Gates(max_drop=1.0)}).report
     assert not alone.gates[0].passed
     assert alone.exit_code == ExitCode.GATE
+
+
+def test_a_record_of_other_rows_is_no_measure(models: Path, data_dir: Path, tmp_path: Path) -> None:
+    prune(models / "a", tmp_path / "p1", data_dir)
+    newer = tiny.write_data(tmp_path / "newer", seed=7)  # as many rows, but others
+    limits = Gates(max_drop=1.0, min_speedup=0.0001)
+    report = judge(tmp_path / "p1", data=newer, common={"gates": limits}).report
+    assert report.before is not None
+    assert report.before.quality is None
+    assert report.delta.accuracy is None
+    assert [gate.passed for gate in report.gates] == [False, False]
+    assert all(gate.reason is not None and "--baseline" in gate.reason for gate in report.gates)
+    assert {"other-rows", "recorded-baseline"} <= {w.code for w in report.warnings}
+    measured = judge(tmp_path / "p1", data=newer, baseline=str(models / "a"), common={"gates": limits}).report
+    assert [gate.passed for gate in measured.gates] == [True, True]
+    assert not {"other-rows", "recorded-baseline"} & {w.code for w in measured.warnings}
+    assert measured.delta.speedup == pytest.approx(
+        measured.before.latency[0].p50_ms / measured.after.latency[0].p50_ms
+    )
 
 
 def test_several_models_and_files_for_ci(models: Path, data_dir: Path, tmp_path: Path) -> None:

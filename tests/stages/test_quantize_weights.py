@@ -19,6 +19,8 @@ from kdcli.models.transforms import read_log
 from kdcli.stages import early, quantize
 from kdcli.stages.base import QuantizeOptions
 from kdcli.stages.context import Context
+from kdcli.stages.quantizing import int4, storing
+from kdcli.training.batches import model_inputs
 from tests import tiny
 from tests.stages import contexts
 
@@ -179,6 +181,49 @@ def test_gptq_moves_the_layers_outputs_less_than_rounding_to_the_nearest(tmp_pat
         quantize.apply(context_of(made, tmp_path, options, {"rounding": name, "bits": "3"}))
         errors[name] = float((seen[0].detach() @ (before - inputs.weight.detach()).T).norm())
     assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
+def test_gptq_sees_every_layer_behind_the_rounded_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is given is X^T X of the model of that moment, tables and earlier layers of it rounded."""
+    made = tiny.checkpoint("bert")
+    dense = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+    options = {"scheme": "int4", "calibration_samples": 20}
+    context = context_of(made, tmp_path, options, {"group": "16"})
+    original, seen = int4.gptq.quantise, []
+
+    def watched(weight, products, *args, **kwargs):
+        (layer,) = [m for m in made.model.modules() if getattr(m, "weight", None) is weight]
+        total = torch.zeros_like(products)
+
+        def add(_, inputs) -> None:
+            x = inputs[0].flatten(0, -2)
+            total.add_(x.T @ x)
+
+        handle = layer.register_forward_pre_hook(add)
+        with torch.no_grad():
+            for batch in storing.calibration_batches(context, 20):
+                made.model(**model_inputs(made.model, batch, "cpu"))
+        handle.remove()
+        # float32 sums of at most 280 tokens in another order
+        torch.testing.assert_close(products, total, rtol=1e-4, atol=1e-4 * float(total.abs().max()))
+        seen.append(layer)
+        return original(weight, products, *args, **kwargs)
+
+    monkeypatch.setattr(int4.gptq, "quantise", watched)
+    applied = quantize.apply(context)
+    assert len(seen) == sum(isinstance(m, nn.Linear) for m in made.model.modules()) == 14
+    for name, tensor in made.model.state_dict().items():
+        if name in applied.integers:
+            assert torch.equal(tensor, applied.integers[name].dense())
+        else:
+            assert torch.equal(tensor, dense[name])
+    # The errors in the report are those from the dense weights, not from half-rounded ones.
+    for row in applied.method.layers:
+        old = dense[f"{row['name']}.weight"]
+        now = applied.integers[f"{row['name']}.weight"].dense()
+        assert row["relative_error"] == pytest.approx(float((old - now).norm() / old.norm()), rel=1e-4)
 
 
 def test_layers_kept_in_float_stay(tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ A weight that is 0 stays 0 and its error goes to the others too, so what was pru
 Alistarh 2023, "SparseGPT", arXiv:2301.00774, section 3.5). An input feature that is always 0 has the weight 0.
 With ``order`` the columns with the largest H_jj come first, and scales and zero points are chosen beforehand.
 
+X is what the layer reads in the model in which everything before it is rounded already, tables too: layers are taken
+in the order in which they run, those that read the same tensor (query, key and value) together.
+
 Source: Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv:2210.17323, algorithm 1, with the damping and the blocks of 128 columns of section 4.
-Differs: nothing but the order of the sums.
+Differs: the published code leaves tables in float; the order of the sums.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcli.data import batching
+from kdcli.data import batching, sampling
 from kdcli.methods.pruning import Batch
 from kdcli.stages.context import Context
 from kdcli.training.batches import model_inputs
@@ -23,10 +23,8 @@ def of(context: Context, config: Any) -> list[Batch]:
 def batches(context: Context, samples: int, batch_size: int) -> list[Batch]:
     """Inputs and labels of some training rows, by length; a row without a label gets the model's own answer."""
     model, train = context.checkpoint.model, context.encoded["train"]
-    count = min(samples, len(train))
-    rows = np.sort(np.random.default_rng(context.seed).choice(len(train), count, replace=False))
-    sample = train.take(rows)
-    labels = np.full(count, UNLABELLED, dtype=np.int64) if sample.labels is None else sample.labels
+    sample = sampling.sample(train, samples, context.seed)
+    labels = np.full(len(sample), UNLABELLED, dtype=np.int64) if sample.labels is None else sample.labels
     made: list[Batch] = []
     for at in batching.inference_batches(sample.lengths, batch_size):
         inputs = model_inputs(model, batching.collate(sample, at, context.checkpoint.pad_id), context.device)

@@ -15,7 +15,8 @@ from kdcli.models import tokens
 from kdcli.models.transforms import Vocab
 from kdcli.report.schema import Warning_
 from kdcli.stages.context import Context
-from kdcli.stages.runner import Splits, measured_rows
+from kdcli.stages.rows import pick
+from kdcli.stages.runner import Splits
 
 if TYPE_CHECKING:
     from kdcli.stages.pruning.chain import Part, State
@@ -27,12 +28,13 @@ def drop(context: Context, part: Part, state: State) -> None:
     The checkpoint of ``context`` becomes a new one with the same model and the new tokenizer, so that whoever
     holds the old one can still read texts as before.
     """
-    before, limit = context.checkpoint, context.request.common.limit
+    before = context.checkpoint
     vocabulary = tokens.Vocabulary(before.tokenizer)
     size = len(vocabulary.tokens)
     job = TokenJob(_counts(context, part, size), vocabulary.protected(before.config))
     kept = np.flatnonzero(vocabulary.closed(part.module.keep(job, part.config)))
-    split, rows = measured_rows(context.encoded, None, limit)
+    picked = pick(context.dataset, None, context.request.common.limit)
+    split, rows = picked.split, picked.of(context.encoded)
     unknown = _unknown_share(rows, vocabulary)
     detail: dict[str, Any] = {
         "tokens_before": size,
@@ -45,7 +47,7 @@ def drop(context: Context, part: Part, state: State) -> None:
         after.log.transforms.append(Vocab(before=size, after=len(kept)))
         context.checkpoint = after
         context.encoded = Splits(context.dataset, after)
-        _, new_rows = measured_rows(context.encoded, None, limit)
+        new_rows = picked.of(context.encoded)
         changed = _differ(rows, replace(new_rows, ids=kept[new_rows.ids].astype(rows.ids.dtype)))
         unknown_now = _unknown_share(new_rows, tokens.Vocabulary(after.tokenizer))
     else:

@@ -12,21 +12,21 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kdcli.data import sampling
 from kdcli.data.text import Encoded
 from kdcli.errors import KdcliError, UsageError
-from kdcli.measure import environment, quality
+from kdcli.measure import environment
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.report import gates
 from kdcli.report.schema import Delta, Gate, Measurement
+from kdcli.stages import comparing, measuring
 from kdcli.stages import graph as graphs
-from kdcli.stages import measuring
 from kdcli.stages.base import QuantizeOptions
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.quantizing import guarding
 from kdcli.stages.quantizing import plan as plans
 from kdcli.stages.quantizing.plan import Plan, refuse_training
-from kdcli.stages.quantizing.simulating import some
 from kdcli.stages.timing import Timings
 
 TABLES = ("int8", "int4", "fp16", "fp32")
@@ -129,9 +129,8 @@ def apply(context: Context, plan: Plan) -> Applied:
         one for one in CANDIDATES if options.embeddings in (None, one.embeddings) or _takes(one, options)
     ]
     timings = Timings()
-    rows = some(context.encoded["validation"], plan.config.rows)
-    if (limit := context.request.common.limit) is not None:
-        rows = some(rows, limit)
+    count = min(plan.config.rows, context.request.common.limit or plan.config.rows)
+    rows = sampling.sample(context.encoded["validation"], count, sampling.JUDGING_SEED)
     conditions = measuring.Conditions(
         threads=environment.threads(),
         device="cpu",
@@ -221,15 +220,15 @@ def _try_all(
         timed.append(measuring.Timed(context.checkpoint, place / graphs.FILE, rows, measured))
     context.progress.phase("time the candidates")
     measuring.time_together(timed, conditions)
-    from kdcli.stages.runner import compare  # which imports this stage
-
     for one, measured in found:
-        delta = compare(given.measurement, measured.measurement)
-        same = float((given.logits.argmax(1) == measured.logits.argmax(1)).mean())
         assert rows.labels is not None
-        p = quality.mcnemar(given.logits.argmax(1), measured.logits.argmax(1), rows.labels)
         one.measurement = measured.measurement
-        one.delta = delta.model_copy(update={"agreement": same, "p_value": p})
+        one.delta = comparing.row_by_row(
+            comparing.compare(given.measurement, measured.measurement),
+            given.logits.argmax(1),
+            measured.logits.argmax(1),
+            rows.labels,
+        )
         one.gates = gates.judge(
             context.request.common.gates, given.measurement, measured.measurement, one.delta
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from kdcli.data import sampling
 from kdcli.export.int8 import quantise_graph
 from kdcli.measure import environment
 from kdcli.models.integers import Integers
@@ -15,7 +16,7 @@ from kdcli.report.schema import Warning_
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.quantizing import smoothing, storing
 from kdcli.stages.quantizing.plan import Plan, refuse_calibration, refuse_training
-from kdcli.stages.quantizing.simulating import Simulation, answer, some
+from kdcli.stages.quantizing.simulating import Simulation, answer
 
 ROWS = 1000  # of validation, for a choice between forms of the weights
 
@@ -75,7 +76,7 @@ def hardware_choice(context: Context, plan: Plan) -> tuple[Any, dict[str, Any]]:
     named = {"reduce_range", "unsigned"} & set(context.request.common.settings)
     if environment.has_vnni() or named or config.bits < 8:
         return config, detail
-    rows = some(context.encoded["validation"], ROWS)
+    rows = sampling.sample(context.encoded["validation"], ROWS, sampling.JUDGING_SEED)
     dense = {f"{name}.weight": layer.weight.detach().clone() for name, layer in plan.matrices.items()}
     base = answer(context.checkpoint, rows)
     scores = {}

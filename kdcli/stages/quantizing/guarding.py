@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from kdcli.data import sampling
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.quantizing import plan as plans
 from kdcli.stages.quantizing import sensitivity, smoothing
 from kdcli.stages.quantizing.plan import Plan
-from kdcli.stages.quantizing.simulating import Simulation, answer, some
+from kdcli.stages.quantizing.simulating import Simulation, answer
 
 
 def apply(context: Context, plan: Plan, module: Any) -> Applied:
@@ -35,7 +36,7 @@ def apply(context: Context, plan: Plan, module: Any) -> Applied:
         return _with(module.apply(context, plan), detail)
     checkpoint, validation = context.checkpoint, context.encoded["validation"]
     count = min(sensitivity.SEARCH_ROWS, context.request.common.limit or sensitivity.SEARCH_ROWS)
-    rows = some(validation, count)
+    rows = sampling.sample(validation, count, sampling.JUDGING_SEED)
     dense = {f"{name}.weight": layer.weight.detach().clone() for name, layer in plan.layers.items()}
     base = answer(checkpoint, rows)
     applied: Applied = module.apply(context, plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdcli.errors import UsageError
 from kdcli.export.int8 import quantise_graph
+from kdcli.methods import in_order, rounding
 from kdcli.methods.quantize import gptq, hqq
 from kdcli.models.integers import Integers
 from kdcli.stages.context import Applied, Context
@@ -18,8 +19,6 @@ from kdcli.stages.quantizing import storing
 from kdcli.stages.quantizing.plan import Plan, refuse_calibration, refuse_training
 from kdcli.training.batches import model_inputs
 
-# Hessians of as many layers as fit are summed in one pass over the rows.
-_HESSIAN_BYTES = 128 << 20
 _BATCH = 8
 _WIDEST = 256  # columns of a block that runtimes have kernels for
 
@@ -72,61 +71,41 @@ def apply(context: Context, plan: Plan) -> Applied:
 
 
 def _gptq(context: Context, plan: Plan) -> dict[str, Integers]:
-    """Layer after layer, on the inputs that the layers rounded before it leave."""
+    """Layer after layer, on the inputs that tables and layers give that are rounded already."""
     made: dict[str, Integers] = {}
-    dense = {name: layer.weight.detach().clone() for name, layer in plan.matrices.items()}
+    model, config = context.checkpoint.model, plan.config
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for batch in storing.calibration_batches(context, plan.options.calibration_samples, _BATCH):
+            yield model_inputs(model, batch, context.device)
+
+    def take(name: str, products: Tensor) -> None:
+        weight = plan.matrices[name].weight
+        group = plan.module.group(weight, config)
+        made[name] = gptq.quantise(
+            weight, products, config.bits, group, plan.inner, symmetric=config.symmetric
+        )
+        with torch.no_grad():
+            weight.copy_(made[name].dense())
+
+    before = {name: layer.weight.detach().clone() for name, layer in plan.layers.items()}
+    order = in_order.order_of(model, plan.matrices, next(batches()))
+    walk = in_order.Walk(model, order, batches)
     try:
-        for part in _parts(plan.matrices):
-            for name, hessian in _hessians(context, plan, part).items():
-                layer, config = part[name], plan.config
-                group = plan.module.group(layer.weight, config)
-                made[name] = gptq.quantise(
-                    layer.weight, hessian, config.bits, group, plan.inner, symmetric=config.symmetric
-                )
-            with torch.no_grad():
-                for name, layer in part.items():
-                    layer.weight.copy_(made[name].dense())
+        with torch.no_grad():
+            for table in plan.tables.values():
+                table.weight.copy_(rounding.table(table.weight, plan.embeddings).dense())
+        with context.progress.task("gptq", len(order.groups)) as task:
+            for group in order.groups:
+                products = walk.products(group, plan.matrices)
+                for name in group.names:
+                    take(name, products)
+                task.advance()
+        for name in set(plan.matrices) - set(made):
+            columns = plan.matrices[name].in_features
+            take(name, torch.zeros(columns, columns, device=context.device))  # it never runs
     finally:
         with torch.no_grad():
-            for name, weight in dense.items():
-                plan.matrices[name].weight.copy_(weight)
+            for name, weight in before.items():
+                plan.layers[name].weight.copy_(weight)
     return made
-
-
-def _parts(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
-    """The layers in their order, as many at a time as have room for their Hessians."""
-    part: dict[str, nn.Linear] = {}
-    used = 0
-    for name, layer in layers.items():
-        size = 4 * layer.in_features**2
-        if part and used + size > _HESSIAN_BYTES:
-            yield part
-            part, used = {}, 0
-        part[name], used = layer, used + size
-    yield part
-
-
-@torch.inference_mode()
-def _hessians(context: Context, plan: Plan, layers: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-    """X^T X (I, I) of each layer's inputs over the calibration rows; constant in the number of rows."""
-    model = context.checkpoint.model
-    sums = {
-        name: torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
-        for name, layer in layers.items()
-    }
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            sums[name].addmm_(x.T, x)
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        for batch in storing.calibration_batches(context, plan.options.calibration_samples, _BATCH):
-            model(**model_inputs(model, batch, context.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sums

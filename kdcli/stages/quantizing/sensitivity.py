@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kdcli.data import sampling
 from kdcli.data.text import Encoded
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.families import FAMILIES
 from kdcli.progress import Progress
-from kdcli.stages.quantizing.simulating import Answers, Simulation, some
+from kdcli.stages.quantizing.simulating import Answers, Simulation
 
 # The divergence of probabilities is told apart with few rows; accuracy needs many.
 SENSITIVITY_ROWS = 256
@@ -70,7 +71,7 @@ def measure(
         ``units``: :class:`Unit` objects; ``rows``, ``all`` and ``none``: how many rows, and (divergence,
         accuracy) with everything and with nothing quantised.
     """
-    few = some(rows, SENSITIVITY_ROWS)
+    few = sampling.sample(rows, SENSITIVITY_ROWS, sampling.JUDGING_SEED)
     everything = set(simulation.layers)
     found = units(checkpoint, simulation.layers)
     base = simulation.answers(set(), few)

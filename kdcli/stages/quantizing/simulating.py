@@ -127,13 +127,6 @@ def answer(checkpoint: Checkpoint, rows: Encoded) -> Answers:
     return Answers(logits, rows.labels)
 
 
-def some(rows: Encoded, count: int) -> Encoded:
-    """At most ``count`` rows, always the same ones."""
-    if len(rows) <= count:
-        return rows
-    return rows.take(np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False)))
-
-
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(1, keepdims=True)

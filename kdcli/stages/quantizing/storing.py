@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdcli.data import batching
+from kdcli.data import batching, sampling
 from kdcli.export.int8 import Kernel, Stored, quantise_graph
 from kdcli.methods import rounding
 from kdcli.models import compressed, mapped
@@ -140,10 +140,9 @@ def calibration_batches(context: Context, rows: int, batch_size: int = 8) -> Ite
     Rows of one batch have the same length, so that no padding is observed.
     """
     train, pad = context.encoded["train"], context.checkpoint.pad_id
-    rng = np.random.default_rng(context.seed)
-    picked = np.sort(rng.choice(len(train), min(rows, len(train)), replace=False))
-    for part in batching.equal_length_batches(train.lengths[picked], batch_size):
-        yield batching.collate(train, picked[part], pad)
+    picked = sampling.sample(train, rows, context.seed)
+    for part in batching.equal_length_batches(picked.lengths, batch_size):
+        yield batching.collate(picked, part, pad)
 
 
 def _is_table(name: str, plan: Plan) -> bool:

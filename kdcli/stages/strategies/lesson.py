@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kdcli import methods
+from kdcli.data import sampling
 from kdcli.data.text import Encoded
 from kdcli.methods import layer_map
 from kdcli.models import checkpoint as checkpoints
@@ -156,8 +157,8 @@ class _Lesson:
         """Whether two phases beat one on validation: both run shortly, with as many steps, from the same weights."""
         if options.epochs < 2 or not self.shapes[0].pooled or not self.shapes[1].pooled:
             return False
-        train = len(self.context.encoded["train"])
-        some = np.arange(min(train, TRIAL_ROWS))
+        train = self.context.encoded["train"]  # the first of the rows; augmented ones come after them
+        some = sampling.positions(train.labels, len(train), TRIAL_ROWS, self.context.seed)
         short = replace(options, epochs=TRIAL_EPOCHS, patience=None)
         weights = copy.deepcopy(self.student.model.state_dict())
         one = self.answers(short, f"{title} trial in one phase", some)

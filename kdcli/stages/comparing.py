@@ -1,0 +1,156 @@
+"""Two measurements against each other: of one run, or one of now and one that a report recorded."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kdcli.measure import quality
+from kdcli.report.facts import SIGNIFICANT
+from kdcli.report.schema import Delta, Measurement, Quality, Warning_
+
+NONE = Delta(accuracy=None, size_ratio=None, speedup=None, agreement=None, p_value=None)
+"""Nothing to compare with."""
+
+
+def compare(before: Measurement, after: Measurement) -> Delta:
+    """The numbers of two measurements of one run against each other; None where either lacks one.
+
+    The ratios are above 1 where ``after`` is the better one: bytes and milliseconds of ``before`` divided by those
+    of ``after``.
+    """
+
+    def p50(m: Measurement) -> float | None:
+        return next((x.p50_ms for x in m.latency if x.batch == 1 and x.runtime == runtime), None)
+
+    # Two runtimes are no comparison of two models.
+    runtime = next((x.runtime for x in after.latency if x.batch == 1), None)
+
+    def ratio(a: float | None, b: float | None) -> float | None:
+        return a / b if a and b else None
+
+    drop = None
+    if before.quality is not None and after.quality is not None:
+        drop = after.quality.accuracy.value - before.quality.accuracy.value
+    return Delta(
+        accuracy=drop,
+        size_ratio=ratio(before.size.onnx_bytes, after.size.onnx_bytes),
+        speedup=ratio(p50(before), p50(after)),
+        agreement=None,
+        p_value=None,
+    )
+
+
+def row_by_row(delta: Delta, before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> Delta:
+    """Add what only the answers themselves can say.
+
+    Args:
+        delta: Of the same two models.
+        before: (N,) answers of one, in the other's order of labels.
+        after: (N,) answers of the other.
+        labels: (N,) the truth.
+    """
+    pair = quality.paired(before, after, labels)
+    return delta.model_copy(
+        update={
+            "agreement": float((before == after).mean()),
+            "p_value": pair.p_value,
+            "accuracy_ci95": pair.ci95,
+            "lost": pair.lost,
+            "won": pair.won,
+        }
+    )
+
+
+def from_record(recorded: Measurement, after: Measurement) -> Measurement:
+    """What a recorded measurement may be compared with now.
+
+    Quality counts where it is of the very same rows. Latencies of another run, with other threads or on another
+    machine, are no measure at all and are left out; sizes and operations are the model's own.
+    """
+    same = same_rows(recorded.quality, after.quality)
+    return recorded.model_copy(update={"quality": recorded.quality if same else None, "latency": []})
+
+
+def of_record(
+    recorded: Measurement, before: Measurement, model: str
+) -> tuple[list[Warning_], dict[str, str]]:
+    """What to say of a comparison with a record.
+
+    Args:
+        recorded: As the first model's report has it.
+        before: What :func:`from_record` left of it.
+        model: The first model's reference.
+
+    Returns:
+        Warnings, and for a gate without a value the reason: name -> words.
+    """
+    how = f"--baseline {model} measures both now"
+    speed = f"a record holds for one machine and one load, so speed is not compared with it; {how}"
+    reasons = dict.fromkeys(("speedup",), speed) | dict.fromkeys(
+        ("agreement", "p_value"), f"a record has no single answers to compare; {how}"
+    )
+    compared = "sizes" if before.quality is None else "sizes and quality"
+    warnings = [
+        Warning_(
+            code="recorded-baseline",
+            message=f"{compared} are compared with the recorded ones of '{model}', speed is not; {how}",
+        )
+    ]
+    if before.quality is None and recorded.quality is not None:
+        accuracy = recorded.quality.accuracy
+        where = (
+            "its record does not say on which rows"
+            if recorded.quality.rows_sha256 is None
+            else f"the record is of {accuracy.n} other rows ({accuracy.split})"
+        )
+        words = f"accuracy is not compared with the recorded one of '{model}': {where}; {how}"
+        warnings.append(Warning_(code="other-rows", message=words))
+        reasons["drop"] = words
+    return warnings, reasons
+
+
+def same_rows(one: Quality | None, other: Quality | None) -> bool:
+    """Whether both are known to be of the same texts and labels."""
+    if one is None or other is None:
+        return False
+    return one.rows_sha256 is not None and one.rows_sha256 == other.rows_sha256
+
+
+def fell(delta: Delta, before: Measurement, after: Measurement) -> bool:
+    """Whether the accuracy fell by more than noise.
+
+    Paired where the answers of both are known (McNemar). Of a record only the shares are: there the errors of both
+    are added as if the rows were different ones, which misses small differences of models that mostly agree.
+    """
+    if delta.accuracy is None or delta.accuracy >= 0:
+        return False
+    if delta.p_value is not None:
+        return delta.p_value < SIGNIFICANT
+    if before.quality is None or after.quality is None:
+        return False
+    errors = [one.quality.accuracy.stderr for one in (before, after) if one.quality is not None]
+    noise = sum(error**2 for error in errors if error is not None) ** 0.5
+    return None not in errors and delta.accuracy < -2 * noise
+
+
+def honest(delta: Delta, before: Measurement | None, after: Measurement) -> list[Warning_]:
+    """Say in words what a table of ratios hides."""
+    found = []
+    if delta.speedup is not None and delta.speedup < 0.98:
+        found.append(
+            Warning_(
+                code="slower", message=f"slower: {1 / delta.speedup:.2f} times the input's latency at batch 1"
+            )
+        )
+    if delta.size_ratio is not None and delta.size_ratio < 0.98:
+        found.append(
+            Warning_(
+                code="bigger", message=f"bigger: model.onnx is {1 / delta.size_ratio:.2f} times the input's"
+            )
+        )
+    if before is not None and delta.accuracy is not None and fell(delta, before, after):
+        points = f"accuracy fell by {-100 * delta.accuracy:.1f} points, more than noise"
+        if delta.lost is not None and delta.won is not None:
+            points += f": {delta.lost} rows lost and {delta.won} won"
+        found.append(Warning_(code="accuracy", message=points))
+    return found
