@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -162,8 +163,9 @@ def load_data(request: Request, models: Sequence[Path]) -> Dataset:
     if isinstance(options, EvaluateOptions):
         made = [info for path in models if (info := _made_with(path)) is not None]
         judging = Judging(
-            split=options.split or "test",
+            split=options.split,
             made_with=frozenset(info.fingerprint for info in made),
+            made_from=frozenset(os.path.realpath(info.ref) for info in made if "train" in info.rows),
             as_made=request.origins.get("data") == "model" and bool(made) and "train" in made[0].rows,
         )
     return sources.load(

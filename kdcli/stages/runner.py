@@ -386,7 +386,9 @@ class Splits(Mapping[str, Encoded]):
     def __init__(self, dataset: Dataset, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
         self._dataset, self._checkpoint = dataset, checkpoint
         self._progress = progress or Progress()
-        self._index = label_names.align(dataset.label_names, checkpoint.labels)
+        self._index = label_names.align(
+            dataset.label_names, checkpoint.labels, ids=dataset.ids, option=dataset.ids_option
+        )
         self._made: dict[str, Encoded] = {}
 
     def __getitem__(self, split: str) -> Encoded:
