@@ -24,11 +24,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from kdcli import __version__, cache
 from kdcli.errors import ExitCode, InputError, did_you_mean
+from kdcli.measure import environment
 from kdcli.models import references
 from kdcli.progress import Progress
 from kdcli.report import gates, io
 from kdcli.report.schema import Report
-from kdcli.stages import early, output, plan
+from kdcli.stages import early, output, plan, recorded_data
 from kdcli.stages.base import (
     STAGES,
     Common,
@@ -156,14 +157,14 @@ def run(
     for number, step in enumerate(steps, 1):
         target = place / f"{number}-{step.stage}"
         writes = step.stage != "evaluate"
-        name = _cache_key(step, model)
+        name, place_of_data = _cache_key(step, model)
         kept = cache.entry("stages", name)
         progress.phase(f"stage {number} of {len(steps)}: {step.stage}")
         if writes:
             output.choose(target, "", step.stage, force=force, inputs=())
         if writes and (kept / io.FILE).is_file():
             progress.note(f"{step.stage}: nothing changed, taken from the cache")
-            _copy(kept, target)
+            _copy(kept, target, place_of_data)
             report = io.read(target)
         else:
             common = replace(step.common, out=target if writes else None, force=force)
@@ -256,16 +257,20 @@ def _key(name: Any) -> str:
     return str(name).replace("-", "_")
 
 
-def _cache_key(step: Step, model: str | None) -> str:
-    """Everything that decides a stage's output; the report's times and paths are not part of it."""
+def _cache_key(step: Step, model: str | None) -> tuple[str, str]:
+    """Everything that decides a stage's output, and where its data are; times and paths are not part of the key.
+
+    The machine is, because speeds that were measured on another one are no measure here.
+    """
     from kdcli.models.checkpoint import weights_digest
 
     ref = model if step.stage != "distill" else step.options.teachers[0]
     assert ref is not None
     source = references.resolve(ref, offline=step.common.offline).path
     common = {k: v for k, v in asdict(step.common).items() if k not in ("out", "force", "resume", "debug")}
-    dataset = early.load_data(early.settle_data(_request(step, model, step.common), source), [source])
-    return cache.key(
+    settled = early.settle_data(_request(step, model, step.common), source)
+    dataset = early.load_data(settled, [source])
+    key = cache.key(
         stage=step.stage,
         input=weights_digest(source),
         options=asdict(step.options),
@@ -273,10 +278,17 @@ def _cache_key(step: Step, model: str | None) -> str:
         data=dataset.fingerprint,
         version=__version__,
         dequantize=step.dequantize,
+        cpu=environment.cpu_name(),
+        threads=environment.threads(),
     )
+    return key, str(settled.common.data)
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, data: str) -> None:
+    """Copy a kept output; its report says where the data are as seen from there."""
     with output.building(target, sum(p.stat().st_size for p in source.iterdir())) as work:
         shutil.copytree(source, work, dirs_exist_ok=True)
+        report = io.read(work)
+        if (moved := recorded_data.moved(report.data, data, target)) != report.data:
+            io.write(report.model_copy(update={"data": moved}), work)
         output.publish(work, target)
