@@ -17,7 +17,7 @@ from kdcli.models import foreign, references
 from kdcli.models.references import Resolved
 from kdcli.report import io
 from kdcli.report.schema import DataInfo
-from kdcli.stages import output
+from kdcli.stages import output, recorded_data
 from kdcli.stages.base import (
     DEFAULT_DATA,
     SPLIT_SEED,
@@ -134,14 +134,16 @@ def settle_data(request: Request, model: Path) -> Request:
     common, origins = request.common, dict(request.origins)
     if common.data is not None:
         return request
-    data, columns, origin = DEFAULT_DATA, common.columns, "default"
+    data, columns, origin, recorded = DEFAULT_DATA, common.columns, "default", None
     if (model / io.FILE).is_file() and (earlier := io.read(model)).data is not None:
-        data, origin = earlier.data.ref, "model"
+        recorded = recorded_data.find(earlier.data, model)
+        data, origin = recorded.place, "model"
         stored = earlier.config.get("columns")
         if columns is None and stored is not None and stored.value is not None:
             columns, origins["columns"] = str(stored.value), "model"
     origins["data"] = origin
-    return replace(request, common=replace(common, data=data, columns=columns), origins=origins)
+    settled = replace(common, data=data, columns=columns)
+    return replace(request, common=settled, origins=origins, recorded=recorded)
 
 
 def _resolve(ref: str, request: Request) -> Resolved:
@@ -168,9 +170,10 @@ def load_data(request: Request, models: Sequence[Path]) -> Dataset:
             made_from=frozenset(os.path.realpath(info.ref) for info in made if "train" in info.rows),
             as_made=request.origins.get("data") == "model" and bool(made) and "train" in made[0].rows,
         )
-    return sources.load(
+    dataset = sources.load(
         common.data, columns=common.columns, seed=SPLIT_SEED, offline=common.offline, judging=judging
     )
+    return recorded_data.checked(dataset, request.recorded)
 
 
 def _made_with(model: Path) -> DataInfo | None:
