@@ -30,6 +30,7 @@ from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.facts import SIGNIFICANT, control_words
 from kdcli.report.schema import Warning_
 from kdcli.stages.context import Context
+from kdcli.stages.rows import pick
 from kdcli.stages.strategies.fitting import run_fit
 from kdcli.stages.strategies.student import Taught, Texts, set_dropout
 from kdcli.training.batches import torch_runner
@@ -115,8 +116,8 @@ def control(
         texts: What it read.
         steps: That went into its weights; by default those of its training.
     """
-    split = "test" if "test" in context.encoded else "validation"
-    measured = context.encoded[split]
+    picked = pick(context.dataset, None, None)
+    split, measured = picked.split, picked.of(context.encoded)
     runs, given = [], []
     for lesson in lessons(context, taught, texts):
         other = copy.copy(taught.checkpoint)
