@@ -152,8 +152,14 @@ def finish(
         missed = [gate.expression for one in reports for gate in one.gates if not gate.passed]
         console.error(f"{'gate' if len(missed) == 1 else 'gates'} missed: {'; '.join(missed)}", kept)
     else:
+        from kdcli.report import facts
+
         where = f", {consoles.clean(str(outcome.path))}" if single else ""
         console.line(f"{console.prefix}: done in {console.elapsed()}{where}")
+        for one in reports:
+            if (words := facts.alarm(one)) is not None:
+                name = "" if single else f"{consoles.clean(one.model.source)}: "
+                console.error(f"WARNING: {name}{words}")
     if as_json:
         documents = [one.model_dump(mode="json") for one in reports]
         document = documents[0] if single else documents

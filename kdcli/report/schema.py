@@ -87,6 +87,20 @@ class Latency(_Part):
     n: int = Field(description="timed batches")
 
 
+class Files(_Part):
+    """Which files the numbers of a measurement come from."""
+
+    graph: str | None = Field(
+        description="the ONNX file that was timed and weighed, by its place in the model's directory; `export`: "
+        "the directory has none, and kdcli exported the checkpoint; null: it has no ONNX form, torch gave all"
+    )
+    graph_sha256: str | None
+    quality: Literal["onnx", "torch"] = Field(description="what gave the answers: that graph, or torch")
+    weights: list[str] = Field(
+        description="of parameters, MACs and what torch gives; empty: none that belong to the graph"
+    )
+
+
 class Measurement(_Part):
     """One model, measured."""
 
@@ -94,6 +108,7 @@ class Measurement(_Part):
     size: Size
     compute: Compute
     latency: list[Latency]
+    files: Files | None = Field(default=None, description="null in reports of older versions")
 
 
 class Delta(_Part):
@@ -152,6 +167,10 @@ class LineageEntry(_Part):
     model: str
     accuracy: Number | None
     params: dict[str, Any]
+    chosen: list[str] = Field(default=[], description="what the rows of the validation split chose, in words")
+    chosen_on: str | None = Field(
+        default=None, description="sha256 of the rows of that split, as `rows_sha256`"
+    )
 
 
 class Environment(_Part):

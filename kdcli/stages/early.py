@@ -143,6 +143,12 @@ def settle_data(request: Request, model: Path) -> Request:
     return replace(request, common=replace(common, data=data, columns=columns), origins=origins)
 
 
+def _resolve(ref: str, request: Request) -> Resolved:
+    """Where a model is; only what judges takes a graph by itself."""
+    graph = references.resolve_graph(ref) if request.stage == "evaluate" else None
+    return graph or references.resolve(ref, offline=request.common.offline)
+
+
 def load_data(request: Request, models: Sequence[Path]) -> Dataset:
     """Load the data of a request that :func:`settle_data` has filled in.
 
@@ -181,9 +187,10 @@ def check(request: Request) -> list[Resolved]:
     Raises:
         KdcliError: Whatever would stop the run before its work begins.
     """
-    found = [references.resolve(name, offline=request.common.offline) for name in models_of(request)]
+    found = [_resolve(name, request) for name in models_of(request)]
     for one in found:
-        if any(one.path.glob("*.safetensors")):  # what has none is told when it is loaded
+        # What has no weights is told when it is loaded; a graph that was named is judged without them, if need be.
+        if one.graph is None and any(one.path.glob("*.safetensors")):
             foreign.check(one.path)
     check_chain(request, found[0].path)
     place(request, found)

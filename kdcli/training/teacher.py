@@ -27,7 +27,7 @@ from kdcli.training.losses import cross_entropy
 from kdcli.training.resume import ResumePoint
 from kdcli.training.shortcut import first_token_only
 
-_FORMAT = 2  # raise it when the same inputs would give other cached content
+_FORMAT = 3  # raise it when the same inputs would give other cached content
 _BATCH_TOKENS = 4096
 
 
@@ -152,7 +152,9 @@ def _store(
     else:
         running = sessions.running(graph, threads=torch.get_num_threads())
     size = max(1, _BATCH_TOKENS // max(1, int(encoded.lengths.mean())))
-    batches = batching.inference_batches(encoded.lengths, size)
+    # Texts of one length need no padding, which not every architecture ignores.
+    plain = teacher.model_type in checkpoints.supported_families()
+    batches = (batching.inference_batches if plain else batching.equal_length_batches)(encoded.lengths, size)
     classes = int(teacher.config.num_labels)
     with (
         cache.filling(path, np.float32, (len(encoded), classes)) as logits,

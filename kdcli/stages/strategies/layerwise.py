@@ -107,7 +107,7 @@ def run(context: Context, plan: Plan) -> Applied:
             "strategy 'layerwise' makes ensembles of plain encoders only", "such as --student tiny"
         )
     names = teacher.labels
-    rows = students.rows_of(context, plan, teacher)
+    rows = students.rows_of(context, plan, teacher).rows
     heads, table = _tune(context, plan, teacher)
     targets = _answers(context, teacher, heads, rows)
     count = len(heads)
