@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kdcli import cache
 from kdcli.errors import InputError
 from kdcli.models import activations, compressed, foreign, inputs, mapped, ownership, tokenizers, transforms
 from kdcli.models.families import FAMILIES, Family, family_of
@@ -24,6 +25,8 @@ from kdcli.models.transforms import Quantise, TransformLog
 from kdcli.report.schema import Warning_
 
 WEIGHTS = "model.safetensors"
+_DECIDING = (".json", ".txt", ".model", ".jinja", ".safetensors")
+_TELLING = ("report.json", cache.SUMS)  # files that tell of a model and decide nothing
 
 
 @dataclass
