@@ -43,8 +43,7 @@ def of_report(report: Report, console: Console) -> list[str]:
         lines.append(said)
     if report.stage == "evaluate" and (said := facts.files_text(report)):
         lines.append(clean(said))
-    if said := facts.amount_text(report):
-        lines.append(clean(said))
+    lines += [clean(said) for said in (facts.amount_text(report), facts.control_text(report)) if said]
     return lines + _notes([report], console)
 
 

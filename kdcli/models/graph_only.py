@@ -10,7 +10,7 @@ from torch import nn
 
 from kdcli.errors import InputError
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models import foreign, safety, tokenizers, transforms
+from kdcli.models import foreign, inputs, safety, tokenizers, transforms
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.transforms import TransformLog
 
@@ -43,7 +43,7 @@ def load(path: Path, *, device: str | torch.device = "cpu") -> Checkpoint:
     Raises:
         InputError: The directory is broken or unsafe, or does not say what the labels are.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     files = safety.check_checkpoint(path, weights=False)
     try:
@@ -61,5 +61,13 @@ def load(path: Path, *, device: str | torch.device = "cpu") -> Checkpoint:
     foreign.check_task(files.config, len(names), safety.show(path))
     with checkpoints.quiet():
         tokenizer = tokenizers.load(path)
+        try:
+            with torch.device(
+                "meta"
+            ):  # its shapes alone: some tables of positions hold fewer than they have rows
+                shapes = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+            tokenizer.model_max_length = inputs.longest(shapes, tokenizer)
+        except (ValueError, RuntimeError):  # no classifier of transformers': the configuration says how long
+            pass
     log = transforms.read_log(path) or TransformLog()
     return Checkpoint(Unread(config), tokenizer, names, log, path, placed=torch.device(device))

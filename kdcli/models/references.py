@@ -20,6 +20,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from kdcli.errors import InputError, ResourceError, UnavailableError, did_you_mean
+from kdcli.models import nearby
 from kdcli.models.aliases import MODELS, STUDENT_REPOS, ModelAlias
 from kdcli.progress import Progress
 
@@ -88,7 +89,15 @@ def resolve(ref: str, *, offline: bool = False, progress: Progress | None = None
     if ref in MODELS:
         return _from_alias(MODELS[ref], ref, offline, progress)
     repo, revision = _hub_id(ref)
-    return _from_hub(ref, repo, revision, None, offline, progress)
+    typo = None if revision is not None else _like_a_path(ref)
+    if typo is not None and not _is_cached(repo):
+        raise InputError(*typo)
+    found = _from_hub(ref, repo, revision, None, offline, progress)
+    if typo is not None:
+        found.notes.append(
+            f"{typo[0]}; the repository {repo} of that name was used, which is in the local cache"
+        )
+    return found
 
 
 def resolve_graph(ref: str) -> Resolved | None:
@@ -154,8 +163,27 @@ def _local(ref: str) -> Path | None:
             hint += "; an ONNX file by itself is for evaluate, as nothing can be trained or cut in a graph"
         raise InputError(f"{ref!r} is a file, not a model directory", hint)
     if ref.startswith((".", "/", "~")) or ref.endswith("/") or ref.count("/") > 1 or "\\" in ref:
-        raise InputError(f"there is no directory {ref!r}", "a hub id is written org/name[@revision]")
+        near = nearby.like(path)
+        hint = "a hub id is written org/name[@revision]" if near is None else f"did you mean '{near}'?"
+        raise InputError(f"there is no directory {ref!r}", hint)
     return None
+
+
+def _like_a_path(ref: str) -> tuple[str, str] | None:
+    """What speaks for a misspelt path in a reference that is written like a hub id, and what to do then.
+
+    A revision says that the hub is meant.
+    """
+    parent, _, name = ref.partition("/")
+    near = nearby.like(Path(ref))
+    for_the_hub = f"for the repository on the hub write {ref}@main"
+    if Path(parent).is_dir():
+        said = f"there is no directory {ref!r}: the local directory '{parent}' holds no '{name}'"
+    elif near is not None:
+        said = f"there is no directory {ref!r}, but there is '{near}'"
+    else:
+        return None
+    return said, for_the_hub if near is None else f"did you mean '{near}'? {for_the_hub}"
 
 
 def _hub_id(ref: str) -> tuple[str, str | None]:
@@ -163,6 +191,8 @@ def _hub_id(ref: str) -> tuple[str, str | None]:
         hint = (
             "an alias has a fixed revision; for another one write org/name@revision" if "@" in ref else None
         )
+        if (near := nearby.like(Path(ref))) is not None:
+            hint = f"did you mean the directory '{near}'?"
         choices = did_you_mean(ref.split("@")[0], MODELS)
         raise InputError(f"{ref!r} is neither a directory nor a known alias: {choices}", hint)
     found = _HUB_ID.fullmatch(ref)
@@ -258,6 +288,13 @@ def _from_hub(
     return resolved
 
 
+def _is_cached(repo: str) -> bool:
+    from huggingface_hub import constants
+
+    directory = _cached(Path(constants.HF_HUB_CACHE), repo, None)
+    return directory is not None and _has_weights(directory)
+
+
 def _cached(cache: Path, repo: str, revision: str | None) -> Path | None:
     storage = cache.expanduser() / f"models--{repo.replace('/', '--')}"
     commit = revision if revision and _COMMIT.fullmatch(revision) else None
@@ -329,6 +366,9 @@ def _fetch(ref: str, repo: str, revision: str | None, alias: ModelAlias | None) 
     except Exception as error:  # httpx, urllib3 and hf_xet have no common base
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"the disk is full: {repo} cannot be stored in the hub cache") from error
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            hint = "set HF_HOME (or HF_HUB_CACHE) to a directory that can be written"
+            raise ResourceError(f"{repo} cannot be stored in the hub cache ({error})", hint) from error
         raise _unavailable(ref, repo, alias, f"the download failed ({type(error).__name__})") from error
     finally:
         logging.set_verbosity(verbosity)

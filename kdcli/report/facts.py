@@ -247,6 +247,8 @@ def files_text(report: Report) -> str:
         return ""
     weights = ", ".join(files.weights)
     graph = f"an ONNX export of {weights}" if files.graph == "export" else files.graph
+    if files.graph is None:
+        return f"quality and latency are those of {weights} in torch; the model has no ONNX form"
     if files.quality == "torch":
         said = [f"quality is that of {weights} in torch, size that of {graph}"]
     else:
@@ -392,6 +394,40 @@ def amount_text(report: Report) -> str:
             f"{'that keeps' if held else 'to'} a drop of {limit:g} on the validation rows"
         )
     return ""
+
+
+_CONTROLS = {
+    "labels": "the labels alone",
+    "labels+dropout": "the labels and dropout",
+    "labels+texts": "the labels and the same further texts",
+    "labels+texts+dropout": "the labels, the same further texts and dropout",
+}
+
+
+def control_text(report: Report) -> str:
+    """What a student reaches without its teacher, in one sentence; empty where there was no control."""
+    found = report.method.detail.get("control") if report.method else None
+    return (isinstance(found, dict) and control_words(found)) or ""
+
+
+def control_words(found: dict[str, Any]) -> str | None:
+    """The same of the control's own part of a report; None where it does not hold what it should."""
+    own, rows = found.get("student_accuracy"), found.get("runs")
+    runs = [run for run in rows if isinstance(run, dict)] if isinstance(rows, list) else []
+    if not (_finite(own) and runs and all(_finite(run.get("accuracy")) for run in runs)):
+        return None
+    without = ", ".join(
+        f"{100 * run['accuracy']:.2f} % with {_CONTROLS.get(str(run.get('name')), str(run.get('name')))}"
+        for run in runs
+    )
+    best = max(runs, key=lambda run: float(run["accuracy"]))
+    gain, p_value = own - best["accuracy"], best.get("p_value")
+    tested = f" ({probability(p_value)})" if _finite(p_value) else ""
+    over = "over the best of them" if len(runs) > 1 else "over that"
+    return (
+        f"accuracy on {found.get('split')}: {100 * own:.2f} % distilled; without the teacher {without}; "
+        f"the teacher gives {100 * gain:+.2f} points {over}{tested}"
+    )
 
 
 def _finite(value: object) -> TypeGuard[float]:

@@ -85,6 +85,7 @@ def _one(report: Report, title: str, level: str = "h1") -> str:
         _section("Layers", _records(report.method.layers if report.method else [])),
         _section("Sensitivity", _sensitivity(report)),
         _section("How much was removed", _amount(report)),
+        _section("Without the teacher", _control(report)),
         _section("Lineage", _lineage(report)),
         _section("Method", _method(report)),
         _section("Environment", _environment(report)),
@@ -182,6 +183,11 @@ def _amount(report: Report) -> str:
     rows = facts.tries(report)
     said = facts.amount_text(report)
     return (f"<p>{text(said[0].upper() + said[1:])}.</p>" if said else "") + (_records(rows) if rows else "")
+
+
+def _control(report: Report) -> str:
+    said = facts.control_text(report)
+    return f"<p>{text(said[0].upper() + said[1:])}.</p>" if said else ""
 
 
 _CHART = (170, 110)  # of one layer's sensitivity, in pixels

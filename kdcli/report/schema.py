@@ -96,11 +96,11 @@ class Latency(_Part):
 class Files(_Part):
     """Which files the numbers of a measurement come from."""
 
-    graph: str = Field(
+    graph: str | None = Field(
         description="the ONNX file that was timed and weighed, by its place in the model's directory; `export`: "
-        "the directory has none, and kdcli exported the checkpoint"
+        "the directory has none, and kdcli exported the checkpoint; null: it has no ONNX form, torch gave all"
     )
-    graph_sha256: str
+    graph_sha256: str | None
     quality: Literal["onnx", "torch"] = Field(description="what gave the answers: that graph, or torch")
     weights: list[str] = Field(
         description="of parameters, MACs and what torch gives; empty: none that belong to the graph"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kdcli.data import sources
 from kdcli.data.sources import Dataset, Judging
@@ -84,6 +87,28 @@ def place(request: Request, found: list[Resolved]) -> Path | None:
     Raises:
         UsageError: The place is taken, or is one of the inputs.
     """
+    wanted = _wanted(request, found)
+    return None if wanted is None else output.choose(**wanted)
+
+
+@contextlib.contextmanager
+def reserved(request: Request, found: list[Resolved]) -> Iterator[Path | None]:
+    """:func:`place`, kept free of other runs inside the block.
+
+    Raises:
+        UsageError: The place is taken, or is one of the inputs, or another run writes there.
+        ResourceError: It cannot be written.
+    """
+    wanted = _wanted(request, found)
+    if wanted is None:
+        yield None
+        return
+    with output.reserved(**wanted) as path:
+        yield path
+
+
+def _wanted(request: Request, found: list[Resolved]) -> dict[str, Any] | None:
+    """What :func:`output.choose` has to know."""
     common = request.common
     if isinstance(request.options, EvaluateOptions):
         if common.out is None:
@@ -92,7 +117,13 @@ def place(request: Request, found: list[Resolved]) -> Path | None:
             raise UsageError("-o takes one model; several models are reported by --json or --html")
     name = Path(found[0].ref.partition("@")[0]).name or "model"
     inputs = tuple(one.path for one in found)
-    return output.choose(common.out, name, request.stage, force=common.force, inputs=inputs)
+    return {
+        "out": common.out,
+        "model_name": name,
+        "stage": request.stage,
+        "force": common.force,
+        "inputs": inputs,
+    }
 
 
 def settle_data(request: Request, model: Path) -> Request:
@@ -134,8 +165,9 @@ def load_data(request: Request, models: Sequence[Path]) -> Dataset:
     if isinstance(options, EvaluateOptions):
         made = [info for path in models if (info := _made_with(path)) is not None]
         judging = Judging(
-            split=options.split or "test",
+            split=options.split,
             made_with=frozenset(info.fingerprint for info in made),
+            made_from=frozenset(os.path.realpath(info.ref) for info in made if "train" in info.rows),
             as_made=request.origins.get("data") == "model" and bool(made) and "train" in made[0].rows,
         )
     dataset = sources.load(

@@ -18,7 +18,18 @@ from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
 from kdcli.report.redact import redact
 from kdcli.report.schema import LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
-from kdcli.stages import answers, comparing, early, judged, measuring, output, recorded_data, runner
+from kdcli.stages import (
+    answers,
+    comparing,
+    early,
+    judged,
+    measuring,
+    output,
+    recorded_data,
+    runner,
+    soundness,
+    texts,
+)
 from kdcli.stages import graph as graphs
 from kdcli.stages import lineage as lineages
 from kdcli.stages import rows as picked_rows
@@ -44,7 +55,7 @@ class _Judged:
         return self.timed.measured
 
     @property
-    def graph(self) -> Path:
+    def graph(self) -> Path | None:
         return self.timed.graph
 
 
@@ -78,7 +89,7 @@ def run(request: Request, progress: Progress) -> Outcome:
     measuring.time_together(everyone, _conditions(request, options, timings, progress))
     reports = [_report(request, options, one, baseline, dataset, picked, timings) for one in ours]
     if out is not None:
-        reports = [_write(ours[0], reports[0], out, timings)]
+        reports = [_write(ours[0], reports[0], out, timings, force=request.common.force)]
     if options.html is not None:
         _write_text(options.html, html.page(reports))
     if options.junit is not None:
@@ -108,13 +119,18 @@ def _measure(
         if not checkpoint.has_head:
             raise InputError(f"'{found.ref}' has no classification head, so there is nothing to evaluate")
         judged.check(loaded, RUNTIMES[options.runtime])
-        encoded = runner.Splits(dataset, checkpoint)
-    rows = picked.of(encoded)
-    graph, agreed = loaded.graph, None
+        encoded = runner.Splits(dataset, checkpoint, progress)
+    split, rows = picked.split, picked.of(encoded)
     weights = not graph_only.is_one(checkpoint)
+    warnings += texts.check_reading(checkpoint, dataset.splits[split], encoded[split], split)
+    warnings += texts.told(checkpoint, {split: encoded[split]})
+    if weights:
+        warnings += soundness.probe(checkpoint, encoded[split])
+    graph, agreed = loaded.graph, None
     if graph is None:
-        graph, told = graphs.of_input(
-            checkpoint, encoded[picked.split], threads=conditions.threads, timings=timings, progress=progress
+        optional = options.runtime == "torch" and request.common.out is None
+        graph, told = (graphs.of_teacher if optional else graphs.of_input)(
+            checkpoint, encoded[split], threads=conditions.threads, timings=timings, progress=progress
         )
         warnings += told
     elif weights:
@@ -235,9 +251,10 @@ def _recorded(first: LineageEntry) -> Measurement | None:
     return Measurement.model_validate(stored) if stored is not None else None
 
 
-def _write(one: _Judged, report: Report, out: Path, timings: Timings) -> Report:
+def _write(one: _Judged, report: Report, out: Path, timings: Timings, *, force: bool) -> Report:
     """Copy the model unchanged, with the graph that was judged, the card and the report."""
     source = one.checkpoint.path
+    assert one.graph is not None
     beside = files.beside(one.graph)
     copied = [path for path in sorted(source.iterdir()) if path.is_file() and _belongs(path)]
     needed = sum(path.stat().st_size for path in (*copied, one.graph, *beside))
@@ -250,7 +267,7 @@ def _write(one: _Judged, report: Report, out: Path, timings: Timings) -> Report:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
         report = runner.finish(report, work, timings)
-        output.publish(work, out)
+        output.publish(work, out, force=force)
     return report
 
 

@@ -78,14 +78,15 @@ def logits_of(
         graph=[sha256_of(file) for file in (graph, *files.beside(graph))],
         rows=text.fingerprint(Encoded(encoded.ids, encoded.type_ids, encoded.offsets, None)),
         onnxruntime=onnxruntime.__version__,
+        code=cache.code(),
         device=device,
+        threads=threads,
         cpu=_cpu(),
     )
     path = cache.entry("predictions", f"{name}.npy")
-    if path.exists():
-        kept: np.ndarray = np.load(path, allow_pickle=False)
-        if kept.shape == (len(encoded), labels):
-            return kept
+    known = cache.load_array(path)
+    if known is not None and known.shape == (len(encoded), labels):
+        return known
     size = 1 if dynamic_integers(graph) else 32
     groups = batching.equal_length_batches(encoded.lengths, size)
     logits: np.ndarray | None = None
@@ -98,16 +99,13 @@ def logits_of(
             logits[rows] = part
             task.advance(len(rows))
     assert logits is not None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{id(logits)}.tmp.npy")
-    np.save(temporary, logits)
-    temporary.replace(path)
+    cache.save_array(path, logits)
     return logits
 
 
 def measure(
     checkpoint: Checkpoint,
-    graph: Path,
+    graph: Path | None,
     encoded: Encoded,
     split: str,
     conditions: Conditions,
@@ -120,7 +118,8 @@ def measure(
 
     Args:
         checkpoint: Loaded from the directory whose size is meant.
-        graph: Its ONNX form, which gives the quality, because it is what ships.
+        graph: Its ONNX form, which gives the quality, because it is what ships; None where it has none and torch
+            gives it.
         encoded: Labelled rows.
         split: Their name.
         conditions: The same for every model that is compared.
@@ -131,7 +130,7 @@ def measure(
     threads, device = conditions.threads, conditions.device
     timings, progress, runtimes = conditions.timings, conditions.progress, conditions.runtimes
     with timings.phase("quality"):
-        if runtimes[0] == "onnx":
+        if graph is not None and runtimes[0] == "onnx":
             logits = logits_of(
                 graph,
                 encoded,
@@ -152,15 +151,16 @@ def measure(
         parameters = sum(t.numel() for t in tensors)
         nonzero = sum(int((t != 0).sum()) for t in tensors)
     with timings.phase("size"):
-        sizes = size.measure(checkpoint.path, parameters, nonzero, graph, files.beside(graph))
+        beside = [] if graph is None else files.beside(graph)
+        sizes = size.measure(checkpoint.path, parameters, nonzero, graph, beside)
     with timings.phase("compute"):
         tokens = max(2, round(float(encoded.lengths.mean())))
         counted = Compute(macs=compute.macs(checkpoint.model, tokens) if weights else None, sequence=tokens)
     stored = sorted(file.name for file in checkpoint.path.glob("*.safetensors")) if weights else []
     used = Files(
-        graph=judged.named(checkpoint, graph),
-        graph_sha256=sha256_of(graph),
-        quality="onnx" if runtimes[0] == "onnx" else "torch",
+        graph=None if graph is None else judged.named(checkpoint, graph),
+        graph_sha256=None if graph is None else sha256_of(graph),
+        quality="onnx" if graph is not None and runtimes[0] == "onnx" else "torch",
         weights=stored,
     )
     return Measured(Measurement(quality=found, size=sizes, compute=counted, latency=[], files=used), logits)
@@ -171,9 +171,13 @@ class Timed:
     """A model to be timed; its measurement gets the latencies."""
 
     checkpoint: Checkpoint
-    graph: Path
+    graph: Path | None  # None: it has none, and is timed in torch
     encoded: Encoded
     measured: Measured
+
+    def runtimes(self, wanted: Sequence[str]) -> list[str]:
+        """Those of the wanted runtimes that can run it."""
+        return [name for name in wanted if name == "torch" or self.graph is not None] or ["torch"]
 
 
 def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
@@ -186,7 +190,7 @@ def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
     with conditions.timings.phase("latency"):
         for _ in range(ROUNDS):
             for number, one in enumerate(models):
-                for runtime in conditions.runtimes:
+                for runtime in one.runtimes(conditions.runtimes):
                     with _running(one, runtime, conditions) as run:
                         for batch_size in sizes:
                             batches = latency_batches(one.encoded, one.checkpoint.pad_id, batch_size)
@@ -195,7 +199,7 @@ def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
     for number, one in enumerate(models):
         one.measured.measurement.latency = [
             latency.summarise(found[number, runtime, batch_size], runtime=runtime, threads=threads)
-            for runtime in conditions.runtimes
+            for runtime in one.runtimes(conditions.runtimes)
             for batch_size in sizes
         ]
 
@@ -203,7 +207,7 @@ def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
 def _running(
     one: Timed, runtime: str, conditions: Conditions
 ) -> AbstractContextManager[Callable[[Mapping[str, np.ndarray]], np.ndarray]]:
-    if runtime == "torch":
+    if runtime == "torch" or one.graph is None:
         return nullcontext(torch_runner(one.checkpoint))
     return classifier.running(one.graph, threads=conditions.threads, device=conditions.device)
 

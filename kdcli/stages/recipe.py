@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from kdcli import __version__, cache
+from kdcli import cache
 from kdcli.errors import ExitCode, InputError, did_you_mean
 from kdcli.measure import environment
 from kdcli.models import references
@@ -165,9 +165,9 @@ def run(
         progress.phase(f"stage {number} of {len(steps)}: {step.stage}")
         if writes:
             output.choose(target, "", step.stage, force=force, inputs=())
-        if writes and (kept / io.FILE).is_file():
+        if writes and cache.whole(kept):
             progress.note(f"{step.stage}: nothing changed, taken from the cache")
-            _copy(kept, target, place_of_data)
+            _copy(kept, target, place_of_data, step.stage, force=force)
             report = io.read(target)
         else:
             common = replace(step.common, out=target if writes else None, force=force)
@@ -267,37 +267,43 @@ def _key(name: Any) -> str:
 
 
 def _cache_key(step: Step, model: str | None) -> tuple[str, str]:
-    """Everything that decides a stage's output, and where its data are; times and paths are not part of the key.
+    """Everything that decides a stage's output and the numbers in its report, and where its data are.
 
-    The machine is, because speeds that were measured on another one are no measure here.
+    Paths are not part of the key. The machine is, because speeds that were measured on another one are no measure here.
     """
     from kdcli.models.checkpoint import weights_digest
 
-    ref = model if step.stage != "distill" else step.options.teachers[0]
-    assert ref is not None
-    source = references.resolve(ref, offline=step.common.offline).path
+    request = _request(step, model, step.common)
+    found = [references.resolve(name, offline=step.common.offline) for name in early.models_of(request)]
     common = {k: v for k, v in asdict(step.common).items() if k not in ("out", "force", "resume", "debug")}
-    settled = early.settle_data(_request(step, model, step.common), source)
-    dataset = early.load_data(settled, [source])
+    settled = early.settle_data(request, found[0].path)
+    dataset = early.load_data(settled, [found[0].path])
+    read = [getattr(step.options, f.name) for f in fields(step.options)]
+    graphs = [one.path / "model.onnx" for one in found]
+    files = [path for path in (*graphs, *read) if isinstance(path, Path) and path.is_file()]
     key = cache.key(
         stage=step.stage,
-        input=weights_digest(source),
+        inputs=[weights_digest(one.path) for one in found],
+        files=[io.sha256_of(path) for path in files],
         options=asdict(step.options),
         common=common,
         data=dataset.fingerprint,
-        version=__version__,
+        code=cache.code(),
+        machine=[environment.cpu_name(), *environment.isa(), environment.threads()],
         dequantize=step.dequantize,
-        cpu=environment.cpu_name(),
-        threads=environment.threads(),
     )
     return key, str(settled.common.data)
 
 
-def _copy(source: Path, target: Path, data: str) -> None:
+def _copy(source: Path, target: Path, data: str, stage: str, *, force: bool) -> None:
     """Copy a kept output; its report says where the data are as seen from there."""
-    with output.building(target, sum(p.stat().st_size for p in source.iterdir())) as work:
-        shutil.copytree(source, work, dirs_exist_ok=True)
+    size = sum(p.stat().st_size for p in source.iterdir())
+    with (
+        output.reserved(target, "", stage, force=force, inputs=()) as place,
+        output.building(place, size) as work,
+    ):
+        shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(cache.SUMS))
         report = io.read(work)
-        if (moved := recorded_data.moved(report.data, data, target)) != report.data:
+        if (moved := recorded_data.moved(report.data, data, place)) != report.data:
             io.write(report.model_copy(update={"data": moved}), work)
-        output.publish(work, target)
+        output.publish(work, place, force=force)
