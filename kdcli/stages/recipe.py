@@ -62,6 +62,9 @@ _GATES = {
 }
 
 
+_JUDGING = (*_GATES, "max_size", "gate", "baseline", "data", "columns", "split", "limit")
+
+
 @dataclass(frozen=True)
 class Step:
     """One stage of a recipe; its model is the output of the step before."""
@@ -208,6 +211,12 @@ def _step(where: str, stage: StageName, given: dict[str, Any]) -> Step:
             raise InputError(
                 f"{where}: unknown option '{key}' of {stage}: {did_you_mean(key, allowed - {'models'})}"
             )
+        if key in _JUDGING and (value is None or value == "" or isinstance(value, bool)):
+            # Taken for no value it would silently drop a gate, or judge something else.
+            said = (
+                "has no value" if value in (None, "") else f"is {str(value).lower()}, which is no value of it"
+            )
+            raise InputError(f"{where}: '{key.replace('_', '-')}' {said}", "give one, or leave the line out")
         if key == "set":
             common["settings"] = {str(k): str(v) for k, v in _mapping(where, value).items()}
         elif key == "max_size":
