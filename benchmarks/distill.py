@@ -3,7 +3,7 @@
 Runs `kdcli distill` once for every line of the plan below through the installed command, skips what is there, and
 prints Markdown tables. Every line says what it changes against the default recipe; `headline` and `labels` also
 train the controls, the same student from the same first weights for as many steps without the teacher: on the labels
-alone, and on the labels of the rows and of the same further texts, with dropout.
+alone, with the same further texts, and with dropout where the student has none.
 
     python benchmarks/distill.py run headline --data clinc150=DIR --data sst2=DIR --teacher clinc150=DIR ...
     python benchmarks/distill.py run methods --lane 0/2 ...     # every second line; two processes share the cores
@@ -32,10 +32,17 @@ from common import by_onnxruntime_alone, header, mean, pairs, reports
 SHORT = ["--augment", "0", "--epochs", "6", "--set", "phases=one"]  # for comparing methods: the rows alone
 
 
-CONTROLS = ("labels", "labels+texts+dropout")
+CONTROLS = ("labels", "labels+texts", "labels+texts+dropout")
 
 TITLES = [
-    *("student | data", "distilled", "labels alone", "labels, texts, dropout", "gain over the better", "p"),
+    *(
+        "student | data",
+        "distilled",
+        "labels alone",
+        "labels, texts",
+        "labels, texts, dropout",
+        "gain over the best",
+    ),
     *(
         "onnxruntime alone",
         "parameters",
@@ -261,7 +268,7 @@ def named(controls: list[dict[str, Any]], name: str) -> list[float]:
 
 
 def of_best(one: dict[str, Any]) -> dict[str, Any]:
-    """The better of a run's controls."""
+    """The best of a run's controls."""
     return next(run for run in one["runs"] if run["name"] == one["best"])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from kdcli.cli.command import COMMANDS, flag_of, variable_of
 from kdcli.cli.console import Console, clean, make
-from kdcli.errors import ExitCode, KdcliError, did_you_mean
+from kdcli.errors import ExitCode, InterruptedRun, KdcliError, did_you_mean
 from kdcli.report.redact import redact
 
 
@@ -21,7 +21,7 @@ def explain(error: BaseException, words: Sequence[str]) -> int:
     console = make("kdcli" if name is None else f"kdcli {name}")
     if "--debug" in words or os.environ.get("KDCLI_DEBUG", "").lower() in ("1", "true", "yes", "on"):
         print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-    if isinstance(error, KdcliError):
+    if isinstance(error, (KdcliError, InterruptedRun)):
         console.error(clean(str(error)), None if error.hint is None else clean(error.hint))
         return int(error.exit_code)
     if isinstance(error, KeyboardInterrupt):
@@ -80,6 +80,13 @@ def _resource(error: BaseException) -> tuple[str, str] | None:
     text = str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the disk ({clean(text)})", "free some, or write elsewhere with -o"
+    if text.startswith("[Errno 2] No usable temporary directory"):
+        return "no temporary directory can be written", "set TMPDIR to one that can"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return (
+            f"a file cannot be written or read ({clean(text)})",
+            "kdcli doctor shows the places that it uses",
+        )
     if "No space left on device" in text:
         return "no space left on the disk", "free some, or write elsewhere with -o"
     memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -204,12 +204,12 @@ def of_input(
         model=checkpoints.weights_digest(checkpoint.path),
         labels=checkpoint.labels,
         inputs=inputs_of(checkpoint, encoded),
-        kdcli=__version__,
+        code=cache.code(),
         torch=torch.__version__,
         onnxruntime=onnxruntime.__version__,
     )
     place = cache.entry("onnx", name)
-    if not (place / FILE).is_file():
+    if not cache.whole(place):
         with cache.writing(place) as temporary:
             graph = build(
                 checkpoint, temporary / FILE, encoded, threads=threads, timings=timings, progress=progress

@@ -189,7 +189,7 @@ def _distill(
         rounds = checked.settings.teacher_epochs or distill.teacher_epochs(train, labels, size_)
         seconds += rounds * train * 3 * cost / _FLOPS_TRAIN
     logits = 4 * texts * labels
-    trainings = 3 if options.control else 1  # each of two controls takes as many steps as the student
+    trainings = 4 if options.control else 1  # each of up to three controls takes as many steps as the student
     if size is None:
         return seconds + trainings * epochs * texts * 3 * cost / _FLOPS_TRAIN, 0, logits
     small = _flops_a_row(*size, tokens)

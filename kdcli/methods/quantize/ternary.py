@@ -3,8 +3,8 @@
     d = 0.7 mean|w|,    q_i = sign(w_i) if |w_i| > d else 0,    a = mean of |w_i| where |w_i| > d
 
 with one a for a matrix and one for each row of the token table. The float weights are trained and rounded anew at
-every step; gradients go through the rounding as if it were not there. The loss is the cross entropy with the
-teacher's answers, plus the squared differences of attention scores and hidden states of every layer.
+every step; gradients go through the rounding as if it were not there. The loss is the divergence from the teacher's
+answers, plus the squared differences of attention scores and hidden states of every layer (``tinybert``).
 
 Source: Li and Liu 2016, "Ternary Weight Networks", arXiv:1605.04711, equations 5 and 6; Zhang et al. 2020,
 "TernaryBERT: Distillation-aware Ultra-low Bit BERT", EMNLP, arXiv:2009.12812, sections 3.1 and 3.2.
@@ -37,6 +37,12 @@ class Config(BaseModel):
     alpha: float = Field(1.0, ge=0, le=1, description="weight of the teacher's answers; labels have the rest")
     temperature: float = Field(1.0, gt=0, description="T of the answers")
     hidden: float = Field(1.0, ge=0, description="weight of the attention scores and hidden states")
+    activations: Literal["float", "8"] = Field(
+        "8", description="what matrices read: 8-bit integers with ranges found in training, or floats"
+    )
+    momentum: float = Field(
+        0.05, gt=0, le=1, description="activations=8: share of a batch in the average of the ranges"
+    )
 
 
 def quantise(weight: Tensor, config: Config, *, table: bool = False) -> Integers:
