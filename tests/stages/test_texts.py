@@ -129,7 +129,7 @@ def test_a_cut_vocabulary_splits_as_the_file_too(tmp_path: Path, data_dir: Path)
     model, out = changed(tmp_path / "in"), tmp_path / "out"
     report, _ = stage(model, data_dir, out, PruneOptions(structure="vocab"), "prune")
     assert report.method is not None
-    rows = ["film good.", "the FILM was good"]
+    rows = ["film good.", "the film WAS good"]
     whole, left = (Tokenizer.from_file(str(place / "tokenizer.json")) for place in (model, out))
     for row in rows:
         assert left.encode(row).tokens == whole.encode(row).tokens
