@@ -94,7 +94,8 @@ def test_it_is_measured_as_plain_transformers_answers(kind: str, data_dir: Path,
     report = judge(path, data_dir)
     assert report.after.quality is not None
     assert report.after.quality.accuracy.value == accuracy(path, data_dir)
-    assert not report.warnings or {w.code for w in report.warnings} == {"not-fused"}
+    # Of random weights the most frequent answer is as good; that is no matter of the family.
+    assert {w.code for w in report.warnings} <= {"not-fused", "majority", "one-answer"}
 
 
 def test_a_teacher_without_an_onnx_form_teaches(data_dir: Path, tmp_path: Path) -> None:
