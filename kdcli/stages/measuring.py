@@ -84,8 +84,7 @@ def logits_of(
         cpu=_cpu(),
     )
     path = cache.entry("predictions", f"{name}.npy")
-    known = cache.load_array(path)
-    if known is not None and known.shape == (len(encoded), labels):
+    if (known := cache.load_array(path, shape=(len(encoded), labels))) is not None:
         return known
     size = 1 if dynamic_integers(graph) else 32
     groups = batching.equal_length_batches(encoded.lengths, size)
