@@ -126,7 +126,7 @@ def named(table: Table, role: str, columns: Columns) -> str:
         offer = _offer(table, columns)
         raise InputError(
             f"'{table.source}' has no column '{printable(wanted)}': {suggest(wanted, table.names)}",
-            f"is it --columns {offer}? "
+            f"if these are the right ones: --columns {offer}"
             if offer
             else "name the columns with --columns text=NAME,label=NAME (or text_a=NAME,text_b=NAME,label=NAME)",
         )
