@@ -158,10 +158,9 @@ def _offer(table: Table, columns: Columns) -> str | None:
         rest = [name for name in left if name not in texts]
         label = first(name for name in _LABELS if folded.get(name) in rest)
         label = label or (rest[0] if len(rest) == 1 else None)
-        if label is None:
-            return None
-        chosen["label"] = label
-    return ",".join(f"{role}={chosen[role]}" for role in ROLES if role in chosen)
+        if label is not None:
+            chosen["label"] = label
+    return ",".join(f"{role}={chosen[role]}" for role in ROLES if role in chosen) or None
 
 
 def _only_prose(table: Table, names: Sequence[str]) -> str | None:
