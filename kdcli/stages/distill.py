@@ -49,7 +49,7 @@ def prepare(context: Context) -> None:
         )
     teacher = context.checkpoint
     if options.unlabeled is not None:
-        extra = sources.load_texts(options.unlabeled)
+        extra = sources.load_texts(options.unlabeled, context.request.common.columns)
         more = text.encode(extra, teacher.tokenizer, teacher.max_length, None)
         train = text.concatenate(train, more, UNLABELLED)
     narrowed = {"train": train, "validation": validation}

@@ -101,8 +101,8 @@ def told(checkpoint: Checkpoint, splits: Mapping[str, Encoded]) -> list[Warning_
         rows = len(encoded)
         if rows and encoded.cut > MANY_CUT * rows:
             message = (
-                f"{encoded.cut} of {rows} rows of {split} ({encoded.cut / rows:.1%}) are longer than the "
-                f"{checkpoint.max_length} tokens that the model takes: what comes after is not seen"
+                f"{encoded.cut} of {rows} rows of {split} ({encoded.cut / rows:.1%}) are longer than the limit "
+                f"of {checkpoint.max_length} tokens: the model does not see what comes after"
             )
             found.append(Warning_(code="rows-cut", message=message))
         share, lost = unknown(encoded, checkpoint.tokenizer)

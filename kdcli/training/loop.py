@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli import processes
+from kdcli import interrupts, processes
 from kdcli.data import batching
 from kdcli.data.text import Encoded
 from kdcli.errors import InterruptedRun
+from kdcli.interrupts import Steps
 from kdcli.progress import Progress
 from kdcli.training import distributed
 from kdcli.training.batches import model_inputs
 from kdcli.training.compact import compacted
 from kdcli.training.divergence import Divergence
-from kdcli.training.interrupt import Interrupt, interruptible
 from kdcli.training.resume import ResumePoint, pack_optimizer, unpack_optimizer
 
 
@@ -188,7 +188,10 @@ class _Run:
         lengths = train.lengths
         checking = inference(validation, options.batch_size * 4, self.pad_id)
         divergence = Divergence(self.title, options.lr, options.rate_option, validation.labels)
-        with interruptible() as interrupt, progress.task(self.title, per_epoch * options.epochs) as task:
+        with (
+            interrupts.stepping() as interrupt,
+            progress.task(self.title, per_epoch * options.epochs) as task,
+        ):
             task.advance(state.epoch * per_epoch + state.step)
             while not state.done:
                 batches = batching.train_batches(lengths, options.batch_size, options.seed, state.epoch)
@@ -239,7 +242,7 @@ class _Run:
         )
 
     def step(
-        self, train: Encoded, rows: np.ndarray, at: int, steps: int, interrupt: Interrupt
+        self, train: Encoded, rows: np.ndarray, at: int, steps: int, interrupt: Steps
     ) -> tuple[Tensor, bool]:
         """One optimizer step on a global batch; returns its loss and whether a signal has arrived."""
         for group in self.optimizer.param_groups:
@@ -265,7 +268,7 @@ class _Run:
         if processes.first():
             resume.save(tensors, plain)
 
-    def stop(self, state: _State, interrupt: Interrupt) -> None:
+    def stop(self, state: _State, interrupt: Steps) -> None:
         """Keep the resume point and end."""
         import signal
 
@@ -281,7 +284,7 @@ class _Run:
         raise InterruptedRun(
             f"{self.title} stopped {after}",
             hint,
-            terminated=interrupt.signal == signal.SIGTERM,
+            terminated=interrupt.signal not in (None, signal.SIGINT),
         )
 
 

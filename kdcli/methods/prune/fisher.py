@@ -17,7 +17,8 @@ mask m is to second order, at a trained model,
 
     min_m  sum_t | W diag(m) h_t + b - y_t |^2 + damp * mean(diag A) * | m - 1 |^2,    A = (W^T W) * (sum h h^T),
 
-   summed over the features of a head. It is folded into the columns of W, so that it costs nothing afterwards.
+   summed over the features of a head; in the last layer tokens behind the first count a tenth, because the head reads
+   the first alone. m is folded into the columns of W, so that it costs nothing afterwards.
 
 Source: Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", arXiv:2204.09656, sections
 4.1 to 4.3 and algorithm 1.

@@ -21,8 +21,10 @@ Models", arXiv:2204.00408, section 3.1; the energy of normalised activations as 
 al. 2024, "Compact Language Models via Pruning and Knowledge Distillation", arXiv:2407.14679, section 2.2; the refit
 of W is the closed form of removing inputs from a least-squares layer, as in Frantar and Alistarh 2022,
 arXiv:2208.11580.
-Differs: no mask is learned. Sites weigh alike. The fits are of the dense model's activations, layer by layer
-independent of each other; without ``--epochs`` the result is a starting point, not a model to ship.
+Differs: no mask is learned. Sites weigh alike; at the last one only first tokens count, which the head reads.
+ELECTRA's projection of the embeddings has no beta and no gamma: the energy of its output counts. The fits are of the
+dense model's activations, layer by layer independent of each other; without ``--epochs`` the result is a starting
+point, not a model to ship.
 """
 
 from __future__ import annotations
