@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-import kdcli  # noqa: F401 - switches off the telemetry of what is loaded later
+import kdcli as _telemetry_off  # noqa: F401 - switches off the telemetry of what is loaded later
 
 EVERY = 0.02  # seconds between two samples of memory
 
@@ -133,11 +133,17 @@ def session(path: Path, threads: int = 0) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def answers(path: Path, rows: list[dict[str, np.ndarray]], threads: int = 0) -> np.ndarray:
-    """The top-1 class of every row, alone."""
+def logits(path: Path, rows: list[dict[str, np.ndarray]], threads: int = 0) -> np.ndarray:
+    """Logits (N, C) of every row, alone."""
     opened = session(path, threads)
     names = [i.name for i in opened.get_inputs()]
-    return np.array([int(opened.run(None, {n: row[n] for n in names})[0].argmax()) for row in rows])
+    return np.concatenate([opened.run(None, {n: row[n] for n in names})[0] for row in rows])
+
+
+def answers(path: Path, rows: list[dict[str, np.ndarray]], threads: int = 0) -> np.ndarray:
+    """The top-1 class of every row, alone."""
+    found: np.ndarray = logits(path, rows, threads).argmax(1)
+    return found
 
 
 def truth(model: Path, labels: list[str]) -> np.ndarray:

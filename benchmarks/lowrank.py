@@ -8,6 +8,9 @@ prints one Markdown table a data set. Nothing is trained, except in the line tha
     python benchmarks/lowrank.py run --limit 1500 ...    # quality on 1,500 test rows
     python benchmarks/lowrank.py table --data ...        # onnxruntime alone too, and all latencies in one command
     python benchmarks/lowrank.py cost                    # seconds and memory for a BERT-base-shaped model
+
+Defaults are chosen on validation rows and measured on test rows, in that order: `choose` factorises with every line of
+CHOICES, judges all by onnxruntime alone on the validation split, and the best of them, and no other, on the test split.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import numpy as np
 from common import by_onnxruntime_alone, pairs, report_of
 
 METHODS = ("svd", "fwsvd", "asvd", "whitening", "two-sided")
@@ -32,6 +36,20 @@ PLAN: dict[str, list[str]] = {
         for method in ("svd", DEFAULT)
     },
     f"{DEFAULT} 0.6, one epoch": ["--budget", "0.6", "--epochs", "1"],
+}
+
+#: What the parts of the default are worth, and how its two numbers were chosen.
+CHOICES: dict[str, list[str]] = {
+    "whitening": ["--method", "whitening", "--set", "sequential=off"],
+    "two-sided, not fitted": ["--set", "sequential=off"],
+    "two-sided, fitted to its own weights": ["--set", "sequential=inputs"],
+    **{
+        f"two-sided, floor {floor}, ridge {ridge}": ["--set", f"floor={floor}", "--set", f"ridge={ridge}"]
+        for floor, ridge in (
+            *(("0.1", "0.3"), ("0.1", "0.001"), ("0.1", "0.03"), ("0.1", "3")),
+            *(("0.01", "0.3"), ("1", "0.3")),
+        )
+    },
 }
 
 TITLES = [
@@ -109,6 +127,61 @@ def table(given: argparse.Namespace) -> None:
             print(line(name, report, fresh.get(name, report["after"]), alone))
 
 
+def choose(given: argparse.Namespace) -> None:
+    """Print divergence and accuracy of every choice on validation, and the best one's accuracy on the test split."""
+    data, models = pairs(given.data), pairs(given.model)
+    for source in data:
+        lines = [
+            (
+                f"{name} {source}",
+                place(given.out, name, source),
+                [models[source], "--data", data[source], "--budget", "0.6", "--limit", "64", *options],
+            )
+            for name, options in CHOICES.items()
+        ]
+        common.run_lines("lowrank", lines, given.lane)
+        rows, labels = common.encode(Path(models[source]), Path(data[source]) / "validation.csv")
+        truth = common.truth(Path(models[source]), labels)
+        dense = dense_log_probabilities(Path(models[source]), rows)
+        found = {}
+        for name in CHOICES:
+            graph = place(given.out, name, source) / "model.onnx"
+            if graph.is_file():
+                logits = common.logits(graph, rows)
+                found[name] = divergence(dense, logits), float((logits.argmax(1) == truth).mean())
+        best = min(found, key=lambda name: found[name][0])
+        print(f"\n### {source}: {len(rows)} validation rows, 60%\n")
+        print(common.header(["", "divergence, nats a row", "accuracy", "accuracy on the test split"]))
+        own = float((dense.argmax(1) == truth).mean())
+        print(common.row(["dense", "", common.share(own), ""]))
+        for name, (nats, accuracy) in found.items():
+            test = ""
+            if name == best:
+                alone = by_onnxruntime_alone(place(given.out, name, source), Path(data[source]) / "test.csv")
+                test = common.share(alone)
+            print(common.row([name, f"{nats:.4f}", common.share(accuracy), test]))
+
+
+def dense_log_probabilities(model: Path, rows: list[dict[str, np.ndarray]]) -> np.ndarray:
+    """log p (N, C) of a checkpoint, by transformers alone."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    loaded = AutoModelForSequenceClassification.from_pretrained(model).eval()
+    with torch.inference_mode():
+        made = [loaded(**{k: torch.from_numpy(v) for k, v in row.items()}).logits for row in rows]
+        found: np.ndarray = torch.cat(made).log_softmax(-1).numpy()
+    return found
+
+
+def divergence(dense: np.ndarray, logits: np.ndarray) -> float:
+    """KL(dense || factorised), mean over the rows: log p (N, C) and logits (N, C)."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max(1, keepdims=True)
+    log_q = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+    return float((np.exp(dense) * (dense - log_q)).sum(1).mean())
+
+
 def cost(given: argparse.Namespace) -> None:
     """Factorise a BERT-base-shaped model with random weights and report seconds and memory."""
     import torch
@@ -140,7 +213,7 @@ def cost(given: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("action", choices=["run", "table", "cost"])
+    parser.add_argument("action", choices=["run", "table", "choose", "cost"])
     common.named(parser, "data", "model")
     parser.add_argument("--out", type=Path, default=Path("kdcli-out/lowrank"))
     common.lane(parser)
@@ -149,7 +222,7 @@ def main() -> None:
     parser.add_argument("--latency", action="store_true", help="time all models again, in turns")
     parser.add_argument("--alone", action="store_true", help="judge with onnxruntime and the tokenizer alone")
     given = parser.parse_args()
-    {"run": run, "table": table, "cost": cost}[given.action](given)
+    {"run": run, "table": table, "choose": choose, "cost": cost}[given.action](given)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,8 @@ LabelsOpt = Annotated[
     int | None,
     _option(
         "--labels",
-        help="Use the labels of N training rows only; the rest teaches unlabelled.",
+        help="Use the labels of N training rows only, and of as small a share of the validation rows; "
+        "the rest teaches unlabelled.",
         parse=values.whole(1),
         metavar="N",
     ),
@@ -181,7 +182,11 @@ AugmentOpt = Annotated[
     ),
 ]
 ControlOpt = Annotated[
-    bool, _option("--control/--no-control", help="Also train the same student without the teacher.")
+    bool,
+    _option(
+        "--control/--no-control",
+        help="Also train the same student without the teacher: on the labels, and on the further texts too.",
+    ),
 ]
 
 # --- training ------------------------------------------------------------------------------------

@@ -41,8 +41,9 @@ def of_report(report: Report, console: Console) -> list[str]:
         lines.append("")
     if said := facts.delta_text(report):
         lines.append(said)
-    if said := facts.amount_text(report):
+    if report.stage == "evaluate" and (said := facts.files_text(report)):
         lines.append(clean(said))
+    lines += [clean(said) for said in (facts.amount_text(report), facts.control_text(report)) if said]
     return lines + _notes([report], console)
 
 
@@ -84,5 +85,7 @@ def _notes(reports: Sequence[Report], console: Console) -> list[str]:
             value = clean(facts.gate_text(gate))
             lines.append(f"gate {verdict}: {where}{clean(gate.expression)} (is {value})")
         for warning in report.warnings:
-            lines.append(f"{console.paint('33', 'warning')}: {where}{clean(warning.message)}")
+            loud = warning.code in facts.ALARMS
+            word = console.paint("31", "WARNING") if loud else console.paint("33", "warning")
+            lines.append(f"{word}: {where}{clean(warning.message)}")
     return lines

@@ -24,6 +24,19 @@ class Rates:
     drop: float = 0.2  # of tokens: it is left out
 
 
+@dataclass(frozen=True)
+class Origins:
+    """The rows that M made texts come from: one, or the beginning of one and the end of another."""
+
+    first: np.ndarray  # int64 (M,)
+    second: np.ndarray  # int64 (M,); the first one again where there is no other
+    share: np.ndarray  # float64 (M,): of the ordinary tokens, how many stand where the first row had some
+
+    def take(self, indices: np.ndarray) -> Origins:
+        """Those of the texts at these positions."""
+        return Origins(self.first[indices], self.second[indices], self.share[indices])
+
+
 def augment(
     encoded: Encoded,
     n: int,
@@ -33,7 +46,7 @@ def augment(
     mask_id: int | None,
     neighbours: np.ndarray | None,
     rates: Rates | None = None,
-) -> Encoded:
+) -> tuple[Encoded, Origins]:
     """Make ``n`` changed versions of every row, without labels, deterministic for a seed.
 
     Special tokens stay where they are, a token keeps the segment id of its place, no row gets longer
@@ -50,7 +63,7 @@ def augment(
 
     Returns:
         n * N rows: first one version of every row in the order of ``encoded``, then the second ones.
-        Rows that no operation changed are among them.
+        Rows that no operation changed are among them. And the rows of ``encoded`` that each was made from.
 
     Source: word masking and n-gram sampling as in Tang et al. (2019), arXiv:1903.12136;
     replacement by near neighbours in an embedding space as in TinyBERT, Jiao et al. (2020), arXiv:1909.10351;
@@ -61,13 +74,15 @@ def augment(
     rates = rates or Rates()
     rng = np.random.default_rng(seed)
     ordinary = ~np.isin(encoded.ids, np.fromiter(special, dtype=np.int64, count=len(special)))
-    tokens = _splice(rng, encoded, ordinary, n, rates.splice)
+    tokens, second = _splice(rng, encoded, ordinary, n, rates.splice)
     tokens = tokens.only(_windows(rng, tokens, rates.window))
     ids = tokens.ids
     first = _some(rng, tokens, rates.swap)[:-1] & (tokens.run[1:] == tokens.run[:-1])
     first[1:] &= ~first[:-1]  # a token moves once
     at = np.flatnonzero(first)
     ids[at], ids[at + 1] = ids[at + 1], ids[at]
+    other = tokens.other
+    other[at], other[at + 1] = other[at + 1], other[at]
     if neighbours is not None:
         at = np.flatnonzero(_some(rng, tokens, rates.replace))
         ids[at] = neighbours[ids[at], rng.integers(neighbours.shape[1], size=len(at))]
@@ -76,7 +91,9 @@ def augment(
     tokens = tokens.only(_rescued(rng, tokens, ~_some(rng, tokens, rates.drop)))
     lengths = np.bincount(tokens.row, minlength=n * len(encoded))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Encoded(tokens.ids, tokens.type_ids, offsets, None)
+    type_ids = None if encoded.type_ids is None else tokens.type_ids
+    made = Encoded(tokens.ids, type_ids, offsets, None)
+    return made, Origins(np.tile(np.arange(len(encoded)), n), second, _share(tokens, n * len(encoded)))
 
 
 def unlike(made: Encoded, known: Encoded) -> np.ndarray:
@@ -97,13 +114,18 @@ def _hashes(encoded: Encoded) -> np.ndarray:
     """One uint64 a row: the sum of a random number for every (place, token, segment), mixed as in splitmix64."""
     place = np.arange(len(encoded.ids)) - np.repeat(encoded.offsets[:-1], encoded.lengths)
     x = place.astype(np.uint64) << np.uint64(40)
-    x |= encoded.type_ids.astype(np.uint64) << np.uint64(32)
+    x |= _segments(encoded).astype(np.uint64) << np.uint64(32)
     x |= encoded.ids.astype(np.uint64)
     x += np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(x ^ (x >> np.uint64(31)))])
     return sums[encoded.offsets[1:]] - sums[encoded.offsets[:-1]]
+
+
+def _segments(encoded: Encoded) -> np.ndarray:
+    """Segment ids of all tokens; zeros where the tokenizer gives none."""
+    return np.zeros(len(encoded.ids), dtype=np.int8) if encoded.type_ids is None else encoded.type_ids
 
 
 @dataclass(frozen=True)
@@ -114,9 +136,10 @@ class _Tokens:
     type_ids: np.ndarray
     row: np.ndarray
     run: np.ndarray  # which unbroken run of ordinary tokens it is in; -1 for special tokens
+    other: np.ndarray  # bool: it comes from the second of two rows
 
     def only(self, kept: np.ndarray) -> _Tokens:
-        return _Tokens(self.ids[kept], self.type_ids[kept], self.row[kept], self.run[kept])
+        return _Tokens(self.ids[kept], self.type_ids[kept], self.row[kept], self.run[kept], self.other[kept])
 
     @property
     def runs(self) -> int:
@@ -129,8 +152,14 @@ def _runs(ordinary: np.ndarray, row: np.ndarray) -> np.ndarray:
     return np.where(ordinary, np.cumsum(starts) - 1, -1)
 
 
-def _splice(rng: np.random.Generator, encoded: Encoded, ordinary: np.ndarray, n: int, rate: float) -> _Tokens:
-    """Repeat the rows n times; some keep their first tokens and go on with the last ones of another row."""
+def _splice(
+    rng: np.random.Generator, encoded: Encoded, ordinary: np.ndarray, n: int, rate: float
+) -> tuple[_Tokens, np.ndarray]:
+    """Repeat the rows n times; some keep their first tokens and go on with the last ones of another row.
+
+    Returns:
+        The tokens, and the other row (n * N,); the row itself where there is none.
+    """
     count, lengths = len(encoded), encoded.lengths
     longest = int(lengths.max(initial=0))
     row = np.repeat(np.arange(count), lengths)
@@ -154,7 +183,17 @@ def _splice(rng: np.random.Generator, encoded: Encoded, ordinary: np.ndarray, n:
     sizes = np.stack([one, two], axis=1).ravel()
     at = np.repeat(starts - _before(sizes), sizes) + np.arange(int(sizes.sum()))
     made = np.repeat(np.arange(len(first)), one + two)
-    return _Tokens(encoded.ids[at], encoded.type_ids[at], made, _runs(ordinary[at], made))
+    other = np.repeat(np.arange(len(sizes)) % 2 == 1, sizes)
+    tokens = _Tokens(encoded.ids[at], _segments(encoded)[at], made, _runs(ordinary[at], made), other)
+    return tokens, np.where(spliced, second, first)
+
+
+def _share(tokens: _Tokens, rows: int) -> np.ndarray:
+    """Of each row's ordinary tokens, the share that is not from another row; 1 where there are none."""
+    inside = tokens.run >= 0
+    total = np.bincount(tokens.row[inside], minlength=rows)
+    other = np.bincount(tokens.row[inside & tokens.other], minlength=rows)
+    return 1 - other / np.maximum(total, 1)
 
 
 def _windows(rng: np.random.Generator, tokens: _Tokens, rate: float) -> np.ndarray:

@@ -16,7 +16,7 @@ def collate(
     type_pad: int = 0,
     width: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Pad B rows on the right.
+    """Pad B rows on the right, or on the left where ``pad_id`` has a true attribute ``left``.
 
     Args:
         encoded: The rows.
@@ -26,7 +26,7 @@ def collate(
         width: Tokens of the result; the longest row when None.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``token_type_ids``, each int64 (B, T).
+        ``input_ids``, ``attention_mask`` and, where the tokenizer gives them, ``token_type_ids``, each int64 (B, T).
 
     Raises:
         ValueError: A row is longer than ``width``.
@@ -36,13 +36,17 @@ def collate(
     longest = int(lengths.max(initial=0))
     if width is not None and width < longest:
         raise ValueError(f"a row of {longest} tokens does not fit into width {width}")
-    mask = np.arange(longest if width is None else width) < lengths[:, None]
+    wide = longest if width is None else width
+    place = np.arange(wide)
+    mask = place >= wide - lengths[:, None] if getattr(pad_id, "left", False) else place < lengths[:, None]
     at = encoded.positions(rows)
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
-    types = np.full(mask.shape, type_pad, dtype=np.int64)
     ids[mask] = encoded.ids[at]
-    types[mask] = encoded.type_ids[at]
-    return {"input_ids": ids, "attention_mask": mask.astype(np.int64), "token_type_ids": types}
+    made = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+    if encoded.type_ids is not None:
+        made["token_type_ids"] = np.full(mask.shape, type_pad, dtype=np.int64)
+        made["token_type_ids"][mask] = encoded.type_ids[at]
+    return made
 
 
 def train_batches(

@@ -23,9 +23,10 @@ class Encoded:
     """N tokenised rows; row ``i`` is ``ids[offsets[i]:offsets[i + 1]]``."""
 
     ids: np.ndarray  # int32 (tokens,)
-    type_ids: np.ndarray  # int8 (tokens,)
+    type_ids: np.ndarray | None  # int8 (tokens,); None: the tokenizer gives no segment ids
     offsets: np.ndarray  # int64 (N + 1,)
     labels: np.ndarray | None  # int64 (N,)
+    cut: int = 0  # rows that were longer; known of whole splits alone
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -47,27 +48,39 @@ class Encoded:
         at = self.positions(rows)
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
         return Encoded(
-            self.ids[at], self.type_ids[at], offsets, None if self.labels is None else self.labels[rows]
+            self.ids[at],
+            None if self.type_ids is None else self.type_ids[at],
+            offsets,
+            None if self.labels is None else self.labels[rows],
         )
 
 
-def encode(rows: Rows, tokenizer: Any, max_length: int, label_index: Mapping[str, int] | None) -> Encoded:
+def encode(
+    rows: Rows,
+    tokenizer: Any,
+    max_length: int,
+    label_index: Mapping[str, int] | None,
+    title: str = "the data",
+) -> Encoded:
     """Tokenise rows with special tokens, cut to ``max_length`` tokens, never padded.
 
     Args:
         rows: N texts or pairs of texts; a pair is cut token by token from the longer text.
         tokenizer: A fast tokenizer of transformers. Its own truncation and padding settings are
-            ignored, and as they were afterwards.
+            ignored, and as they were afterwards. Segment ids are those that it gives, or none.
         max_length: Tokens, special tokens included.
         label_index: Label name -> index; None leaves the labels out.
+        title: What the rows are called in a message.
 
     Raises:
-        InputError: ``max_length`` has no room for text, or a label is not in ``label_index``.
+        InputError: ``max_length`` has no room for text, a row has no tokens at all, or a label is not in
+            ``label_index``.
     """
     special = tokenizer.num_special_tokens_to_add(pair=rows.second is not None)
     if max_length <= special:
         raise InputError(f"{max_length} tokens have no room for text: the special tokens alone are {special}")
-    ids, types, counts = [], [], []
+    ids, types, counts, cut = [], [], [], 0
+    segments = "token_type_ids" in tokenizer.model_input_names
     with _settings_kept(tokenizer):
         for start in range(0, len(rows), _CHUNK):
             chunk = slice(start, start + _CHUNK)
@@ -77,21 +90,29 @@ def encode(rows: Rows, tokenizer: Any, max_length: int, label_index: Mapping[str
                 truncation="longest_first",
                 max_length=max_length,
                 padding=False,
-                return_token_type_ids=True,
                 return_attention_mask=False,
             )
             lengths = np.fromiter(map(len, made["input_ids"]), np.int64)
             total = int(lengths.sum())
             ids.append(np.fromiter(chain.from_iterable(made["input_ids"]), np.int32, total))
-            types.append(np.fromiter(chain.from_iterable(made["token_type_ids"]), np.int8, total))
+            if segments:
+                types.append(np.fromiter(chain.from_iterable(made["token_type_ids"]), np.int8, total))
             counts.append(lengths)
+            if len(blank := np.flatnonzero(lengths == 0)):
+                raise InputError(
+                    f"row {start + int(blank[0]) + 1} of {title} has no tokens: its text is "
+                    f"'{printable(rows.first[start + int(blank[0])])[:40]}', and the tokenizer adds no special tokens",
+                    "leave such rows out, or give their texts a word",
+                )
+            cut += sum(bool(made.encodings[i].overflowing) for i in np.flatnonzero(lengths == max_length))
     empty = np.zeros(0, dtype=np.int64)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate([empty, *counts]))]).astype(np.int64)
     return Encoded(
         np.concatenate([empty.astype(np.int32), *ids]),
-        np.concatenate([empty.astype(np.int8), *types]),
+        np.concatenate([empty.astype(np.int8), *types]) if segments else None,
         offsets,
         None if rows.labels is None or label_index is None else _indices(rows.labels, label_index),
+        cut,
     )
 
 
@@ -101,9 +122,12 @@ def concatenate(first: Encoded, second: Encoded, fill: int) -> Encoded:
     if first.labels is not None or second.labels is not None:
         both = (first, second)
         labels = np.concatenate([np.full(len(x), fill) if x.labels is None else x.labels for x in both])
+    types = None
+    if first.type_ids is not None and second.type_ids is not None:
+        types = np.concatenate([first.type_ids, second.type_ids])
     return Encoded(
         np.concatenate([first.ids, second.ids]),
-        np.concatenate([first.type_ids, second.type_ids]),
+        types,
         np.concatenate([first.offsets, second.offsets[1:] + first.offsets[-1]]),
         labels,
     )

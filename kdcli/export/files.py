@@ -175,6 +175,38 @@ def aside(graph: GraphProto, content: memoryview) -> dict[str, np.ndarray]:
     return found
 
 
+def beside(source: Path) -> list[Path]:
+    """The files that hold the external data of a graph, each once; none for a graph in one piece.
+
+    Raises:
+        InputError: The file is no graph, or one of them is missing or lies outside its directory.
+    """
+    names: set[str] = set()
+    with _graph_of(source) as (content, model, tensors):
+        for start, end in tensors:
+            rest, _ = _without(content[start:end], TensorProto.RAW_DATA_FIELD_NUMBER)
+            names |= _locations(TensorProto.FromString(rest))
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                names |= _locations(attribute.t)
+    home = source.parent.resolve()
+    for name in sorted(names):
+        place = source.parent / name
+        inside = not Path(name).is_absolute() and place.resolve().is_relative_to(home)
+        if not inside or not place.is_file():
+            raise InputError(
+                f"{source} keeps weights in {name!r}, which is {'missing' if inside else 'outside its directory'}",
+                "put the file beside the graph" if inside else None,
+            )
+    return [source.parent / name for name in sorted(names)]
+
+
+def _locations(tensor: TensorProto) -> set[str]:
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return set()
+    return {entry.value for entry in tensor.external_data if entry.key == "location"}
+
+
 # What says in a tensor that its data are elsewhere.
 _ASIDE = frozenset({"raw_data", "external_data", "data_location", "doc_string"})
 

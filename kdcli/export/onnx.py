@@ -30,6 +30,11 @@ Route = Literal["torchscript", "dynamo"]
 OPSET = 17  # LayerNormalization is one operator from here on; every maintained onnxruntime reads it
 OUTPUT = "logits"
 
+NOT_EXPORTED = (
+    "it may still teach (kdcli distill --teacher MODEL), and kdcli evaluate --runtime torch measures it"
+)
+"""What is left to do with a model that has no ONNX form."""
+
 _LARGE = files.LARGE
 
 
@@ -85,7 +90,8 @@ def export(
         ) from error
     except Exception as error:
         reason = (str(error).strip() or printed.getvalue().strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"the model cannot be exported to ONNX: {reason}") from error
+        reason = reason.partition(" (Could this error message be improved?")[0]
+        raise InputError(f"the model cannot be exported to ONNX: {reason}", NOT_EXPORTED) from error
     finally:
         model.train(training)
     check_dimensions(path, names)
@@ -163,7 +169,8 @@ def check_dimensions(path: Path, names: Sequence[str]) -> None:
     """
     graph = files.outline(path).graph
     found = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
-    if set(found) != set(names):
+    # Segment ids that a model takes and makes nothing of are no input of its graph.
+    if set(found) - set(names) or set(names) - set(found) - {"token_type_ids"}:
         raise ParityError(f"the exported graph has the inputs {sorted(found)}, not {sorted(names)}")
     for name, dims in found.items():
         if dims != ["batch", "sequence"]:
@@ -191,9 +198,15 @@ def annotate(path: Path, labels: Sequence[str], properties: Mapping[str, str]) -
     os.replace(temporary, path)
 
 
-def example(vocab_size: int, names: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
-    """An example batch (2, 7) for tracing; its values do not matter, its sizes do (neither 0 nor 1)."""
-    ids = np.arange(14, dtype=np.int64).reshape(2, 7) % max(vocab_size, 1)
+def example(
+    vocab_size: int, names: Sequence[str], device: torch.device | str, *, tokens: int = 7
+) -> dict[str, Tensor]:
+    """An example batch for tracing, (2, 7) or ``tokens`` where fewer are allowed.
+
+    Its values do not matter, its sizes do (neither 0 nor 1).
+    """
+    width = max(2, min(7, tokens))
+    ids = np.arange(2 * width, dtype=np.int64).reshape(2, width) % max(vocab_size, 1)
     made = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    made["attention_mask"][1, 5:] = 0
+    made["attention_mask"][1, -2:] = 0 if width > 2 else 1
     return {name: torch.from_numpy(made[name]).to(device) for name in names}

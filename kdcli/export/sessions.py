@@ -49,7 +49,7 @@ def open_session(
         number = device.partition(":")[2] or "0"
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
     source: str | bytes = str(path)
-    if _large(path):
+    if is_large(path):
         source = files.referring(path)
         folder = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(folder, str(path.resolve().parent))
@@ -60,7 +60,8 @@ def open_session(
         raise InputError(f"onnxruntime cannot open {path}: {reason}") from error
 
 
-def _large(path: Path) -> bool:
+def is_large(path: Path) -> bool:
+    """Whether the weights of a graph are mapped and not read."""
     return path.is_file() and path.stat().st_size >= files.LARGE
 
 
@@ -73,7 +74,7 @@ def running(
     Yields:
         The :func:`runner` of its session, of no use afterwards.
     """
-    large = _large(path)
+    large = is_large(path)
     held = [runner(open_session(path, threads=threads, device=device, spinning=spinning))]
     try:
         yield lambda batch: held[0](batch)
@@ -84,11 +85,17 @@ def running(
 
 
 def runner(session: ort.InferenceSession) -> Callable[[Batch], np.ndarray]:
-    """A function from a batch of (B, T) arrays to logits (B, C) that feeds only what the graph takes."""
+    """A function from a batch of (B, T) arrays to logits (B, C) that feeds only what the graph takes.
+
+    Segment ids that a graph asks for and its tokenizer does not give are zeros, as a model takes them to be.
+    """
     names = [i.name for i in session.get_inputs()]
 
     def run(batch: Batch) -> np.ndarray:
-        return session.run(None, {name: batch[name] for name in names})[0]
+        given = {name: batch[name] for name in names if name in batch}
+        if "token_type_ids" in names and "token_type_ids" not in batch:
+            given["token_type_ids"] = np.zeros_like(batch["input_ids"])
+        return session.run(None, given)[0]
 
     return run
 

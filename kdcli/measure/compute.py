@@ -56,5 +56,7 @@ def macs(model: Any, tokens: int) -> int:
         ids = torch.full(
             (1, tokens), first % int(getattr(model.config, "vocab_size", first + 1)), device=device
         )
+        if isinstance(end := getattr(model.config, "eos_token_id", None), int):
+            ids[:, -1] = end  # BART and its kin classify from the end of the text, and fail without one
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return counter.get_total_flops() // 2

@@ -16,17 +16,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kdcli import cache
 from kdcli.errors import InputError
-from kdcli.models import activations, compressed, foreign, mapped, ownership, tokenizers, transforms
+from kdcli.models import activations, compressed, foreign, inputs, mapped, ownership, tokenizers, transforms
 from kdcli.models.families import FAMILIES, Family, family_of
 from kdcli.models.integers import Integers
-from kdcli.models.transforms import Quantise, TransformLog, Vocab
+from kdcli.models.transforms import Quantise, TransformLog
 from kdcli.report.schema import Warning_
 
 WEIGHTS = "model.safetensors"
-
-# More positions than anybody classifies; a tokenizer without a limit says 1e30.
-_LONGEST = 8192
+_DECIDING = (".json", ".txt", ".model", ".jinja", ".safetensors")
+_TELLING = ("report.json", cache.SUMS)  # files that tell of a model and decide nothing
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Checkpoint:
     doubts: list[Warning_] = field(default_factory=list)  # what a report on it should say
     notes: list[str] = field(default_factory=list)
     placed: torch.device | None = None  # where inputs go when the weights are spread over several places
+    pads_left: bool = False  # only where padding on the right would change the answers
 
     @property
     def config(self) -> Any:
@@ -64,15 +65,12 @@ class Checkpoint:
     @property
     def max_length(self) -> int:
         """Longest input in tokens, special tokens included."""
-        positions = int(getattr(self.config, "max_position_embeddings", 512) or 512)
-        if self.model_type in ("roberta", "mpnet"):
-            positions -= int(self.config.pad_token_id) + 1  # their positions start after the padding index
-        limit = int(min(getattr(self.tokenizer, "model_max_length", positions) or positions, _LONGEST))
-        return min(positions, limit)
+        return inputs.longest(self.model, self.tokenizer)
 
     @property
     def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id or 0)
+        """Id of the padding; its attribute ``left`` is true where it goes to the left of a text."""
+        return inputs.padding(self.model, self.tokenizer, left=self.pads_left)
 
     @property
     def device(self) -> torch.device:
@@ -129,12 +127,11 @@ def load(
             verdict = ownership.judge(path, files, None if labels is None else list(labels))
             model, has_head = ownership.load(path, files.config, verdict), verdict.has_head
             doubts = verdict.warnings
-        tokenizer = tokenizers.load(path)
+        tokenizer = tokenizers.load(path, by_kdcli=log is not None)
+    inputs.check_padding(model, path)
     vocabulary = getattr(model.config, "vocab_size", None)
-    if vocabulary is not None and len(tokenizer) > vocabulary:
-        raise InputError(
-            f"the tokenizer in {path} has {len(tokenizer)} tokens, but the model embeds only {vocabulary}"
-        )
+    if vocabulary is not None:
+        tokenizers.check_size(tokenizer, vocabulary, path)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"weight '{name}' in {path} holds NaN or infinity")
@@ -145,7 +142,17 @@ def load(
     model.eval().to(device)
     if log is not None and log.quantised is not None:
         activations.attach(model, log.quantised)
-    return Checkpoint(model, tokenizer, names, log or TransformLog(), path, has_head, log is not None, doubts)
+    return Checkpoint(
+        model,
+        tokenizer,
+        names,
+        log or TransformLog(),
+        path,
+        has_head,
+        log is not None,
+        doubts,
+        pads_left=inputs.must_pad_left(model, tokenizer),
+    )
 
 
 def fresh(config: Any) -> nn.Module:
@@ -260,22 +267,29 @@ def save(
     if integers:
         config_json["quantization_config"] = compressed.configuration(model, checkpoint.log)
     _write_json(directory / "config.json", config_json)
-    tokenizers.save(
-        checkpoint.tokenizer,
-        checkpoint.path,
-        directory,
-        cut=any(isinstance(t, Vocab) for t in checkpoint.log.transforms),
-        max_length=checkpoint.max_length,
-    )
+    side = None
+    if (
+        checkpoint.tokenizer.padding_side == "left"
+        and not checkpoint.pads_left
+        and inputs.padding_difference(model, checkpoint.tokenizer, left=True) > inputs.NOISE
+    ):
+        side = "right"  # a student of a teacher that is padded on the left is not
+    with quiet():
+        tokenizers.save(
+            checkpoint.tokenizer,
+            checkpoint.path,
+            directory,
+            max_length=checkpoint.max_length,
+            padding_side=side,
+        )
     transforms.write_log(checkpoint.log, directory)
 
 
 def weights_digest(path: Path) -> str:
-    """sha256 over what decides a checkpoint's answers: configuration, log, tokenizer and weights."""
+    """sha256 over what decides a checkpoint's answers: configuration, log, weights, and any tokenizer's files."""
     digest = hashlib.sha256()
-    names = ["config.json", transforms.FILE, "tokenizer.json", "vocab.txt", "model.safetensors.index.json"]
-    for file in [path / n for n in names] + sorted(path.glob("*.safetensors")):
-        if file.is_file():
+    for file in sorted(path.iterdir()):
+        if file.suffix in _DECIDING and file.name not in _TELLING and file.is_file():
             digest.update(file.name.encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -20,6 +20,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from kdcli.errors import InputError, ResourceError, UnavailableError, did_you_mean
+from kdcli.models import nearby
 from kdcli.models.aliases import MODELS, STUDENT_REPOS, ModelAlias
 from kdcli.progress import Progress
 
@@ -40,6 +41,7 @@ FILES = (
     "vocab.json",
     "merges.txt",
 )
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 PROBE_SECONDS = 1.5  # to connect
 ANSWER_SECONDS = 10.0  # for the first answer
 
@@ -59,6 +61,7 @@ class Resolved:
     revision: str | None = None  # commit id
     alias: str | None = None
     notes: list[str] = field(default_factory=list)  # choices that the user should see
+    graph: Path | None = None  # the ONNX file that was named, and not its directory
 
 
 def resolve(ref: str, *, offline: bool = False, progress: Progress | None = None) -> Resolved:
@@ -86,7 +89,44 @@ def resolve(ref: str, *, offline: bool = False, progress: Progress | None = None
     if ref in MODELS:
         return _from_alias(MODELS[ref], ref, offline, progress)
     repo, revision = _hub_id(ref)
-    return _from_hub(ref, repo, revision, None, offline, progress)
+    typo = None if revision is not None else _like_a_path(ref)
+    if typo is not None and not _is_cached(repo):
+        raise InputError(*typo)
+    found = _from_hub(ref, repo, revision, None, offline, progress)
+    if typo is not None:
+        found.notes.append(
+            f"{typo[0]}; the repository {repo} of that name was used, which is in the local cache"
+        )
+    return found
+
+
+def resolve_graph(ref: str) -> Resolved | None:
+    """Find what belongs to a bare ``.onnx`` file; None for a reference that is not written like one.
+
+    Its configuration and its tokenizer lie beside it, or one level up from a folder ``onnx``, as on the hub.
+
+    Raises:
+        InputError: There is no such file, or not what belongs to it.
+    """
+    if not ref.endswith(".onnx") or "://" in ref or not ref.isprintable():
+        return None
+    file = Path(ref).expanduser() if ref.startswith("~") else Path(ref)
+    if file.is_dir():
+        return None
+    if not file.is_file():
+        raise InputError(f"there is no file {ref!r}")
+    homes = [file.parent]
+    if file.parent.name == "onnx":
+        homes.append(file.parent.parent)
+    for home in homes:
+        tokenizer = any((home / name).is_file() for name in TOKENIZERS)
+        if (home / "config.json").is_file() and tokenizer:
+            return Resolved(home, "path", ref, graph=file)
+    lacks = "config.json" if not any((home / "config.json").is_file() for home in homes) else "tokenizer"
+    raise InputError(
+        f"{ref!r} is a graph alone: beside it there is no {lacks}, so nobody can tell what its inputs and answers mean",
+        "put config.json and the tokenizer's files of its model into the same directory",
+    )
 
 
 def resolve_student(preset: str, *, offline: bool = False, progress: Progress | None = None) -> Resolved:
@@ -118,10 +158,32 @@ def _local(ref: str) -> Path | None:
     except OSError as error:
         raise InputError(f"{ref!r} cannot be read: {error.strerror}") from error
     if exists:
-        raise InputError(f"{ref!r} is a file, not a model directory", "give the directory that holds it")
+        hint = "give the directory that holds it"
+        if ref.endswith(".onnx"):
+            hint += "; an ONNX file by itself is for evaluate, as nothing can be trained or cut in a graph"
+        raise InputError(f"{ref!r} is a file, not a model directory", hint)
     if ref.startswith((".", "/", "~")) or ref.endswith("/") or ref.count("/") > 1 or "\\" in ref:
-        raise InputError(f"there is no directory {ref!r}", "a hub id is written org/name[@revision]")
+        near = nearby.like(path)
+        hint = "a hub id is written org/name[@revision]" if near is None else f"did you mean '{near}'?"
+        raise InputError(f"there is no directory {ref!r}", hint)
     return None
+
+
+def _like_a_path(ref: str) -> tuple[str, str] | None:
+    """What speaks for a misspelt path in a reference that is written like a hub id, and what to do then.
+
+    A revision says that the hub is meant.
+    """
+    parent, _, name = ref.partition("/")
+    near = nearby.like(Path(ref))
+    for_the_hub = f"for the repository on the hub write {ref}@main"
+    if Path(parent).is_dir():
+        said = f"there is no directory {ref!r}: the local directory '{parent}' holds no '{name}'"
+    elif near is not None:
+        said = f"there is no directory {ref!r}, but there is '{near}'"
+    else:
+        return None
+    return said, for_the_hub if near is None else f"did you mean '{near}'? {for_the_hub}"
 
 
 def _hub_id(ref: str) -> tuple[str, str | None]:
@@ -129,6 +191,8 @@ def _hub_id(ref: str) -> tuple[str, str | None]:
         hint = (
             "an alias has a fixed revision; for another one write org/name@revision" if "@" in ref else None
         )
+        if (near := nearby.like(Path(ref))) is not None:
+            hint = f"did you mean the directory '{near}'?"
         choices = did_you_mean(ref.split("@")[0], MODELS)
         raise InputError(f"{ref!r} is neither a directory nor a known alias: {choices}", hint)
     found = _HUB_ID.fullmatch(ref)
@@ -224,6 +288,13 @@ def _from_hub(
     return resolved
 
 
+def _is_cached(repo: str) -> bool:
+    from huggingface_hub import constants
+
+    directory = _cached(Path(constants.HF_HUB_CACHE), repo, None)
+    return directory is not None and _has_weights(directory)
+
+
 def _cached(cache: Path, repo: str, revision: str | None) -> Path | None:
     storage = cache.expanduser() / f"models--{repo.replace('/', '--')}"
     commit = revision if revision and _COMMIT.fullmatch(revision) else None
@@ -295,6 +366,9 @@ def _fetch(ref: str, repo: str, revision: str | None, alias: ModelAlias | None) 
     except Exception as error:  # httpx, urllib3 and hf_xet have no common base
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"the disk is full: {repo} cannot be stored in the hub cache") from error
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            hint = "set HF_HOME (or HF_HUB_CACHE) to a directory that can be written"
+            raise ResourceError(f"{repo} cannot be stored in the hub cache ({error})", hint) from error
         raise _unavailable(ref, repo, alias, f"the download failed ({type(error).__name__})") from error
     finally:
         logging.set_verbosity(verbosity)

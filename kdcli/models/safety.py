@@ -34,7 +34,7 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".keras", ".msgpack", ".mar")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".keras", ".msgpack", ".mar")
 _READ = (".json", ".txt", ".safetensors", ".jinja", ".model", ".onnx")
 _CONFIGS = (
     "tokenizer_config.json",
@@ -70,11 +70,12 @@ class CheckpointFiles:
     tokenizer: Path | None  # tokenizer.json, or the vocabulary that stands in for it
 
 
-def check_checkpoint(directory: Path) -> CheckpointFiles:
+def check_checkpoint(directory: Path, *, weights: bool = True) -> CheckpointFiles:
     """Check everything in a checkpoint directory that loading it would trust.
 
     Args:
         directory: Of a model, in the layout of transformers or of kdcli.
+        weights: False where none will be read: then there need not be any.
 
     Returns:
         The parsed config.json and the paths of weights and tokenizer.
@@ -96,15 +97,17 @@ def check_checkpoint(directory: Path) -> CheckpointFiles:
         # transformers would go on to load whatever base model this file names.
         raise InputError(f"{show(directory)} holds an adapter", "merge it into its base model first")
     config = read_json(directory / "config.json")
-    weights = _weights(directory)
-    headers = {path: read_header(path) for path in weights}
-    _check_index(directory, headers)
-    _check_config(config, directory / "config.json", _elements(headers.values()))
+    found = _weights(directory) if weights else []
+    headers = {path: read_header(path) for path in found}
+    if weights:
+        _check_index(directory, headers)
+    # A model whose weights nobody reads is not built either, so its sizes cost nothing.
+    _check_config(config, directory / "config.json", _elements(headers.values()) if weights else None)
     _check_no_code(config, directory / "config.json")
     for name in _CONFIGS:
         if (directory / name).exists():
             _check_no_code(read_json(directory / name), directory / name)
-    return CheckpointFiles(config, weights, _tokenizer(directory))
+    return CheckpointFiles(config, found, _tokenizer(directory))
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
@@ -276,7 +279,7 @@ def _weights(directory: Path) -> list[Path]:
         return [directory / "model.safetensors"]
     if (directory / INDEX).exists():
         return [directory / name for name in sorted(set(_weight_map(directory).values()))]
-    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise InputError(
             f"{show(directory)} has only pickle weights ({show(pickles[0])}), which can run code",
@@ -315,7 +318,7 @@ def _elements(headers: Any) -> int:
     return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
 
 
-def _check_config(config: dict[str, Any], path: Path, stored: int) -> None:
+def _check_config(config: dict[str, Any], path: Path, stored: int | None) -> None:
     where = show(path)
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"{where} has no model_type, so nobody can tell what the weights are")
@@ -344,7 +347,7 @@ def _check_config(config: dict[str, Any], path: Path, stored: int) -> None:
             f"at most {MAX_WINDOWS} whole numbers from 1 to {MAX_WINDOWS} are allowed"
         )
     described = _described(config)
-    if described > _EXCESS * max(stored, MAX_SIZE):
+    if stored is not None and described > _EXCESS * max(stored, MAX_SIZE):
         # Building it would exhaust the memory before the mismatch with the weights is found.
         raise InputError(f"{where} describes {described:.1e} parameters, but the weights hold {stored:.1e}")
 

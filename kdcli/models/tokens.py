@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,7 +101,7 @@ def cut_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
         tokenizer: A fast tokenizer of transformers, which is left as it is.
         kept: Ascending ids; special and added tokens must be among them.
     """
-    from transformers import AutoTokenizer
+    from tokenizers import Tokenizer
 
     state = copy.deepcopy(Vocabulary(tokenizer).state)
     position = {old: new for new, old in enumerate(kept)}
@@ -119,19 +117,11 @@ def cut_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
     _renumber(state.get("post_processor"), position)
     if state.get("padding"):
         state["padding"]["pad_id"] = position[state["padding"]["pad_id"]]
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        tokenizer.save_pretrained(place)
-        for file in ("vocab.txt", "vocab.json", "merges.txt", "added_tokens.json"):
-            (place / file).unlink(missing_ok=True)
-        (place / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-        settings = place / "tokenizer_config.json"
-        content = json.loads(settings.read_text(encoding="utf-8"))
-        renumber_added(content, {entry["content"]: entry["id"] for entry in state["added_tokens"]})
-        settings.write_text(json.dumps(content), encoding="utf-8")
-        return AutoTokenizer.from_pretrained(
-            place, trust_remote_code=False, local_files_only=True, use_fast=True
-        )
+    made = copy.copy(tokenizer)
+    # Not by a file and the library's loading: that makes some classes anew from the vocabulary alone.
+    made._tokenizer = Tokenizer.from_str(json.dumps(state, ensure_ascii=False))
+    made.kdcli_file = None  # it is no longer what the file says
+    return made
 
 
 def renumber_added(settings: dict[str, Any], ids: Mapping[str, int]) -> None:

@@ -71,7 +71,8 @@ def card(report: Report, base_model: str | None = None) -> str:
     if report.command:
         parts.append(markdown.fenced(facts.command_text(report), "sh"))
     parts += ["## Numbers", _measured_on(report), markdown.numbers(report)]
-    said = [text for text in (facts.delta_text(report),) if text] + markdown.found_out(report)
+    told = (facts.delta_text(report), facts.files_text(report), *markdown.found_out(report))
+    said = [text for text in told if text]
     sentences = [text[0].upper() + text[1:] + "." for text in said]
     if report.parity is not None:
         sentences.append(f"The ONNX export {facts.parity_text(report)}.")

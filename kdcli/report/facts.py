@@ -31,6 +31,11 @@ _SIZES: tuple[tuple[str, str, Kind], ...] = (
     ("model.onnx", "onnx_bytes", "bytes"),
     ("model.onnx, gzipped", "onnx_gzip_bytes", "bytes"),
 )
+ALARMS = {
+    "one-answer": "the model gives every row the same answer",
+    "majority": "the model is no better than always giving the most frequent answer",
+}
+"""Warnings that are as loud as a missed gate, because no other number shows what they say."""
 MANY_ZEROS = 0.01
 """Share of the weights from which on zeros are worth a word: a trained model has a few of its own."""
 SIGNIFICANT = 0.05
@@ -216,6 +221,12 @@ def _score(
     )
 
 
+def alarm(report: Report) -> str | None:
+    """What makes a good number worthless, in a few words; None where nothing does."""
+    codes = {one.code for one in report.warnings}
+    return next((words for code, words in ALARMS.items() if code in codes), None)
+
+
 def verdict_text(report: Report) -> str:
     """The outcome in a few words."""
     if report.verdict == ExitCode.PARITY:
@@ -223,7 +234,35 @@ def verdict_text(report: Report) -> str:
     missed = sum(not gate.passed for gate in report.gates)
     if missed:
         return f"FAILED: {missed} of {len(report.gates)} gates missed"
-    return f"passed: all {len(report.gates)} gates met" if report.gates else "done, no gates asked for"
+    met = f"all {len(report.gates)} gates met" if report.gates else "no gates asked for"
+    if (words := alarm(report)) is not None:
+        return f"BUT {words}: {met}"
+    return f"passed: {met}" if report.gates else f"done, {met}"
+
+
+def files_text(report: Report) -> str:
+    """Which files the numbers come from, in one sentence; empty for a report of an older version."""
+    files = report.after.files
+    if files is None:
+        return ""
+    weights = ", ".join(files.weights)
+    graph = f"an ONNX export of {weights}" if files.graph == "export" else files.graph
+    if files.graph is None:
+        return f"quality and latency are those of {weights} in torch; the model has no ONNX form"
+    if files.quality == "torch":
+        said = [f"quality is that of {weights} in torch, size that of {graph}"]
+    else:
+        said = [f"quality, latency and size are those of {graph}"]
+        if files.graph == "export":
+            said.append("the directory has no ONNX file of its own")
+        elif weights:
+            said.append(f"parameters and multiply-accumulates those of {weights}")
+        else:
+            said.append("no weights are counted, because none belong to it")
+    found = report.method.detail.get("checkpoint") if report.method else None
+    if isinstance(found, dict) and isinstance(found.get("same"), int) and isinstance(found.get("rows"), int):
+        said.append(f"it answers as the checkpoint beside it on {found['same']} of {found['rows']} rows")
+    return "; ".join(said)
 
 
 def gate_value(expression: str, value: float | None) -> str:
@@ -355,6 +394,40 @@ def amount_text(report: Report) -> str:
             f"{'that keeps' if held else 'to'} a drop of {limit:g} on the validation rows"
         )
     return ""
+
+
+_CONTROLS = {
+    "labels": "the labels alone",
+    "labels+dropout": "the labels and dropout",
+    "labels+texts": "the labels and the same further texts",
+    "labels+texts+dropout": "the labels, the same further texts and dropout",
+}
+
+
+def control_text(report: Report) -> str:
+    """What a student reaches without its teacher, in one sentence; empty where there was no control."""
+    found = report.method.detail.get("control") if report.method else None
+    return (isinstance(found, dict) and control_words(found)) or ""
+
+
+def control_words(found: dict[str, Any]) -> str | None:
+    """The same of the control's own part of a report; None where it does not hold what it should."""
+    own, rows = found.get("student_accuracy"), found.get("runs")
+    runs = [run for run in rows if isinstance(run, dict)] if isinstance(rows, list) else []
+    if not (_finite(own) and runs and all(_finite(run.get("accuracy")) for run in runs)):
+        return None
+    without = ", ".join(
+        f"{100 * run['accuracy']:.2f} % with {_CONTROLS.get(str(run.get('name')), str(run.get('name')))}"
+        for run in runs
+    )
+    best = max(runs, key=lambda run: float(run["accuracy"]))
+    gain, p_value = own - best["accuracy"], best.get("p_value")
+    tested = f" ({probability(p_value)})" if _finite(p_value) else ""
+    over = "over the best of them" if len(runs) > 1 else "over that"
+    return (
+        f"accuracy on {found.get('split')}: {100 * own:.2f} % distilled; without the teacher {without}; "
+        f"the teacher gives {100 * gain:+.2f} points {over}{tested}"
+    )
 
 
 def _finite(value: object) -> TypeGuard[float]:

@@ -71,11 +71,12 @@ def text(value: object) -> str:
 
 
 def _one(report: Report, title: str, level: str = "h1") -> str:
-    tone = "good" if report.verdict == 0 else "bad"
+    tone = "good" if report.verdict == 0 and facts.alarm(report) is None else "bad"
     parts = [
         f"<{level}>{text(title)}</{level}>",
         f'<p class="verdict {tone}">{text(facts.verdict_text(report))}</p>',
         f'<p class="soft">{text(_byline(report))}</p>',
+        f'<p class="soft">{text(facts.files_text(report))}</p>' if report.after.files else "",
         _section("Before and after" if report.before else "Numbers", _numbers(report)),
         _section("Gates", _gates(report)),
         _section("ONNX export", f"<p>{text(facts.parity_text(report))}</p>" if report.parity else ""),
@@ -84,6 +85,7 @@ def _one(report: Report, title: str, level: str = "h1") -> str:
         _section("Layers", _records(report.method.layers if report.method else [])),
         _section("Sensitivity", _sensitivity(report)),
         _section("How much was removed", _amount(report)),
+        _section("Without the teacher", _control(report)),
         _section("Lineage", _lineage(report)),
         _section("Method", _method(report)),
         _section("Environment", _environment(report)),
@@ -181,6 +183,11 @@ def _amount(report: Report) -> str:
     rows = facts.tries(report)
     said = facts.amount_text(report)
     return (f"<p>{text(said[0].upper() + said[1:])}.</p>" if said else "") + (_records(rows) if rows else "")
+
+
+def _control(report: Report) -> str:
+    said = facts.control_text(report)
+    return f"<p>{text(said[0].upper() + said[1:])}.</p>" if said else ""
 
 
 _CHART = (170, 110)  # of one layer's sensitivity, in pixels

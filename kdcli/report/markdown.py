@@ -58,7 +58,11 @@ def table(report: Report) -> str:
     ]
     if said := facts.delta_text(report):
         parts.append(escape(said[0].upper() + said[1:] + "."))
-    parts += [escape(said[0].upper() + said[1:] + ".") for said in found_out(report)]
+    parts += [
+        escape(said[0].upper() + said[1:] + ".")
+        for said in (facts.files_text(report), *found_out(report))
+        if said
+    ]
     if report.gates:
         parts.append(
             grid(
@@ -84,7 +88,8 @@ def table(report: Report) -> str:
 
 def found_out(report: Report) -> list[str]:
     """What a stage found out about the model on its way, in sentences without a full stop."""
-    return [said for said in (facts.amount_text(report), facts.sensitivity_text(report)) if said]
+    told = (facts.amount_text(report), facts.sensitivity_text(report), facts.control_text(report))
+    return [said for said in told if said]
 
 
 def warnings(report: Report) -> str:

@@ -31,6 +31,12 @@ class DataInfo(_Part):
     ref: str
     fingerprint: str = Field(description="sha256 over the content of all splits")
     rows: dict[str, int] = Field(description="split -> number of rows")
+    kind: Literal["path", "alias", "hub"] | None = Field(
+        default=None, description="what `ref` is; null in reports of older versions"
+    )
+    path: str | None = Field(
+        default=None, description="of a relative `ref`: the way from this report's directory to the data"
+    )
 
 
 class MetricValue(_Part):
@@ -87,6 +93,20 @@ class Latency(_Part):
     n: int = Field(description="timed batches")
 
 
+class Files(_Part):
+    """Which files the numbers of a measurement come from."""
+
+    graph: str | None = Field(
+        description="the ONNX file that was timed and weighed, by its place in the model's directory; `export`: "
+        "the directory has none, and kdcli exported the checkpoint; null: it has no ONNX form, torch gave all"
+    )
+    graph_sha256: str | None
+    quality: Literal["onnx", "torch"] = Field(description="what gave the answers: that graph, or torch")
+    weights: list[str] = Field(
+        description="of parameters, MACs and what torch gives; empty: none that belong to the graph"
+    )
+
+
 class Measurement(_Part):
     """One model, measured."""
 
@@ -94,6 +114,7 @@ class Measurement(_Part):
     size: Size
     compute: Compute
     latency: list[Latency]
+    files: Files | None = Field(default=None, description="null in reports of older versions")
 
 
 class Delta(_Part):
@@ -152,6 +173,10 @@ class LineageEntry(_Part):
     model: str
     accuracy: Number | None
     params: dict[str, Any]
+    chosen: list[str] = Field(default=[], description="what the rows of the validation split chose, in words")
+    chosen_on: str | None = Field(
+        default=None, description="sha256 of the rows of that split, as `rows_sha256`"
+    )
 
 
 class Environment(_Part):

@@ -20,7 +20,10 @@ def compare(before: Measurement, after: Measurement) -> Delta:
     """
 
     def p50(m: Measurement) -> float | None:
-        return next((x.p50_ms for x in m.latency if x.batch == 1), None)
+        return next((x.p50_ms for x in m.latency if x.batch == 1 and x.runtime == runtime), None)
+
+    # Two runtimes are no comparison of two models.
+    runtime = next((x.runtime for x in after.latency if x.batch == 1), None)
 
     def ratio(a: float | None, b: float | None) -> float | None:
         return a / b if a and b else None

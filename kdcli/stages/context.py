@@ -35,6 +35,8 @@ class Context:
     resume_dir: Path  # where a resume point of a training goes
     #: distill: how its teacher was prepared.
     teacher_detail: dict[str, Any] = field(default_factory=dict)
+    #: distill: references of teachers that had a head for the task already.
+    teacher_came_trained: list[str] = field(default_factory=list)
     #: distill: teachers after the first.
     more_teachers: list[Checkpoint] = field(default_factory=list)
     #: distill: a student that was trained together with its teacher, before that one is measured.

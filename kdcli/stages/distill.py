@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import importlib
 from collections import ChainMap
+from collections.abc import Sequence
 
 import numpy as np
 
-from kdcli.data import sources, text
+from kdcli.data import sampling, sources, text
 from kdcli.data.text import Encoded
 from kdcli.errors import InputError, UsageError
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import references
 from kdcli.models.checkpoint import Checkpoint
+from kdcli.report.schema import Warning_
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.strategies.fitting import options_of
 from kdcli.stages.strategies.plan import Plan, check
@@ -34,16 +36,25 @@ def prepare(context: Context) -> None:
     plan = check(context.request)
     options = options_of(context)
     precheck(context, plan)
-    train = context.encoded["train"]
+    train, validation = context.encoded["train"], context.encoded["validation"]
     assert train.labels is not None
     if options.labels is not None:
+        classes = len(np.unique(train.labels))
         train = _budget(train, options.labels, context.seed)
+        count = choosing(options.labels, len(train), len(validation), classes)
+        validation = sampling.sample(validation, count, context.seed)
+        context.progress.note(
+            f"--labels {options.labels}: the labels of {options.labels} training rows teach, "
+            f"{len(validation)} validation rows choose"
+        )
     teacher = context.checkpoint
     if options.unlabeled is not None:
-        extra = sources.load_texts(options.unlabeled)
+        extra = sources.load_texts(options.unlabeled, context.request.common.columns)
         more = text.encode(extra, teacher.tokenizer, teacher.max_length, None)
         train = text.concatenate(train, more, UNLABELLED)
-    context.encoded = ChainMap({"train": train}, context.encoded)  # type: ignore[arg-type]
+    narrowed = {"train": train, "validation": validation}
+    context.encoded = ChainMap(narrowed, context.encoded)  # type: ignore[arg-type]
+    context.teacher_came_trained = [] if not teacher.has_head else [options.teachers[0]]
     if options.strategy == "online" and plan.settings.online == "teacher":
         from kdcli.stages.strategies import online
 
@@ -57,6 +68,8 @@ def prepare(context: Context) -> None:
             raise InputError(f"teacher '{ref}' has another vocabulary than '{options.teachers[0]}'")
         if more_teacher.has_head and sorted(more_teacher.labels) != sorted(teacher.labels):
             raise InputError(f"teacher '{ref}' knows other labels than '{options.teachers[0]}'")
+        if more_teacher.has_head:
+            context.teacher_came_trained.append(ref)
         context.more_teachers.append(_with_head(context, plan, more_teacher)[0])
 
 
@@ -66,7 +79,27 @@ def apply(context: Context) -> Applied:
     name = plan.options.strategy
     module = importlib.import_module(f"kdcli.stages.strategies.{_MODULES.get(name, name).replace('-', '_')}")
     applied: Applied = module.run(context, plan)
+    if plan.options.labels is not None and context.teacher_came_trained:
+        applied.warnings.append(_saw_more(plan.options.labels, context.teacher_came_trained))
     return applied
+
+
+def _saw_more(labels: int, teachers: Sequence[str]) -> Warning_:
+    several = len(teachers) > 1
+    return Warning_(
+        code="teacher-labels",
+        message=f"--labels {labels} bounds what the student and the choice of its epoch see; "
+        f"{'the teachers' if several else 'the teacher'} came trained, on labels that are not counted here",
+    )
+
+
+def choosing(labels: int, train: int, validation: int, classes: int) -> int:
+    """How many validation rows may choose when the labels of ``labels`` of ``train`` rows may teach.
+
+    The same share of them, at least a row a class, and never more than teach: whoever has 1,000 labels has no 3,000
+    more to choose an epoch with.
+    """
+    return min(validation, labels, max(classes, round(validation * labels / train)))
 
 
 def teacher_epochs(rows: int, labels: int, batch_size: int) -> int:
@@ -92,6 +125,7 @@ def _with_head(context: Context, plan: Plan, teacher: Checkpoint) -> tuple[Check
         batch_size=settings.teacher_batch_size,
         lr=settings.teacher_lr or (1e-4 if int(teacher.config.hidden_size) <= 384 else 3e-5),
         seed=context.seed,
+        rate_option="--set teacher_lr=RATE",
     )
     return teachers.fine_tuned(
         teacher,

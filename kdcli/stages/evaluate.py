@@ -9,20 +9,36 @@ from pathlib import Path
 
 from kdcli import __version__
 from kdcli.errors import InputError, UsageError
+from kdcli.export import files
 from kdcli.measure import environment
-from kdcli.models import checkpoint as checkpoints
+from kdcli.models import graph_only, safety
 from kdcli.models.checkpoint import Checkpoint
+from kdcli.models.references import Resolved
 from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
 from kdcli.report.redact import redact
 from kdcli.report.schema import LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
-from kdcli.stages import comparing, early, measuring, output, runner
+from kdcli.stages import (
+    answers,
+    comparing,
+    early,
+    judged,
+    measuring,
+    output,
+    recorded_data,
+    runner,
+    soundness,
+    texts,
+)
 from kdcli.stages import graph as graphs
+from kdcli.stages import lineage as lineages
 from kdcli.stages import rows as picked_rows
 from kdcli.stages.base import EvaluateOptions, Request
 from kdcli.stages.runner import Outcome
 from kdcli.stages.timing import Timings
 
+_OF_GRAPH = "quality and size here are those of the graph"
+_OF_TORCH = "quality here is that of the checkpoint, size that of the graph"
 RUNTIMES = {"onnx": ("onnx",), "torch": ("torch",), "both": ("onnx", "torch")}
 
 
@@ -32,13 +48,14 @@ class _Judged:
     checkpoint: Checkpoint
     timed: measuring.Timed
     warnings: list[Warning_]
+    agreement: judged.Agreement | None  # of its own graph with the checkpoint beside it
 
     @property
     def measured(self) -> measuring.Measured:
         return self.timed.measured
 
     @property
-    def graph(self) -> Path:
+    def graph(self) -> Path | None:
         return self.timed.graph
 
 
@@ -62,17 +79,17 @@ def run(request: Request, progress: Progress) -> Outcome:
     baseline = None
     if first is not None:
         progress.phase(f"measure baseline {first.ref}")
-        baseline = _measure(request, options, first.ref, first.path, dataset, picked, timings, progress)
-    judged: list[_Judged] = []
+        baseline = _measure(request, options, first, dataset, picked, timings, progress)
+    ours: list[_Judged] = []
     for model in models:
         progress.phase(f"measure {model.ref}")
-        judged.append(_measure(request, options, model.ref, model.path, dataset, picked, timings, progress))
+        ours.append(_measure(request, options, model, dataset, picked, timings, progress))
     progress.phase("measure latency")
-    everyone = [one.timed for one in ([baseline, *judged] if baseline is not None else judged)]
+    everyone = [one.timed for one in ([baseline, *ours] if baseline is not None else ours)]
     measuring.time_together(everyone, _conditions(request, options, timings, progress))
-    reports = [_report(request, options, one, baseline, dataset, timings) for one in judged]
+    reports = [_report(request, options, one, baseline, dataset, picked, timings) for one in ours]
     if out is not None:
-        reports = [_write(judged[0], reports[0], out, timings)]
+        reports = [_write(ours[0], reports[0], out, timings, force=request.common.force)]
     if options.html is not None:
         _write_text(options.html, html.page(reports))
     if options.junit is not None:
@@ -80,14 +97,14 @@ def run(request: Request, progress: Progress) -> Outcome:
     if options.summary is not None:
         for report in reports:
             ci.step_summary(options.summary, report)
-    return Outcome(out or models[0].path, _worst(reports), reports)
+    # A bare graph is named itself: its directory may hold another one.
+    return Outcome(out or models[0].graph or models[0].path, _worst(reports), reports)
 
 
 def _measure(
     request: Request,
     options: EvaluateOptions,
-    source: str,
-    path: Path,
+    found: Resolved,
     dataset: runner.Dataset,
     picked: picked_rows.Picked,
     timings: Timings,
@@ -95,26 +112,46 @@ def _measure(
 ) -> _Judged:
     device = runner.device_of(request.common.device)
     runner.seed_everything(request.common.seed)
+    conditions = _conditions(request, options, timings, progress)
     with timings.phase("load"):
-        checkpoint = checkpoints.load(path, device=device)
+        loaded = judged.load(found, device=device)
+        checkpoint, warnings = loaded.checkpoint, list(loaded.warnings)
         if not checkpoint.has_head:
-            raise InputError(f"'{source}' has no classification head, so there is nothing to evaluate")
-        encoded = runner.Splits(dataset, checkpoint)
+            raise InputError(f"'{found.ref}' has no classification head, so there is nothing to evaluate")
+        judged.check(loaded, RUNTIMES[options.runtime])
+        encoded = runner.Splits(dataset, checkpoint, progress)
     split, rows = picked.split, picked.of(encoded)
-    threads = environment.threads()
-    graph, warnings = graphs.of_input(
-        checkpoint, encoded[split], threads=threads, timings=timings, progress=progress
-    )
+    weights = not graph_only.is_one(checkpoint)
+    warnings += texts.check_reading(checkpoint, dataset.splits[split], encoded[split], split)
+    warnings += texts.told(checkpoint, {split: encoded[split]})
+    if weights:
+        warnings += soundness.probe(checkpoint, encoded[split])
+    graph, agreed = loaded.graph, None
+    if graph is None:
+        optional = options.runtime == "torch" and request.common.out is None
+        graph, told = (graphs.of_teacher if optional else graphs.of_input)(
+            checkpoint, encoded[split], threads=conditions.threads, timings=timings, progress=progress
+        )
+        warnings += told
+    elif weights:
+        with timings.phase("parity"):
+            agreed = judged.agreement(checkpoint, graph, rows, threads=conditions.threads)
+        if agreed.differs:
+            by_torch = options.runtime == "torch"
+            warnings.append(judged.differ(checkpoint, graph, agreed, _OF_TORCH if by_torch else _OF_GRAPH))
+            weights = by_torch
     measured = measuring.measure(
         checkpoint,
         graph,
         rows,
-        split,
-        _conditions(request, options, timings, progress),
-        title=source,
+        picked.split,
+        conditions,
+        title=found.ref,
         rows_sha256=picked.sha256,
+        weights=weights,
     )
-    return _Judged(source, checkpoint, measuring.Timed(checkpoint, graph, rows, measured), warnings)
+    timed = measuring.Timed(checkpoint, graph, rows, measured)
+    return _Judged(found.ref, checkpoint, timed, warnings, agreed)
 
 
 def _conditions(
@@ -136,11 +173,20 @@ def _report(
     one: _Judged,
     baseline: _Judged | None,
     dataset: runner.Dataset,
+    picked: picked_rows.Picked,
     timings: Timings,
 ) -> Report:
     after = one.measured.measurement
-    lineage = runner.lineage_of(one.checkpoint, one.source, after)
-    warnings = [*one.checkpoint.doubts, *one.warnings, *runner.of_data(dataset)]
+    lineage = lineages.lineage_of(one.checkpoint, one.source, after)
+    labels = one.timed.encoded.labels
+    assert labels is not None
+    warnings = [
+        *one.checkpoint.doubts,
+        *one.warnings,
+        *runner.of_data(dataset),
+        *answers.doubts(one.measured.logits, labels, one.checkpoint.labels),
+        *lineages.selected(lineage, picked.split, picked.split_sha256),
+    ]
     before: Measurement | None = None
     delta, reasons = comparing.NONE, dict[str, str]()
     if baseline is not None:
@@ -162,7 +208,7 @@ def _report(
         told, reasons = comparing.of_record(recorded, before, lineage[0].model)
         warnings.extend(told)
     warnings.extend(comparing.honest(delta, before, after))
-    judged = gates.judge(request.common.gates, before, after, delta, reasons)
+    verdicts = gates.judge(request.common.gates, before, after, delta, reasons)
     report = Report(
         schema_version=1,
         kind="kdcli.report",
@@ -178,15 +224,18 @@ def _report(
             task="text-classification",
             labels=one.checkpoint.labels,
         ),
-        data=runner.data_info(dataset),
+        data=recorded_data.info(dataset, str(request.common.data), request.common.out),
         before=before,
         after=after,
         delta=delta,
         method=Method(
-            name="evaluate", params={"runtime": options.runtime, "split": options.split}, detail={}, layers=[]
+            name="evaluate",
+            params={"runtime": options.runtime, "split": options.split},
+            detail={} if one.agreement is None else {"checkpoint": one.agreement.to_json()},
+            layers=[],
         ),
         parity=None,
-        gates=judged,
+        gates=verdicts,
         lineage=lineage,
         environment=environment.environment(str(one.checkpoint.device), request.common.seed),
         timings=timings.rounded(),
@@ -202,18 +251,32 @@ def _recorded(first: LineageEntry) -> Measurement | None:
     return Measurement.model_validate(stored) if stored is not None else None
 
 
-def _write(one: _Judged, report: Report, out: Path, timings: Timings) -> Report:
-    """Copy the model unchanged, with its ONNX export, the card and the report."""
+def _write(one: _Judged, report: Report, out: Path, timings: Timings, *, force: bool) -> Report:
+    """Copy the model unchanged, with the graph that was judged, the card and the report."""
     source = one.checkpoint.path
-    with output.building(out, 2 * sum(p.stat().st_size for p in source.iterdir() if p.is_file())) as work:
-        for path in sorted(source.iterdir()):
-            if path.is_file() and path.name not in ("report.json", "README.md"):
-                shutil.copyfile(path, work / path.name)
-        if not (work / graphs.FILE).exists():
-            shutil.copyfile(one.graph, work / graphs.FILE)
+    assert one.graph is not None
+    beside = files.beside(one.graph)
+    copied = [path for path in sorted(source.iterdir()) if path.is_file() and _belongs(path)]
+    needed = sum(path.stat().st_size for path in (*copied, one.graph, *beside))
+    with output.building(out, needed + (64 << 20)) as work:
+        for path in copied:
+            shutil.copyfile(path, work / path.name)
+        shutil.copyfile(one.graph, work / judged.FILE)
+        for path in beside:
+            place = work / path.relative_to(one.graph.parent)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
         report = runner.finish(report, work, timings)
-        output.publish(work, out)
+        output.publish(work, out, force=force)
     return report
+
+
+def _belongs(path: Path) -> bool:
+    """Whether a file is copied with a model: not what is written anew, no graph but the judged one, no pickle."""
+    name = path.name
+    return (
+        name not in ("report.json", "README.md") and ".onnx" not in name and path.suffix not in safety.PICKLES
+    )
 
 
 def _write_text(path: Path, content: str) -> None:

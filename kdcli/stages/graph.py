@@ -14,7 +14,7 @@ import torch
 from kdcli import __version__, cache
 from kdcli.data import batching, sampling
 from kdcli.data.text import Encoded
-from kdcli.errors import ParityError
+from kdcli.errors import InputError, ParityError
 from kdcli.export import files, fusion, onnx, parity, runtimes, sessions
 from kdcli.export.fusion import Fusion
 from kdcli.models import activations
@@ -22,10 +22,12 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report.schema import Parity, Warning_
+from kdcli.stages import judged
 from kdcli.stages.timing import Timings
 from kdcli.training.batches import model_inputs, torch_runner
 
-FILE = "model.onnx"
+FILE = judged.FILE
+_SAID = 160  # characters of what onnxruntime says: it goes on with paths and numbers of its source
 
 
 @dataclass
@@ -38,12 +40,16 @@ class Graph:
     warnings: list[Warning_] = field(default_factory=list)
 
 
-def parity_batches(encoded: Encoded, pad_id: int) -> list[dict[str, np.ndarray]]:
-    """Real rows at the shapes that go wrong: single short and long ones, mixed lengths, extra padding."""
+def parity_batches(encoded: Encoded, pad_id: int, limit: int) -> list[dict[str, np.ndarray]]:
+    """Real rows at the shapes that go wrong: single short and long ones, mixed lengths, extra padding.
+
+    None is wider than ``limit`` tokens.
+    """
     order = np.argsort(encoded.lengths, kind="stable")
     shortest, longest, middle = order[:1], order[-1:], order[len(order) // 2 : len(order) // 2 + 1]
     spread = order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]
-    wide = int(encoded.lengths[spread].max()) + 5
+    longest_row = int(encoded.lengths[spread].max())
+    wide = max(longest_row, min(longest_row + 5, limit))  # there may be no position for more
     groups: list[tuple[np.ndarray, int | None]] = [
         (shortest, None),
         (middle, None),
@@ -77,10 +83,10 @@ def build(
     Raises:
         ParityError: The exported graph does not agree with the checkpoint.
     """
-    names = [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in _inputs_of(checkpoint)]
+    names = inputs_of(checkpoint, encoded)
     plain = target.with_name("plain.onnx")
     fused = target.with_name("fused.onnx")
-    batches = parity_batches(encoded, checkpoint.pad_id)
+    batches = parity_batches(encoded, checkpoint.pad_id, checkpoint.max_length)
     rounding = torch_runner(checkpoint)
 
     def reference(batch: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -90,12 +96,19 @@ def build(
     warnings: list[Warning_] = []
     try:
         with timings.phase("export"):
-            example = onnx.example(int(checkpoint.config.vocab_size), names, checkpoint.device)
+            example = onnx.example(
+                int(checkpoint.config.vocab_size), names, checkpoint.device, tokens=checkpoint.max_length
+            )
             with activations.paused(checkpoint.model):
                 route = onnx.export(checkpoint.model, example, plain)
         detail: dict[str, Any] = {"exporter": route, "opset": onnx.OPSET, "fused": {}}
         with timings.phase("parity"):
-            result = _check(reference, plain, batches, threads)
+            try:
+                result = _check(reference, plain, batches, threads)
+            except _NotRunError as error:
+                raise InputError(
+                    f"the model cannot be exported to ONNX: {error}", onnx.NOT_EXPORTED
+                ) from error
         if not result.passed:
             raise ParityError(
                 f"the ONNX export is off by {result.max_abs_diff} from the checkpoint, allowed are {result.tolerance}"
@@ -106,14 +119,19 @@ def build(
             if attention != "none":
                 counts = fusion.fuse(plain, fused, embeddings=rewrite is None, attention=attention)
         with timings.phase("parity"):
-            fused_result = _check(reference, fused, batches, threads) if counts else None
+            try:
+                fused_result = _check(reference, fused, batches, threads) if counts else None
+            except _NotRunError:  # the plain graph does run
+                fused_result = None
         if fused_result is not None and fused_result.passed:
             chosen, result, detail["fused"] = fused, fused_result, counts
         elif attention != "none" and fusion.possible(plain):
             reason = (
                 "nothing fused"
                 if not counts
-                else f"fused logits differ by {fused_result and fused_result.max_abs_diff}"
+                else "onnxruntime does not run the fused graph"
+                if fused_result is None
+                else f"fused logits differ by {fused_result.max_abs_diff}"
             )
             warnings.append(Warning_(code="not-fused", message=f"the ONNX graph is not fused: {reason}"))
         if rewrite is not None:
@@ -147,33 +165,64 @@ def build(
     return Graph(target, result, detail, warnings)
 
 
+class _NotRunError(ParityError):
+    """onnxruntime does not run a graph; the first line of what it said."""
+
+
+def of_teacher(
+    checkpoint: Checkpoint, encoded: Encoded, *, threads: int, timings: Timings, progress: Progress
+) -> tuple[Path | None, list[Warning_]]:
+    """As :func:`of_input`, but None where there is no graph that agrees: torch can give a teacher's answers too."""
+    try:
+        return of_input(checkpoint, encoded, threads=threads, timings=timings, progress=progress)
+    except (InputError, ParityError) as error:
+        message = f"the input has no ONNX form, so its answers and times are those of torch: {error}"
+        return None, [Warning_(code="measured-in-torch", message=message)]
+
+
 def of_input(
     checkpoint: Checkpoint, encoded: Encoded, *, threads: int, timings: Timings, progress: Progress
 ) -> tuple[Path, list[Warning_]]:
-    """The ONNX form of a model that came in: its own ``model.onnx``, else an export kept in the cache."""
-    own = checkpoint.path / FILE
-    if own.is_file() and checkpoint.by_kdcli:
-        return own, []
+    """The ONNX form of a checkpoint that came in: kdcli's own ``model.onnx``, else an export kept in the cache.
+
+    A ``model.onnx`` that is not the checkpoint's, because somebody put it there, is left alone with a warning: a stage
+    works on the checkpoint.
+    """
+    warnings = []
+    if (own := judged.own_graph(checkpoint.path)) is not None:
+        instead = "the stage works on the checkpoint, and 'before' is an export of it"
+        try:
+            with timings.phase("parity"):
+                found = judged.agreement(checkpoint, own, encoded, threads=threads)
+        except InputError as error:
+            message = f"{judged.named(checkpoint, own)} of the input cannot be run ({error}); {instead}"
+            warnings.append(Warning_(code="onnx-not-compared", message=message))
+        else:
+            if found.differs:
+                warnings.append(judged.differ(checkpoint, own, found, instead))
+            elif checkpoint.by_kdcli:
+                return own, []
     name = cache.key(
         model=checkpoints.weights_digest(checkpoint.path),
         labels=checkpoint.labels,
-        kdcli=__version__,
+        inputs=inputs_of(checkpoint, encoded),
+        code=cache.code(),
         torch=torch.__version__,
         onnxruntime=onnxruntime.__version__,
     )
     place = cache.entry("onnx", name)
-    if not (place / FILE).is_file():
+    if not cache.whole(place):
         with cache.writing(place) as temporary:
             graph = build(
                 checkpoint, temporary / FILE, encoded, threads=threads, timings=timings, progress=progress
             )
-        return place / FILE, graph.warnings
-    return place / FILE, []
+        return place / FILE, [*warnings, *graph.warnings]
+    return place / FILE, warnings
 
 
-def _inputs_of(checkpoint: Checkpoint) -> Sequence[str]:
-    probe = {n: np.zeros((1, 2), dtype=np.int64) for n in ("input_ids", "attention_mask", "token_type_ids")}
-    return list(model_inputs(checkpoint.model, probe, "cpu"))
+def inputs_of(checkpoint: Checkpoint, encoded: Encoded) -> list[str]:
+    """What the graph asks for: what the model takes of what its tokenizer gives, no more."""
+    return list(model_inputs(checkpoint.model, batching.collate(encoded, [0], checkpoint.pad_id), "cpu"))
 
 
 def _check(
@@ -184,8 +233,14 @@ def _check(
     *,
     exact: bool = True,
 ) -> Parity:
-    with sessions.running(path, threads=threads, spinning=False) as run:
-        return parity.compare(reference, run, batches, exact=exact)
+    try:
+        with sessions.running(path, threads=threads, spinning=False) as run:
+            return parity.compare(reference, run, batches, exact=exact)
+    except Exception as error:  # onnxruntime's errors have no common base
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _NotRunError(f"onnxruntime does not run the graph ({said[:_SAID]})") from error
 
 
 def _many(encoded: Encoded, pad_id: int) -> list[dict[str, np.ndarray]]:

@@ -14,12 +14,13 @@ import onnxruntime
 from kdcli import cache
 from kdcli.data import batching, text
 from kdcli.data.text import Encoded
-from kdcli.export import files, sessions
+from kdcli.export import classifier, files, sessions
 from kdcli.measure import compute, latency, quality, size
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report.io import sha256_of
-from kdcli.report.schema import Compute, Measurement
+from kdcli.report.schema import Compute, Files, Measurement
+from kdcli.stages import judged
 from kdcli.stages.timing import Timings
 from kdcli.training.batches import torch_runner
 
@@ -58,27 +59,37 @@ def dynamic_integers(graph: Path) -> bool:
 
 
 def logits_of(
-    graph: Path, encoded: Encoded, pad_id: int, *, threads: int, device: str, progress: Progress, title: str
+    graph: Path,
+    encoded: Encoded,
+    pad_id: int,
+    *,
+    labels: int,
+    threads: int,
+    device: str,
+    progress: Progress,
+    title: str,
 ) -> np.ndarray:
-    """Logits (N, C) of an ONNX file for every row; remembered by content.
+    """Logits (N, C) of an ONNX file for every row, where C is ``labels``; remembered by content.
 
     Rows share a batch only with rows of the same length, so padding cannot matter; an integer graph
     with dynamic activation scales sees every row alone, as a service that answers single requests does.
     """
     name = cache.key(
-        graph=sha256_of(graph),
+        graph=[sha256_of(file) for file in (graph, *files.beside(graph))],
         rows=text.fingerprint(Encoded(encoded.ids, encoded.type_ids, encoded.offsets, None)),
         onnxruntime=onnxruntime.__version__,
+        code=cache.code(),
         device=device,
+        threads=threads,
         cpu=_cpu(),
     )
     path = cache.entry("predictions", f"{name}.npy")
-    if path.exists():
-        return np.load(path, allow_pickle=False)
+    if (known := cache.load_array(path, shape=(len(encoded), labels))) is not None:
+        return known
     size = 1 if dynamic_integers(graph) else 32
     groups = batching.equal_length_batches(encoded.lengths, size)
     logits: np.ndarray | None = None
-    running = sessions.running(graph, threads=threads, device=device)
+    running = classifier.running(graph, threads=threads, device=device, labels=labels)
     with running as run, progress.task(title, len(encoded)) as task:
         for rows in groups:
             part = run(batching.collate(encoded, rows, pad_id))
@@ -87,42 +98,43 @@ def logits_of(
             logits[rows] = part
             task.advance(len(rows))
     assert logits is not None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{id(logits)}.tmp.npy")
-    np.save(temporary, logits)
-    temporary.replace(path)
+    cache.save_array(path, logits)
     return logits
 
 
 def measure(
     checkpoint: Checkpoint,
-    graph: Path,
+    graph: Path | None,
     encoded: Encoded,
     split: str,
     conditions: Conditions,
     *,
     title: str,
     rows_sha256: str | None = None,
+    weights: bool = True,
 ) -> Measured:
     """Measure a checkpoint and its ONNX file on one split; latency comes from :func:`time_together`.
 
     Args:
         checkpoint: Loaded from the directory whose size is meant.
-        graph: Its ONNX form, which gives the quality, because it is what ships.
+        graph: Its ONNX form, which gives the quality, because it is what ships; None where it has none and torch
+            gives it.
         encoded: Labelled rows.
         split: Their name.
         conditions: The same for every model that is compared.
         title: ``before`` or ``after``, for people.
         rows_sha256: Of the rows (:class:`kdcli.stages.rows.Picked`), for comparing with another run.
+        weights: False: the graph is judged alone, because there is no checkpoint that belongs to it.
     """
     threads, device = conditions.threads, conditions.device
     timings, progress, runtimes = conditions.timings, conditions.progress, conditions.runtimes
     with timings.phase("quality"):
-        if runtimes[0] == "onnx":
+        if graph is not None and runtimes[0] == "onnx":
             logits = logits_of(
                 graph,
                 encoded,
                 checkpoint.pad_id,
+                labels=len(checkpoint.labels),
                 threads=threads,
                 device=device,
                 progress=progress,
@@ -132,15 +144,25 @@ def measure(
             logits = _torch_logits(checkpoint, encoded, progress, title)
         assert encoded.labels is not None
         found = quality.measure(logits, encoded.labels, split).model_copy(update={"rows_sha256": rows_sha256})
-    tensors = list(checkpoint.model.parameters())
-    parameters = sum(t.numel() for t in tensors)
-    nonzero = sum(int((t != 0).sum()) for t in tensors)
+    parameters = nonzero = None
+    if weights:
+        tensors = list(checkpoint.model.parameters())
+        parameters = sum(t.numel() for t in tensors)
+        nonzero = sum(int((t != 0).sum()) for t in tensors)
     with timings.phase("size"):
-        sizes = size.measure(checkpoint.path, parameters, nonzero, graph)
+        beside = [] if graph is None else files.beside(graph)
+        sizes = size.measure(checkpoint.path, parameters, nonzero, graph, beside)
     with timings.phase("compute"):
         tokens = max(2, round(float(encoded.lengths.mean())))
-        counted = Compute(macs=compute.macs(checkpoint.model, tokens), sequence=tokens)
-    return Measured(Measurement(quality=found, size=sizes, compute=counted, latency=[]), logits)
+        counted = Compute(macs=compute.macs(checkpoint.model, tokens) if weights else None, sequence=tokens)
+    stored = sorted(file.name for file in checkpoint.path.glob("*.safetensors")) if weights else []
+    used = Files(
+        graph=None if graph is None else judged.named(checkpoint, graph),
+        graph_sha256=None if graph is None else sha256_of(graph),
+        quality="onnx" if graph is not None and runtimes[0] == "onnx" else "torch",
+        weights=stored,
+    )
+    return Measured(Measurement(quality=found, size=sizes, compute=counted, latency=[], files=used), logits)
 
 
 @dataclass(frozen=True)
@@ -148,9 +170,13 @@ class Timed:
     """A model to be timed; its measurement gets the latencies."""
 
     checkpoint: Checkpoint
-    graph: Path
+    graph: Path | None  # None: it has none, and is timed in torch
     encoded: Encoded
     measured: Measured
+
+    def runtimes(self, wanted: Sequence[str]) -> list[str]:
+        """Those of the wanted runtimes that can run it."""
+        return [name for name in wanted if name == "torch" or self.graph is not None] or ["torch"]
 
 
 def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
@@ -163,7 +189,7 @@ def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
     with conditions.timings.phase("latency"):
         for _ in range(ROUNDS):
             for number, one in enumerate(models):
-                for runtime in conditions.runtimes:
+                for runtime in one.runtimes(conditions.runtimes):
                     with _running(one, runtime, conditions) as run:
                         for batch_size in sizes:
                             batches = latency_batches(one.encoded, one.checkpoint.pad_id, batch_size)
@@ -172,7 +198,7 @@ def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
     for number, one in enumerate(models):
         one.measured.measurement.latency = [
             latency.summarise(found[number, runtime, batch_size], runtime=runtime, threads=threads)
-            for runtime in conditions.runtimes
+            for runtime in one.runtimes(conditions.runtimes)
             for batch_size in sizes
         ]
 
@@ -180,9 +206,9 @@ def time_together(models: Sequence[Timed], conditions: Conditions) -> None:
 def _running(
     one: Timed, runtime: str, conditions: Conditions
 ) -> AbstractContextManager[Callable[[Mapping[str, np.ndarray]], np.ndarray]]:
-    if runtime == "torch":
+    if runtime == "torch" or one.graph is None:
         return nullcontext(torch_runner(one.checkpoint))
-    return sessions.running(one.graph, threads=conditions.threads, device=conditions.device)
+    return classifier.running(one.graph, threads=conditions.threads, device=conditions.device)
 
 
 def latency_batches(encoded: Encoded, pad_id: int, size: int) -> list[dict[str, np.ndarray]]:

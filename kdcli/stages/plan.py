@@ -194,12 +194,13 @@ def _distill(
         rounds = checked.settings.teacher_epochs or distill.teacher_epochs(train, labels, size_)
         seconds += rounds * train * 3 * cost / _FLOPS_TRAIN
     logits = 4 * texts * labels
+    trainings = 4 if options.control else 1  # each of up to three controls takes as many steps as the student
     if size is None:
-        return seconds + epochs * texts * 3 * cost / _FLOPS_TRAIN, 0, logits
+        return seconds + trainings * epochs * texts * 3 * cost / _FLOPS_TRAIN, 0, logits
     small = _flops_a_row(*size, tokens)
-    seconds += epochs * texts * (3 * small / _FLOPS_TRAIN + _SECONDS_A_ROW)
+    seconds += trainings * epochs * texts * (3 * small / _FLOPS_TRAIN + _SECONDS_A_ROW)
     parameters = vocabulary * size[1] + 12 * size[0] * size[1] ** 2
-    return seconds * (2 if options.control else 1), 16 * parameters, 8 * parameters + logits
+    return seconds, 16 * parameters, 8 * parameters + logits
 
 
 def _depth(config: dict[str, Any]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from kdcli.data import sampling
 from kdcli.data.sources import Dataset
-from kdcli.data.text import Encoded
+from kdcli.data.text import Encoded, Rows
 from kdcli.errors import UsageError
 
 
@@ -23,6 +23,7 @@ class Picked:
     at: np.ndarray  # positions in the split, ascending
     total: int  # rows of the split
     sha256: str  # of texts and labels, whatever the order of the rows
+    split_sha256: str  # the same of all rows of the split
 
     def of(self, encoded: Mapping[str, Encoded]) -> Encoded:
         """These rows as one model reads them."""
@@ -47,7 +48,14 @@ def pick(dataset: Dataset, split: str | None, limit: int | None) -> Picked:
     labels = splits[name].labels
     codes = None if labels is None else np.unique(np.array(labels), return_inverse=True)[1]
     at = sampling.positions(codes, total, total if limit is None else limit, sampling.JUDGING_SEED)
-    rows = splits[name].take(at)
+    every = _each(splits[name])
+    return Picked(name, at, total, _joined([every[i] for i in at]), _joined(every))
+
+
+def _each(rows: Rows) -> list[bytes]:
     columns = [column for column in (rows.first, rows.second, rows.labels) if column is not None]
-    each = sorted(hashlib.sha256(json.dumps(row).encode()).digest() for row in zip(*columns, strict=True))
-    return Picked(name, at, total, hashlib.sha256(b"".join(each)).hexdigest())
+    return [hashlib.sha256(json.dumps(row).encode()).digest() for row in zip(*columns, strict=True)]
+
+
+def _joined(digests: list[bytes]) -> str:
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

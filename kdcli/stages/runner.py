@@ -30,19 +30,28 @@ from kdcli.models import activations, mapped, placement, transforms
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.aliases import MODELS
 from kdcli.models.checkpoint import Checkpoint
+from kdcli.models.references import Resolved
 from kdcli.progress import Progress
 from kdcli.report import card, gates, io
 from kdcli.report.redact import redact
 from kdcli.report.schema import (
     Artifact,
-    DataInfo,
     LineageEntry,
-    Measurement,
     ModelInfo,
     Report,
     Warning_,
 )
-from kdcli.stages import comparing, early, measuring, output
+from kdcli.stages import (
+    answers,
+    comparing,
+    early,
+    lineage,
+    measuring,
+    output,
+    recorded_data,
+    soundness,
+    texts,
+)
 from kdcli.stages import graph as graphs
 from kdcli.stages import rows as picked_rows
 from kdcli.stages.base import Request
@@ -71,20 +80,28 @@ def run(request: Request, progress: Progress) -> Outcome | None:
     Raises:
         KdcliError: Anything a user can act on; nothing half-written is left behind.
     """
-    if request.stage == "evaluate":
-        from kdcli.stages import evaluate
+    resolved = early.check(request)
+    if not processes.first():
+        return None if request.stage == "evaluate" else _run(request, progress, resolved[0], None)
+    with early.reserved(request, resolved) as out:
+        if request.stage == "evaluate":
+            from kdcli.stages import evaluate
 
-        return evaluate.run(request, progress) if processes.first() else None
+            return evaluate.run(request, progress)
+        return _run(request, progress, resolved[0], out)
+
+
+def _run(request: Request, progress: Progress, found: Resolved, out: Path | None) -> Outcome | None:
+    """One stage that makes a model; ``out`` is known to the first process."""
     timings = Timings()
     with timings.phase("resolve"):
-        found = early.check(request)[0]
         source = found.ref
         for note in found.notes:
             progress.note(note)
-        out = early.place(request, [found])
-        assert out is not None
         device = device_of(request.common.device)
         distributed.start(device)
+        out = distributed.of_first(out)
+        assert out is not None
         request = early.settle_data(request, found.path)
         dataset = load_data(request, [found.path], progress)
     seed_everything(request.common.seed)
@@ -100,7 +117,7 @@ def run(request: Request, progress: Progress) -> Outcome | None:
                 f"'{source}' has no classification head",
                 "fine-tune it first, or distill from it: kdcli distill --teacher MODEL --student tiny",
             )
-        encoded = Splits(dataset, checkpoint)
+        encoded = Splits(dataset, checkpoint, progress)
     context = Context(
         request=request,
         checkpoint=checkpoint,
@@ -116,10 +133,11 @@ def run(request: Request, progress: Progress) -> Outcome | None:
         return None
     needed = 6 * _weights_bytes(found.path) + (64 << 20)
     with output.building(out, needed) as work:
-        report = _live(context, stage, source, work, timings)
-        output.publish(work, out)
+        report = _live(context, stage, source, work, out, timings)
+        common = request.common
+        final = output.publish(work, out, force=common.force, named=common.out is not None)
     shutil.rmtree(output.resume_directory(out), ignore_errors=True)
-    return Outcome(out, report, [report])
+    return Outcome(final, report, [report])
 
 
 def _follow(context: Context, stage: Any) -> None:
@@ -130,15 +148,20 @@ def _follow(context: Context, stage: Any) -> None:
     stage.apply(context)
 
 
-def _live(context: Context, stage: Any, source: str, work: Path, timings: Timings) -> Report:
+def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timings: Timings) -> Report:
     """Everything between loading and publishing; returns the report that is in ``work``."""
     request, progress = context.request, context.progress
     threads = environment.threads()
+    # Before a stage narrows what it trains and chooses on: what is measured stays whole.
+    picked = picked_rows.pick(context.dataset, None, request.common.limit)
+    read = context.encoded
+    split, rows = picked.split, picked.of(read)
+    doubts = [*context.checkpoint.doubts, *soundness.probe(context.checkpoint, read[split])]
+    doubts += texts.check_reading(context.checkpoint, context.dataset.splits[split], read[split], split)
+    doubts += texts.told(context.checkpoint, {split: read[split]})
     if hasattr(stage, "prepare"):
         with timings.phase("prepare"):
             stage.prepare(context)
-    picked = picked_rows.pick(context.dataset, None, request.common.limit)
-    split, rows = picked.split, picked.of(context.encoded)
     conditions = measuring.Conditions(
         threads=threads,
         device=session_device(context.device),
@@ -149,7 +172,8 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
     )
 
     progress.phase("measure before")
-    input_graph, warnings = graphs.of_input(
+    export = graphs.of_teacher if request.stage == "distill" else graphs.of_input
+    input_graph, warnings = export(
         context.checkpoint, context.encoded[split], threads=threads, timings=timings, progress=progress
     )
     context.input_graph = input_graph
@@ -158,7 +182,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
     )
     given, input_labels = context.checkpoint, list(context.checkpoint.labels)
     first = not given.log.lineage
-    lineage = lineage_of(given, source, before.measurement)
+    history = lineage.lineage_of(given, source, before.measurement)
 
     progress.phase(request.stage)
     seed_everything(context.seed)
@@ -177,20 +201,27 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
             model=source,
             accuracy=None,
             params=applied.method.params,
+            chosen=lineage.chosen(
+                request, applied.method.detail, fine_tuned=bool(context.teacher_detail.get("fine_tuned"))
+            ),
+            chosen_on=picked_rows.pick(context.dataset, "validation", None).sha256,
         )
-        applied.checkpoint.log.lineage = [e.model_dump(mode="json") for e in (*lineage, entry)]
+        applied.checkpoint.log.lineage = [e.model_dump(mode="json") for e in (*history, entry)]
         checkpoints.save(applied.checkpoint, work, integers=applied.integers, half=applied.half)
     for used in (given, applied.checkpoint):
-        if (
-            used.placed is None
-        ):  # its weights are on the disk; from here on only its tokenizer and graph are needed
+        # Its weights are on the disk: from here on only its tokenizer is needed, and its graph where it has one.
+        if used.placed is None and not (used is given and input_graph is None):
             used.model.to("meta")
     if large:
         memory.give_back()
     with timings.phase("reload"):
         after_model = checkpoints.load(work, device=context.device, in_file=True)
     after_encoded, after_rows = context.encoded[split], rows
-    if after_model.labels != input_labels or after_model.tokenizer.get_vocab() != given.tokenizer.get_vocab():
+    if after_model.labels == input_labels and (
+        after_model.tokenizer.get_vocab() == given.tokenizer.get_vocab()
+    ):
+        texts.check_written(given, after_model, context.dataset.splits[split], read[split])
+    else:
         with timings.phase("data"):  # what ships reads the texts in its own tokens, and counts its own labels
             own = Splits(context.dataset, after_model)
             after_encoded, after_rows = own[split], picked.of(own)
@@ -206,7 +237,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         rewrite=applied.rewrite_onnx,
         attention=applied.fusion,
         exact=applied.exact,
-        properties={"stage": request.stage, "lineage": " > ".join(e.stage for e in (*lineage, entry))},
+        properties={"stage": request.stage, "lineage": " > ".join(e.stage for e in (*history, entry))},
     )
     progress.phase("measure after")
     after = measuring.measure(
@@ -221,13 +252,14 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
         conditions,
     )
     if first:  # the input's latencies are known only now
-        lineage[0].params = {"measurement": before.measurement.model_dump(mode="json")}
-        after_model.log.lineage = [e.model_dump(mode="json") for e in (*lineage, entry)]
+        history[0].params = {"measurement": before.measurement.model_dump(mode="json")}
+        after_model.log.lineage = [e.model_dump(mode="json") for e in (*history, entry)]
         transforms.write_log(after_model.log, work)
 
     with timings.phase("report"):
         # Both in the labels of what comes out: the input may have them in another order.
         order = [input_labels.index(name) for name in after_model.labels]
+        assert rows.labels is not None
         assert after_rows.labels is not None
         delta = comparing.row_by_row(
             comparing.compare(before.measurement, after.measurement),
@@ -235,15 +267,18 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
             after.logits.argmax(1),
             after_rows.labels,
         )
-        entry = entry.model_copy(update={"accuracy": accuracy_of(after.measurement)})
+        entry = entry.model_copy(update={"accuracy": lineage.accuracy_of(after.measurement)})
         method = applied.method.model_copy(update={"detail": applied.method.detail | {"onnx": graph.detail}})
         warnings = [
-            *given.doubts,
+            *doubts,
             *warnings,
             *of_data(context.dataset),
             *applied.warnings,
             *graph.warnings,
             *comparing.honest(delta, before.measurement, after.measurement),
+            *answers.doubts(before.logits, rows.labels, input_labels, of_input=True),
+            *answers.doubts(after.logits, after_rows.labels, after_model.labels),
+            *lineage.selected([*history, entry], split, picked.split_sha256),
         ]
         judged = gates.judge(request.common.gates, before.measurement, after.measurement, delta)
         report = Report(
@@ -261,14 +296,14 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
                 task="text-classification",
                 labels=after_model.labels,
             ),
-            data=data_info(context.dataset),
+            data=recorded_data.info(context.dataset, str(request.common.data), out),
             before=before.measurement,
             after=after.measurement,
             delta=delta,
             method=method,
             parity=graph.parity,
             gates=judged,
-            lineage=[*lineage, entry],
+            lineage=[*history, entry],
             environment=environment.environment(str(context.device), context.seed),
             timings={},
             warnings=unique(warnings),
@@ -357,15 +392,22 @@ class Splits(Mapping[str, Encoded]):
     training rows.
     """
 
-    def __init__(self, dataset: Dataset, checkpoint: Checkpoint) -> None:
+    def __init__(self, dataset: Dataset, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
         self._dataset, self._checkpoint = dataset, checkpoint
-        self._index = label_names.align(dataset.label_names, checkpoint.labels)
+        self._progress = progress or Progress()
+        self._index = label_names.align(
+            dataset.label_names, checkpoint.labels, ids=dataset.ids, option=dataset.ids_option
+        )
         self._made: dict[str, Encoded] = {}
 
     def __getitem__(self, split: str) -> Encoded:
         if split not in self._made:
             made, rows = self._checkpoint, self._dataset.splits[split]
-            self._made[split] = text.encode(rows, made.tokenizer, made.max_length, self._index)
+            encoded = text.encode(rows, made.tokenizer, made.max_length, self._index, split)
+            if encoded.cut:
+                what = f"{encoded.cut} of {len(rows)} rows of {split}"
+                self._progress.note(f"{what} are longer than {made.max_length} tokens: they are cut there")
+            self._made[split] = encoded
         return self._made[split]
 
     def __iter__(self) -> Iterator[str]:
@@ -376,34 +418,6 @@ class Splits(Mapping[str, Encoded]):
 
     def __contains__(self, split: object) -> bool:
         return split in self._dataset.splits
-
-
-def accuracy_of(measurement: Measurement) -> float | None:
-    """The primary metric, where it was measured."""
-    return None if measurement.quality is None else measurement.quality.accuracy.value
-
-
-def lineage_of(checkpoint: Checkpoint, source: str, before: Measurement) -> list[LineageEntry]:
-    """The stages that led to this checkpoint; a model that kdcli did not make starts its own lineage.
-
-    The first entry keeps its whole measurement, so that a later ``evaluate`` can compare with it.
-    """
-    entries = [LineageEntry.model_validate(e) for e in checkpoint.log.lineage]
-    if not entries:
-        first = LineageEntry(
-            stage="input",
-            method="",
-            report_sha256=None,
-            model=redact(source),
-            accuracy=accuracy_of(before),
-            params={"measurement": before.model_dump(mode="json")},
-        )
-        return [first]
-    report = checkpoint.path / "report.json"
-    if report.is_file():
-        update = {"report_sha256": io.sha256_of(report), "accuracy": accuracy_of(before)}
-        entries[-1] = entries[-1].model_copy(update=update)
-    return entries
 
 
 def config_of(request: Request) -> dict[str, Any]:
@@ -429,12 +443,6 @@ def config_of(request: Request) -> dict[str, Any]:
         name: {"value": plain(value), "origin": request.origins.get(name, "default")}
         for name, value in sorted(values.items())
     }
-
-
-def data_info(dataset: Dataset) -> DataInfo:
-    """Which rows were used."""
-    rows = {name: len(split) for name, split in dataset.splits.items()}
-    return DataInfo(ref=redact(dataset.ref), fingerprint=dataset.fingerprint, rows=rows)
 
 
 def of_data(dataset: Dataset) -> list[Warning_]:

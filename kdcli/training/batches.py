@@ -23,9 +23,11 @@ def accepted(model: nn.Module) -> frozenset[str]:
     """The names of the arguments that a model takes."""
     kind: Any = type(model)
     names = _accepts(kind)
-    # A model with one segment or none would look segment ids up in a table that is too small.
+    # A model with one segment or none would look segment ids up in a table that is too small. One that does not say
+    # how many it has (XLNet) has no table of them.
     config: Any = model.config
-    return names if int(getattr(config, "type_vocab_size", 0) or 0) >= 2 else names - {"token_type_ids"}
+    segments = getattr(config, "type_vocab_size", 0 if str(config.model_type).startswith("kdcli-") else None)
+    return names if segments is None or int(segments or 0) >= 2 else names - {"token_type_ids"}
 
 
 def model_inputs(
@@ -35,7 +37,8 @@ def model_inputs(
 
     Args:
         model: A transformers model.
-        batch: ``input_ids``, ``attention_mask`` and ``token_type_ids``, each (B, T) int64.
+        batch: ``input_ids``, ``attention_mask`` and, where the tokenizer gives them, ``token_type_ids``, each (B, T)
+            int64.
         device: Where the tensors go.
 
     Returns:

@@ -24,6 +24,32 @@ def cross_entropy(labels: np.ndarray, device: torch.device) -> Loss:
     return loss
 
 
+def mixed_cross_entropy(
+    first: np.ndarray, second: np.ndarray, share: np.ndarray, device: torch.device
+) -> Loss:
+    """Cross entropy of rows that belong to two labels, as far as ``share`` says.
+
+    L = mean over the rows of share * CE(first) + (1 - share) * CE(second), as in CutMix (Yun et al. 2019,
+    arXiv:1905.04899, eq. 1), where the share is that of the area.
+
+    Args:
+        first: (N,) class indices.
+        second: (N,) class indices; where ``share`` is 1 they do not count.
+        share: (N,) in [0, 1].
+        device: Where the logits will be.
+    """
+    one, two = (torch.from_numpy(labels).to(device) for labels in (first, second))
+    weight = torch.from_numpy(share.astype(np.float32)).to(device)
+
+    def loss(output: Any, batch: Batch) -> Tensor:
+        at = torch.from_numpy(batch.rows).to(device)
+        logits = output.logits.float()
+        own, other = (F.cross_entropy(logits, labels[at], reduction="none") for labels in (one, two))
+        return (weight[at] * own + (1 - weight[at]) * other).mean()
+
+    return loss
+
+
 def hard(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of logits (B, C) with targets (B,), -100 where a row has none.
 

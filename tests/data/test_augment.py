@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from kdcli.data.augment import Rates, augment, unlike
+from kdcli.data.augment import Origins, Rates, augment, unlike
 from kdcli.data.text import Encoded, concatenate
 
 CLS, SEP, PAD, UNK, MASK = 0, 1, 2, 3, 4
@@ -49,6 +49,10 @@ def rows_of(x: Encoded) -> list[list[int]]:
 
 
 def run(x: Encoded, n: int = 4, seed: int = 0, rates: Rates = HARD) -> Encoded:
+    return traced(x, n, seed, rates)[0]
+
+
+def traced(x: Encoded, n: int = 4, seed: int = 0, rates: Rates = HARD) -> tuple[Encoded, Origins]:
     return augment(x, n, seed=seed, special=SPECIAL, mask_id=MASK, neighbours=NEIGHBOURS, rates=rates)
 
 
@@ -166,7 +170,7 @@ def _segments(row: list[int]) -> list[list[int]]:
 
 def test_without_mask_token_and_neighbours_nothing_new_appears() -> None:
     rows = random_rows(0)
-    made = augment(rows, 4, seed=0, special=SPECIAL, mask_id=None, neighbours=None, rates=HARD)
+    made, _ = augment(rows, 4, seed=0, special=SPECIAL, mask_id=None, neighbours=None, rates=HARD)
     assert set(made.ids.tolist()) <= set(rows.ids.tolist())
 
 
@@ -190,6 +194,34 @@ def test_rows_that_are_there_already_are_found() -> None:
     assert 0 < len(expected) < len(many)
     assert unlike(many, big).tolist() == expected
     assert len(unlike(concatenate(big, big, -100), big)) == 0
+
+
+@pytest.mark.parametrize("rates", [replace(HARD, splice=0.6, mask=0, replace=0), replace(NONE, splice=1)])
+def test_every_text_knows_the_rows_it_was_made_from(rates: Rates) -> None:
+    # Row i is spelt with tokens of its own, so the tokens of a text tell where it comes from.
+    rows = encoded([[CLS, *range(10 + 5 * i, 15 + 5 * i), SEP] for i in range(30)])
+    made, origins = traced(rows, 6, rates=rates)
+    assert len(origins.first) == len(origins.second) == len(origins.share) == len(made)
+    assert np.array_equal(origins.first, np.tile(np.arange(30), 6))
+    for row, first, second, share in zip(
+        rows_of(made), origins.first, origins.second, origins.share, strict=True
+    ):
+        owners = [(t - 10) // 5 for t in ordinary(row)]
+        assert set(owners) <= {first, second}
+        if first != second:
+            assert share == pytest.approx(owners.count(first) / len(owners))  # one rounding of a quotient
+    mixed = (origins.share > 0) & (origins.share < 1)
+    assert mixed.any()
+    assert (origins.share[origins.first == origins.second] <= 1).all()
+    few = origins.take(np.flatnonzero(mixed)[:3])
+    assert few.share.tolist() == origins.share[mixed][:3].tolist()
+
+
+def test_a_text_without_a_second_row_is_wholly_of_its_first() -> None:
+    rows = random_rows(2, pairs=True)  # pairs are not spliced
+    _, origins = traced(rows)
+    assert np.array_equal(origins.first, origins.second)
+    assert set(origins.share) == {1.0}
 
 
 def test_pairs_that_differ_in_segments_only_are_different() -> None:

@@ -27,7 +27,12 @@ def make_tokenizer(*, preset: bool = False) -> PreTrainedTokenizerFast:
         backend.enable_truncation(5)
         backend.enable_padding(length=9, pad_id=PAD, pad_token="[PAD]")
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]"
+        tokenizer_object=backend,
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
 
 

@@ -137,6 +137,53 @@ def test_unknown_name_gets_a_suggestion() -> None:
         resolve("minlm")
 
 
+@pytest.mark.parametrize(
+    ("ref", "meant"),
+    [
+        ("./modle", "model"),
+        ("modle", "model"),
+        ("./out/studnet", "out/student"),
+        ("out/studnet", "out/student"),
+        ("otu/student", "out/student"),
+        ("out/deep/quantised/modl", "out/deep/quantized/model"),
+    ],
+)
+def test_a_misspelt_path_is_not_answered_by_the_hub(
+    ref: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("model", "out/student", "out/deep/quantized/model"):
+        write_model(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(references, "_unreachable", lambda _: pytest.fail("the network was touched"))
+    with pytest.raises(InputError) as caught:
+        resolve(ref)
+    assert f"'{meant}'" in f"{caught.value} {caught.value.hint}"
+
+
+def test_a_name_beside_a_local_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "other").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="the local directory 'org' holds no 'name'") as caught:
+        resolve("org/name")
+    assert str(caught.value.hint) == "for the repository on the hub write org/name@main"
+    with pytest.raises(UnavailableError):  # the hub is meant, and not allowed here
+        resolve("org/name@main", offline=True)
+    with pytest.raises(UnavailableError):  # nothing speaks for a path
+        resolve("team/classifier", offline=True)
+
+
+def test_a_cached_name_beside_a_local_directory_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "org").mkdir(parents=True)
+    lay_out_cache(tmp_path / "cache", "org/name", BERT.revision, write_model(tmp_path / "made"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path / "here")
+    found = resolve("org/name")
+    assert found.source == "cache"
+    assert any("holds no 'name'" in note for note in found.notes)
+
+
 def test_a_file_is_not_a_model(tmp_path: Path) -> None:
     model = write_model(tmp_path)
     with pytest.raises(InputError, match="is a file"):

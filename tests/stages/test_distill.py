@@ -165,8 +165,11 @@ def test_label_budget_unlabelled_rows_and_control(teacher: Path, data_dir: Path,
     )
     assert outcome.report.method is not None
     detail = outcome.report.method.detail
-    assert detail["rows"] == {"labelled": 10, "unlabelled": 96 - 10 + 3, "augmented": 0}
-    assert 0 <= detail["control"]["accuracy"] <= 1
+    # 10 of 96 training rows are 3 of 32 validation rows.
+    assert detail["rows"] == {"labelled": 10, "unlabelled": 96 - 10 + 3, "augmented": 0, "choosing": 3}
+    assert [run["name"] for run in detail["control"]["runs"]] == ["labels", "labels+dropout"]
+    assert detail["control"]["accuracy"] == max(run["accuracy"] for run in detail["control"]["runs"])
+    assert any(w.code == "teacher-labels" for w in outcome.report.warnings)  # it came trained
     assert outcome.report.after.quality is not None
     # torch and onnxruntime agree on every answer here, so the control's reference is the report's own number.
     assert detail["control"]["student_accuracy"] == pytest.approx(outcome.report.after.quality.accuracy.value)

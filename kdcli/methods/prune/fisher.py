@@ -42,6 +42,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from kdcli.methods import definite
 from kdcli.methods.layerwise_stream import PARTS, Moments, Pair
 from kdcli.methods.prune import taylor
 from kdcli.methods.prune_budget import search
@@ -164,7 +165,7 @@ def solve(gram: Tensor, right: Tensor, damp: float) -> Tensor:
     """
     ridge = damp * max(float(gram.diagonal().mean()), 1e-30)
     system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return 1 + torch.linalg.solve(system, right - gram.sum(1))
+    return 1 + definite.solve(system, right - gram.sum(1))
 
 
 @torch.no_grad()

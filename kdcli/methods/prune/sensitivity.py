@@ -213,7 +213,7 @@ def _eliminate(
     units = len(covariance) // width
     before, _ = sublayer_refit.matrix(layer, part)
     full, _ = output_refit.refit(moments, range(units), before, width, ridge=config.ridge)
-    ridge = output_refit.ridge_of(covariance, config.ridge)
+    ridge = config.ridge * moments.scale()
     return output_refit.eliminate(covariance, full, width, ridge=ridge, at=levels)
 
 

@@ -140,6 +140,7 @@ def _distil(context: Context, plan: Plan) -> dict[str, Any]:
         batch_size=BATCH_SIZE,
         lr=config.lr,
         seed=context.seed,
+        rate_option="--set lr=RATE",
     )
     chosen = [Chosen("response", response, response.Config(temperature=config.temperature), config.alpha)]
     shape = shape_of(student)

@@ -9,9 +9,10 @@ weights, as every student does from its teacher's where the sizes agree, unless 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 from kdcli import processes
 from kdcli.models import checkpoint as checkpoints
@@ -32,18 +33,20 @@ def run(context: Context, plan: Plan) -> Applied:
         if own
         else [*assistants(plan.settings), plan.options.student]
     )
-    rows = students.rows_of(context, plan, context.checkpoint)
+    texts = students.rows_of(context, plan, context.checkpoint)
+    first_weights = _before_any(context, plan) if plan.options.control else None
     taught_by: Sequence[Checkpoint] = [context.checkpoint, *context.more_teachers]
     table: list[dict[str, Any]] = []
     best: Taught | None = None
-    first_weights: dict[str, Any] | None = None
+    steps = best_steps = 0  # that went into the weights of the last one, and of the best one
     for number, name in enumerate(names, start=1):
         last = number == len(names)
         made = students.make(context, plan, taught_by[0], name)
-        weights = copy.deepcopy(made.checkpoint.model.state_dict()) if plan.options.control else None
         title = "student" if last else f"generation {number}" if own else f"assistant {name}"
         context.progress.note(f"{title}: taught by {_name(taught_by, table)}")
-        taught = lesson.teach(context, plan, made, taught_by, rows, title=title)
+        taught = lesson.teach(context, plan, made, taught_by, texts.rows, title=title)
+        # A successor goes on from its predecessor's weights where it has them from its teacher.
+        steps = taught.steps + (steps if own and made.init == "teacher" else 0)
         table.append(
             {
                 "student": name,
@@ -53,18 +56,24 @@ def run(context: Context, plan: Plan) -> Applied:
             }
         )
         if best is None or not own or taught.result.best_accuracy > best.result.best_accuracy:
-            best, first_weights = taught, weights  # the control starts where the one that is kept started
+            best, best_steps = taught, steps
         if not last:
             taught_by = [keep(context, taught.checkpoint, title)]
     assert best is not None
-    detail = students.describe(context, best, rows) | {"chain": table}
+    detail = students.describe(context, best, texts.rows) | {"chain": table}
     warnings = list(best.warnings)
     if first_weights is not None:
-        detail["control"], more = control.control(context, best, first_weights, context.encoded["train"])
+        detail["control"], more = control.control(context, best, first_weights, texts, steps=best_steps)
         warnings += more
     applied = Applied(best.checkpoint, teacher_assisted.method_of(plan, best, detail), warnings=warnings)
     applied.method.layers = []
     return applied
+
+
+def _before_any(context: Context, plan: Plan) -> dict[str, Tensor]:
+    """The weights that the student has before anything was distilled: those a plain distillation starts from."""
+    made = students.make(context, plan, context.checkpoint, plan.options.student)
+    return made.checkpoint.model.state_dict()
 
 
 def keep(context: Context, model: Checkpoint, title: str) -> Checkpoint:

@@ -75,17 +75,25 @@ def precheck(context: Context, plan: Plan) -> None:
         )
 
 
-def rows_of(context: Context, plan: Plan, teacher: Checkpoint) -> Encoded:
+@dataclass(frozen=True)
+class Texts:
+    """What a student reads: the training rows and, after them, texts made from them, which have no labels."""
+
+    rows: Encoded
+    origins: augment.Origins | None = None  # of the further texts; None when there are none
+
+
+def rows_of(context: Context, plan: Plan, teacher: Checkpoint) -> Texts:
     """The training rows and, after them, their augmented versions, which have no labels."""
     train = context.encoded["train"]
     assert train.labels is not None
     count = augmented(plan, len(train.ids))
     if not count:
-        return train
+        return Texts(train)
     tokenizer = teacher.tokenizer
     special = set(tokenizer.all_special_ids)
     near = vocabulary.near_tokens(teacher, NEIGHBOURS, context.progress)
-    more = augment.augment(
+    more, origins = augment.augment(
         train,
         count,
         seed=plan.settings.augment_seed,
@@ -93,9 +101,10 @@ def rows_of(context: Context, plan: Plan, teacher: Checkpoint) -> Encoded:
         mask_id=tokenizer.mask_token_id,
         neighbours=near,
     )
-    more = more.take(augment.unlike(more, train))
+    new = augment.unlike(more, train)
+    more = more.take(new)
     context.progress.note(f"{len(more)} further texts made from {len(train)}, for the teacher to label")
-    return text.concatenate(train, more, UNLABELLED)
+    return Texts(text.concatenate(train, more, UNLABELLED), origins.take(new))
 
 
 def make(
@@ -169,5 +178,6 @@ def describe(context: Context, taught: Taught, rows: Encoded) -> dict[str, Any]:
             "labelled": int((train.labels >= 0).sum()),
             "unlabelled": int((train.labels < 0).sum()),
             "augmented": len(rows) - len(train),
+            "choosing": len(context.encoded["validation"]),
         },
     }

@@ -13,15 +13,15 @@ from kdcli.stages.strategies.plan import Plan
 
 
 def run(context: Context, plan: Plan) -> Applied:
-    """Train the student; with ``--control`` train it a second time without the teacher."""
-    rows = students.rows_of(context, plan, context.checkpoint)
+    """Train the student; with ``--control`` train it again without the teacher."""
+    texts = students.rows_of(context, plan, context.checkpoint)
     made = students.make(context, plan, context.checkpoint, plan.options.student)
     first_weights = copy.deepcopy(made.checkpoint.model.state_dict()) if plan.options.control else None
-    taught = lesson.teach(context, plan, made, [context.checkpoint, *context.more_teachers], rows)
+    taught = lesson.teach(context, plan, made, [context.checkpoint, *context.more_teachers], texts.rows)
     warnings: list[Warning_] = list(taught.warnings)
-    detail = students.describe(context, taught, rows)
+    detail = students.describe(context, taught, texts.rows)
     if first_weights is not None:
-        detail["control"], more = control.control(context, taught, first_weights, context.encoded["train"])
+        detail["control"], more = control.control(context, taught, first_weights, texts)
         warnings += more
     return Applied(taught.checkpoint, method_of(plan, taught, detail), warnings=warnings)
 
