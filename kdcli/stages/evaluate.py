@@ -18,7 +18,18 @@ from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
 from kdcli.report.redact import redact
 from kdcli.report.schema import LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
-from kdcli.stages import answers, comparing, early, judged, measuring, output, runner, soundness, texts
+from kdcli.stages import (
+    answers,
+    comparing,
+    early,
+    judged,
+    measuring,
+    output,
+    recorded_data,
+    runner,
+    soundness,
+    texts,
+)
 from kdcli.stages import graph as graphs
 from kdcli.stages import lineage as lineages
 from kdcli.stages import rows as picked_rows
@@ -213,7 +224,7 @@ def _report(
             task="text-classification",
             labels=one.checkpoint.labels,
         ),
-        data=runner.data_info(dataset),
+        data=recorded_data.info(dataset, str(request.common.data), request.common.out),
         before=before,
         after=after,
         delta=delta,

@@ -36,13 +36,22 @@ from kdcli.report import card, gates, io
 from kdcli.report.redact import redact
 from kdcli.report.schema import (
     Artifact,
-    DataInfo,
     LineageEntry,
     ModelInfo,
     Report,
     Warning_,
 )
-from kdcli.stages import answers, comparing, early, lineage, measuring, output, soundness, texts
+from kdcli.stages import (
+    answers,
+    comparing,
+    early,
+    lineage,
+    measuring,
+    output,
+    recorded_data,
+    soundness,
+    texts,
+)
 from kdcli.stages import graph as graphs
 from kdcli.stages import rows as picked_rows
 from kdcli.stages.base import Request
@@ -124,7 +133,7 @@ def _run(request: Request, progress: Progress, found: Resolved, out: Path | None
         return None
     needed = 6 * _weights_bytes(found.path) + (64 << 20)
     with output.building(out, needed) as work:
-        report = _live(context, stage, source, work, timings)
+        report = _live(context, stage, source, work, out, timings)
         common = request.common
         final = output.publish(work, out, force=common.force, named=common.out is not None)
     shutil.rmtree(output.resume_directory(out), ignore_errors=True)
@@ -139,7 +148,7 @@ def _follow(context: Context, stage: Any) -> None:
     stage.apply(context)
 
 
-def _live(context: Context, stage: Any, source: str, work: Path, timings: Timings) -> Report:
+def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timings: Timings) -> Report:
     """Everything between loading and publishing; returns the report that is in ``work``."""
     request, progress = context.request, context.progress
     threads = environment.threads()
@@ -287,7 +296,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
                 task="text-classification",
                 labels=after_model.labels,
             ),
-            data=data_info(context.dataset),
+            data=recorded_data.info(context.dataset, str(request.common.data), out),
             before=before.measurement,
             after=after.measurement,
             delta=delta,
@@ -386,7 +395,9 @@ class Splits(Mapping[str, Encoded]):
     def __init__(self, dataset: Dataset, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
         self._dataset, self._checkpoint = dataset, checkpoint
         self._progress = progress or Progress()
-        self._index = label_names.align(dataset.label_names, checkpoint.labels)
+        self._index = label_names.align(
+            dataset.label_names, checkpoint.labels, ids=dataset.ids, option=dataset.ids_option
+        )
         self._made: dict[str, Encoded] = {}
 
     def __getitem__(self, split: str) -> Encoded:
@@ -432,12 +443,6 @@ def config_of(request: Request) -> dict[str, Any]:
         name: {"value": plain(value), "origin": request.origins.get(name, "default")}
         for name, value in sorted(values.items())
     }
-
-
-def data_info(dataset: Dataset) -> DataInfo:
-    """Which rows were used."""
-    rows = {name: len(split) for name, split in dataset.splits.items()}
-    return DataInfo(ref=redact(dataset.ref), fingerprint=dataset.fingerprint, rows=rows)
 
 
 def of_data(dataset: Dataset) -> list[Warning_]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcli.data import text
+from kdcli.data import sampling, text
 from kdcli.data.readers import Rows
 from kdcli.data.text import Encoded
 from kdcli.errors import InputError
@@ -101,8 +101,8 @@ def told(checkpoint: Checkpoint, splits: Mapping[str, Encoded]) -> list[Warning_
         rows = len(encoded)
         if rows and encoded.cut > MANY_CUT * rows:
             message = (
-                f"{encoded.cut} of {rows} rows of {split} ({encoded.cut / rows:.1%}) are longer than the "
-                f"{checkpoint.max_length} tokens that the model takes: what comes after is not seen"
+                f"{encoded.cut} of {rows} rows of {split} ({encoded.cut / rows:.1%}) are longer than the limit "
+                f"of {checkpoint.max_length} tokens: the model does not see what comes after"
             )
             found.append(Warning_(code="rows-cut", message=message))
         share, lost = unknown(encoded, checkpoint.tokenizer)
@@ -139,7 +139,7 @@ def unknown(encoded: Encoded, tokenizer: Any) -> tuple[float, int]:
 
 
 def _sample(rows: int) -> np.ndarray:
-    return np.unique(np.linspace(0, max(0, rows - 1), min(rows, SAMPLE)).astype(np.int64))
+    return sampling.positions(None, rows, SAMPLE, sampling.JUDGING_SEED)
 
 
 def _unlike(encoded: Encoded, backend: Any, rows: Rows) -> list[int]:

@@ -170,6 +170,7 @@ def _tune(context: Context, plan: Plan, teacher: Checkpoint) -> tuple[list[nn.Li
             batch_size=settings.teacher_batch_size,
             lr=settings.teacher_lr or (2e-4 if int(teacher.config.hidden_size) <= 384 else 5e-5),
             seed=context.seed,
+            rate_option="--set teacher_lr=RATE",
         )
         loss = cross_entropy(labelled.labels, context.device)
         title = f"teacher layer {layer.index + 1} of {len(layers)}"
