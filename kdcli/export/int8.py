@@ -19,6 +19,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from kdcli.export import files, packed
+from kdcli.export.runtimes import PACKED_BITS
 
 Kernel = Literal["integer", "blocks"]
 """``integer``: products of integers, activations rounded to uint8. ``blocks``: MatMulNBits, float activations."""
@@ -47,8 +48,6 @@ class Stored(NamedTuple):
 
 # Smaller blocks cost more time and space than they are worth, and onnxruntime has none below 16.
 _WIDEST, _NARROWEST = 128, 16
-# Bits of an integer in the checkpoint -> in the operators of onnxruntime that read packed weights.
-_PACKED_BITS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
 # What QAttention can do of what Attention can; anything else stays a float operator.
 _ATTENTION_ATTRIBUTES = frozenset({"num_heads", "unidirectional", "mask_filter_value", "scale", "do_rotary"})
@@ -240,7 +239,7 @@ class Rewriter(packed.Unpacking):
         if name is None:
             return False
         weight, output, index = self.integers[name], node.output[0], node.input[1]
-        if weight.values.shape[1] % (8 // _PACKED_BITS[weight.bits]):
+        if weight.values.shape[1] % (8 // PACKED_BITS[weight.bits]):
             self.placed.discard(name)  # rows that fill no whole bytes have no operator
             return False
         if self._packs(weight, table=True):
@@ -396,7 +395,7 @@ class Rewriter(packed.Unpacking):
 
     def _blocks(self, name: str, weight: Stored, *, table: bool) -> tuple[tuple[str, ...], int, int]:
         """Packed integers, scales and zero points as initialisers, once; with their bits and block size."""
-        bits, columns = _PACKED_BITS[weight.bits], weight.values.shape[1]
+        bits, columns = PACKED_BITS[weight.bits], weight.values.shape[1]
         block = _block_of(columns, weight.scale.shape[1])
         key = ("blocks-table" if table else "blocks", name)
         if key not in self._made:

@@ -57,7 +57,7 @@ class Packable(Protocol):
 
 
 class Unpacking:
-    """The part of a rewriter of graphs that writes packed weights; ``pack`` turns it on."""
+    """The part of a rewriter of graphs that writes packed weights; ``pack`` turns it on for matrices."""
 
     pack: bool
     _made: MutableMapping[tuple[str, str], tuple[str, ...]]
@@ -72,16 +72,18 @@ class Unpacking:
         """Whether a weight stays packed in the file and is unpacked by operators."""
         side = weight.values.shape[1 if table else 0]  # along which integers share a byte
         plain = weight.zero is None and weight.scale.shape[1] == 1
-        return self.pack and plain and weight.bits in UNPACKED and side % (8 // weight.bits) == 0
+        # Few runtimes have a lookup of 2 bits.
+        wanted = self.pack or (table and weight.bits < 4)
+        return wanted and plain and weight.bits in UNPACKED and side % (8 // weight.bits) == 0
 
     def _held(self, weight: Packable, *, table: bool = False) -> str:
         return f"int{weight.bits}, packed" if self._packs(weight, table=table) else "int8"
 
-    def _meaning(self, bits: int, kind: Any) -> str:
+    def _meaning(self, bits: int) -> str:
         """Name of what a byte stands for, once for all weights."""
-        name = f"byte_of_{bits}_bits_{np.dtype(kind).name}"
+        name = f"byte_of_{bits}_bits"
         if ("meaning", name) not in self._made:
-            self._initialise(name, meaning(bits).astype(kind))
+            self._initialise(name, meaning(bits))
             self._made["meaning", name] = (name,)
         return name
 
@@ -90,7 +92,7 @@ class Unpacking:
         self._initialise(f"{name}_bytes", pack(codes(values, bits), bits))
         self._initialise(f"{name}_shape", np.array(values.shape, np.int64))
         self._add("Cast", [f"{name}_bytes"], f"{name}_index", to=TensorProto.INT32)
-        self._add("Gather", [self._meaning(bits, np.int8), f"{name}_index"], f"{name}_parts")
+        self._add("Gather", [self._meaning(bits), f"{name}_index"], f"{name}_parts")
         self._add("Reshape", [f"{name}_parts", f"{name}_shape"], name)
 
     def _packed_lookup(self, node: NodeProto, weight: Packable) -> None:
@@ -105,9 +107,10 @@ class Unpacking:
         held, scale, width = self._made[key]
         self._add("Gather", [held, index], f"{output}_bytes")
         self._add("Cast", [f"{output}_bytes"], f"{output}_index", to=TensorProto.INT32)
-        self._add("Gather", [self._meaning(weight.bits, np.float32), f"{output}_index"], f"{output}_parts")
+        self._add("Gather", [self._meaning(weight.bits), f"{output}_index"], f"{output}_parts")
         self._add("Shape", [index], f"{output}_rows")
         self._add("Concat", [f"{output}_rows", width], f"{output}_shape", axis=0)
         self._add("Reshape", [f"{output}_parts", f"{output}_shape"], f"{output}_integers")
+        self._add("Cast", [f"{output}_integers"], f"{output}_floats", to=TensorProto.FLOAT)
         self._add("Gather", [scale, index], f"{output}_scales")
-        self._add("Mul", [f"{output}_integers", f"{output}_scales"], output)
+        self._add("Mul", [f"{output}_floats", f"{output}_scales"], output)

@@ -15,7 +15,7 @@ from kdcli import __version__, cache
 from kdcli.data import batching, sampling
 from kdcli.data.text import Encoded
 from kdcli.errors import InputError, ParityError
-from kdcli.export import fusion, onnx, parity, sessions
+from kdcli.export import files, fusion, onnx, parity, runtimes, sessions
 from kdcli.export.fusion import Fusion
 from kdcli.models import activations
 from kdcli.models import checkpoint as checkpoints
@@ -151,9 +151,11 @@ def build(
         else:
             chosen.replace(target)
         with timings.phase("export"):
+            detail["oldest_onnxruntime"] = needed = runtimes.of_graph(files.outline(target))
             meta = {
                 "kdcli_version": __version__,
                 "max_length": str(checkpoint.max_length),
+                **({} if needed is None else {"oldest_onnxruntime": needed}),
                 **(properties or {}),
             }
             onnx.annotate(target, checkpoint.labels, meta)

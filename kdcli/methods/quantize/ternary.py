@@ -8,8 +8,11 @@ answers, plus the squared differences of attention scores and hidden states of e
 
 Source: Li and Liu 2016, "Ternary Weight Networks", arXiv:1605.04711, equations 5 and 6; Zhang et al. 2020,
 "TernaryBERT: Distillation-aware Ultra-low Bit BERT", EMNLP, arXiv:2009.12812, sections 3.1 and 3.2.
-Differs: activations stay float, because onnxruntime multiplies packed weights by
-floats. Matrices outside the encoder, the classifier among them, have 8 bits with a scale a row.
+Differs: what matrices read is rounded to 8 bits as in int8-qat, with a range that follows the batches of the
+training and is fixed afterwards, where the source takes the least and the largest value of each input
+(``activations=float`` rounds nothing). The two products inside attention, which the source rounds too, stay float.
+Matrices outside the encoder, the classifier among them, have 8 bits with a scale a row. The divergence from the
+teacher's answers has the gradient of the source's cross entropy.
 """
 
 from __future__ import annotations
