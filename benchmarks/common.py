@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-import kdcli
+import kdcli as _telemetry_off  # noqa: F401 - switches off the telemetry of what is loaded later
 
 EVERY = 0.02  # seconds between two samples of memory
 

@@ -3,14 +3,15 @@
 Runs `kdcli distill` once for every line of the plan below through the installed command, skips what is there, and
 prints Markdown tables. Every line says what it changes against the default recipe; `headline` and `labels` also
 train the controls, the same student from the same first weights for as many steps without the teacher: on the labels
-alone, and on the labels of the rows and of the same further texts, with dropout.
+alone, with the same further texts, and with dropout where the student has none.
 
     python benchmarks/distill.py run headline --data clinc150=DIR --data sst2=DIR --teacher clinc150=DIR ...
     python benchmarks/distill.py run methods --lane 0/2 ...     # every second line; two processes share the cores
     python benchmarks/distill.py table --out kdcli-out/distill
 
 Defaults are chosen on validation rows and measured on test rows, in that order: `choose` shows the lines of every
-question by their validation accuracy and measures the best one, and no other, on the test split.
+question by their validation accuracy, takes the default unless another one is better by more than a standard error,
+and measures what it took, and no other, on the test split.
 
     python benchmarks/distill.py run choices ...
     python benchmarks/distill.py choose --out kdcli-out/distill
@@ -22,6 +23,7 @@ and alone on the machine, and judges each with onnxruntime and the tokenizer alo
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,17 @@ from common import by_onnxruntime_alone, header, mean, pairs, reports
 SHORT = ["--augment", "0", "--epochs", "6", "--set", "phases=one"]  # for comparing methods: the rows alone
 
 
-CONTROLS = ("labels", "labels+texts+dropout")
+CONTROLS = ("labels", "labels+texts", "labels+texts+dropout")
 
 TITLES = [
-    *("student | data", "distilled", "labels alone", "labels, texts, dropout", "gain over the better", "p"),
+    *(
+        "student | data",
+        "distilled",
+        "labels alone",
+        "labels, texts",
+        "labels, texts, dropout",
+        "gain over the best",
+    ),
     *(
         "onnxruntime alone",
         "parameters",
@@ -61,7 +70,7 @@ def weighed(method: str, *weights: str) -> dict[str, list[str]]:
     }
 
 
-#: A question that a default answers -> its lines. Short runs, measured on few test rows, because none of them counts.
+#: A question -> its lines, the default first. Short runs, measured on few test rows, because none of them counts.
 CHOICES: dict[str, dict[str, list[str]]] = {
     "weight of `hidden`": weighed("hidden", "0.01", "0.1", "1"),
     "weight of `tinybert`": weighed("tinybert", "0.001", "0.01", "0.1", "1"),
@@ -202,19 +211,31 @@ def table(given: argparse.Namespace) -> None:
 
 
 def choose(given: argparse.Namespace) -> None:
-    """Print what the validation rows say to every question, and the best answer's accuracy on the test split."""
+    """Print what the validation rows say to every question, and the answer's accuracy on the test split."""
     found = {name: by_seed[0] for (name, _), by_seed in reports(given.out).items() if 0 in by_seed}
     print(header(["question", "answer", "validation", "test"]))
     for question, lines in CHOICES.items():
         judged = {name: chosen_by(found[name]) for name in lines if name in found}
-        best = max(judged, key=lambda name: judged[name], default=None)
+        taken = answer_of(judged, rows_of(found[next(iter(judged))])) if judged else None
         for name, accuracy in judged.items():
             test = ""
-            if name == best:
+            if name == taken:
                 whole = common.measured_together([found[name]["path"]], "--split", "test")[0]
                 test = common.accuracy(whole)
-            shown = f"**{name}**" if name == best else name
+            shown = f"**{name}**" if name == taken else name
             print(common.row([question, shown, common.share(accuracy), test]))
+
+
+def answer_of(judged: dict[str, float], rows: int) -> str:
+    """The first name, which is the default, unless the best one is better by more than a standard error."""
+    default, best = next(iter(judged)), max(judged, key=lambda name: judged[name])
+    error = math.sqrt(judged[default] * (1 - judged[default]) / rows)
+    return best if judged[best] - judged[default] > error else default
+
+
+def rows_of(report: dict[str, Any]) -> int:
+    """How many rows chose."""
+    return int(report["data"]["rows"]["validation"])
 
 
 def chosen_by(report: dict[str, Any]) -> float:
@@ -261,7 +282,7 @@ def named(controls: list[dict[str, Any]], name: str) -> list[float]:
 
 
 def of_best(one: dict[str, Any]) -> dict[str, Any]:
-    """The better of a run's controls."""
+    """The best of a run's controls."""
     return next(run for run in one["runs"] if run["name"] == one["best"])
 
 

@@ -86,15 +86,19 @@ class UnavailableError(KdcliError):
     exit_code = ExitCode.NETWORK
 
 
-class InterruptedRun(KdcliError):
-    """SIGINT or SIGTERM arrived; the training loop stopped at a step boundary."""
+class InterruptedRun(BaseException):
+    """A signal told this process to stop (:mod:`kdcli.interrupts`). No ``Exception``: that nobody swallows it.
 
-    exit_code = ExitCode.INTERRUPTED
+    Args:
+        message: What was stopped.
+        hint: How to go on.
+        terminated: By SIGTERM or SIGHUP, not by Ctrl-C.
+    """
 
     def __init__(self, message: str, hint: str | None = None, *, terminated: bool = False) -> None:
-        super().__init__(message, hint)
-        if terminated:
-            self.exit_code = ExitCode.TERMINATED
+        super().__init__(message)
+        self.hint = hint
+        self.exit_code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 
 class Progress:
-    """A silent observer; every method may be overridden and none may raise."""
+    """A silent observer; every method may be overridden, and none may raise but for a signal that arrived."""
 
     def phase(self, title: str) -> None:
         """A new part of the stage's life begins (``measure before``, ``export`` ...)."""

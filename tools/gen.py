@@ -1,5 +1,5 @@
 """Write every file that is made from the code: docs/cli.md, methods.md, exit-codes.md, the JSON Schema and
-the completion scripts.
+the completion scripts; and one table of docs/quantize.md.
 
     python tools/gen.py            write what has changed
     python tools/gen.py --check    print the differences; exit 1 when there are any
@@ -51,6 +51,16 @@ def methods() -> str:
     return "\n".join(parts)
 
 
+def quantize() -> str:
+    """docs/quantize.md, of which one table is generated."""
+    from kdcli.export import runtimes
+
+    text = (ROOT / "docs/quantize.md").read_text(encoding="utf-8")
+    before, start, rest = text.partition("<!-- generated: runtimes -->\n")
+    _, end, after = rest.partition("<!-- end -->\n")
+    return f"{before}{start}{runtimes.table()}{end}{after}"
+
+
 def _default(field: object) -> str:
     default = field.get_default(call_default_factory=True)  # type: ignore[attr-defined]
     return "required" if field.is_required() else f"`{default}`"  # type: ignore[attr-defined]
@@ -65,6 +75,7 @@ def files() -> dict[str, str]:
         "docs/cli.md": reference.markdown(),
         "docs/exit-codes.md": exit_codes(),
         "docs/methods.md": methods(),
+        "docs/quantize.md": quantize(),
         "docs/report.schema.json": io.schema_json(),
     }
     for shell, name in reference.SHELLS.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -12,7 +11,7 @@ import typer
 from typer.completion import completion_init, install_callback, show_callback
 from typer.main import get_command
 
-from kdcli import __version__
+from kdcli import __version__, interrupts
 from kdcli.cli import streams
 from kdcli.cli.command import CONTEXT, Group
 from kdcli.errors import MEANING, ExitCode, InterruptedRun
@@ -96,15 +95,29 @@ def make() -> Any:
     return get_command(app)
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    """SIGTERM where no training loop has put its own handler."""
-    raise InterruptedRun("terminated", terminated=True)
-
-
 def _explain(error: BaseException, words: Sequence[str]) -> int:
     from kdcli.cli import failures
 
     return failures.explain(error, words)
+
+
+def _run(words: list[str]) -> Any:
+    """Run the command; a signal decides the exit code, whatever became of the exception that it raised."""
+    error: BaseException | None = None
+    code: Any = None
+    try:
+        code = make().main(args=words, prog_name="kdcli", standalone_mode=False, obj={"words": words})
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException as raised:
+        error = raised
+    with interrupts.held():
+        if interrupts.caught() is not None and not isinstance(error, InterruptedRun):
+            lost, error = error, interrupts.stopped()
+            error.__cause__ = lost
+        elif error is None and code == ExitCode.INTERRUPTED:  # typer's answer to Ctrl-C
+            error = KeyboardInterrupt()
+        return code if error is None else _explain(error, words)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -120,16 +133,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         # texts, which have none; an import system told that there is no rich takes a fifth of the time.
         sys.modules["rich"] = None  # type: ignore[assignment]
         completion_init()
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        code = make().main(args=words, prog_name="kdcli", standalone_mode=False, obj={"words": words})
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException as error:
-        code = _explain(error, words)
-    else:
-        if code == ExitCode.INTERRUPTED:  # typer's answer to Ctrl-C
-            code = _explain(KeyboardInterrupt(), words)
+    with interrupts.installed():
+        code = _run(words)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

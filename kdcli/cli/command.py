@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import CompletionItem, TyperCommand, TyperGroup
 from typer.main import get_command
 
 from kdcli.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from kdcli.cli import settings
 
 COMMANDS = {
     "distill": "Train a small student to answer as a teacher does.",
@@ -43,6 +47,32 @@ def variable_of(flag: str) -> str:
     return "KDCLI_" + flag.upper().replace("-", "_")
 
 
+JUDGING = (
+    *("max-drop", "min-speedup", "max-size", "gate"),
+    *("baseline", "data", "columns", "split", "limit"),
+)
+"""What decides whether a model passes: here an empty variable is a mistake of whoever set it, and not a default."""
+
+
+def kind_of(param: Any) -> settings.Kind:
+    """How many values an option takes: a flag none, a repeatable one many."""
+    return "flag" if param.is_flag else "many" if param.multiple else "one"
+
+
+def _refuse_empty(ctx: Any, flags: dict[str, Any]) -> None:
+    """Refuse an empty variable that would silently drop a gate, or judge something else.
+
+    Raises:
+        UsageError: There is one, and no flag on the command line in its place.
+    """
+    for flag in JUDGING:
+        given = os.environ.get(variable_of(flag))
+        if flag in flags and given is not None and not given.strip() and origin(ctx, flags[flag]) != "flag":
+            raise UsageError(
+                f"{variable_of(flag)} is set, but empty", f"give it a value as for --{flag}, or unset it"
+            )
+
+
 def origin(ctx: Any, name: str) -> str:
     """Where the value of a parameter came from: flag, environment, file or default."""
     source = ctx.get_parameter_source(name)
@@ -72,9 +102,13 @@ class Command(TyperCommand):
         elif not {"-h", "--help"} & set(args):
             from kdcli.cli import options, settings
 
-            flags = {flag: param.name for param in self.params if (flag := flag_of(param)) is not None}
-            found = settings.read(Path()).of(str(self.name), flags, common=options.COMMON, commands=COMMANDS)
-            ctx.default_map = {flags[key]: value for key, value in found.items()}
+            flags = {flag: param for param in self.params if (flag := flag_of(param)) is not None}
+            kinds = {flag: kind_of(param) for flag, param in flags.items()}
+            found = settings.read(Path()).of(str(self.name), kinds, common=options.COMMON, commands=COMMANDS)
+            ctx.default_map = {flags[key].name: value for key, value in found.items()}
+            rest = super().parse_args(ctx, args)
+            _refuse_empty(ctx, {flag: param.name for flag, param in flags.items()})
+            return rest
         return super().parse_args(ctx, args)
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from kdcli import interrupts
 from kdcli.progress import Progress, Task
 from kdcli.report.redact import redact
 
@@ -63,7 +64,8 @@ class Console(Progress):
         return f"\033[{code}m{text}\033[0m" if self.colour else text
 
     def phase(self, title: str) -> None:
-        """Name the new phase; with -v also how long the last one took."""
+        """Name the new phase; with -v also how long the last one took. A safe point to stop at."""
+        interrupts.check()
         now = time.monotonic()
         if self.verbose and self._phase is not None:
             self.line(f"  {self._phase[0]} took {duration(now - self._phase[1])}")
@@ -99,7 +101,8 @@ class _Lines(Task):
         self.printed = False
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
-        """Count; print when the last line is old."""
+        """Count; print when the last line is old. A safe point to stop at."""
+        interrupts.check()
         self.done += steps
         self.detail = detail or self.detail
         now = time.monotonic()
@@ -167,7 +170,8 @@ class _Bar(Task):
         self.bars, self.number = bars, number
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
-        """Move the bar."""
+        """Move the bar. A safe point to stop at."""
+        interrupts.check()
         if detail:
             self.bars.update(self.number, detail=clean(detail))
         self.bars.advance(self.number, steps)

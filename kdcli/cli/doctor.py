@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ VARIABLES = (
     "HF_HOME",
     "HF_HUB_CACHE",
     "HF_TOKEN",
+    "HOME",
+    "TMPDIR",
+    "XDG_CACHE_HOME",
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
 )
@@ -60,7 +64,12 @@ def examine() -> dict[str, Any]:
         "providers": _ask("onnxruntime", lambda module: module.get_available_providers()),
         "cuda_devices": _ask("torch", lambda module: module.cuda.device_count()),
         "variables": _variables(),
-        "cache": {"path": str(cache.root()), "bytes": _bytes_below(cache.root())},
+        "cache": {
+            "path": str(cache.root()),
+            "bytes": _bytes_below(cache.root()),
+            "problem": cache.problem(),
+        },
+        "temporary": _temporary(),
         "hub_cache": _hub_cache(),
     }
 
@@ -71,6 +80,14 @@ def _ask(module: str, question: Any) -> Any:
         return question(importlib.import_module(module))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def _temporary() -> str:
+    """Where temporary files go (TMPDIR), or why they can go nowhere."""
+    try:
+        return tempfile.gettempdir()
+    except OSError as error:
+        return str(error.strerror or error)
 
 
 def _variables() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from kdcli.cli.command import COMMANDS, flag_of, variable_of
 from kdcli.cli.console import Console, clean, make
-from kdcli.errors import ExitCode, KdcliError, did_you_mean
+from kdcli.errors import ExitCode, InputError, InterruptedRun, KdcliError, ParityError, did_you_mean
 from kdcli.report.redact import redact
 
 
@@ -21,7 +21,10 @@ def explain(error: BaseException, words: Sequence[str]) -> int:
     console = make("kdcli" if name is None else f"kdcli {name}")
     if "--debug" in words or os.environ.get("KDCLI_DEBUG", "").lower() in ("1", "true", "yes", "on"):
         print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-    if isinstance(error, KdcliError):
+    if (exhausted := _exhausted(error)) is not None:
+        console.error(*exhausted)
+        return int(ExitCode.RESOURCE)
+    if isinstance(error, (KdcliError, InterruptedRun)):
         console.error(clean(str(error)), None if error.hint is None else clean(error.hint))
         return int(error.exit_code)
     if isinstance(error, KeyboardInterrupt):
@@ -29,7 +32,7 @@ def explain(error: BaseException, words: Sequence[str]) -> int:
         return int(ExitCode.INTERRUPTED)
     if hasattr(error, "format_message"):  # typer's own: bad words on the command line
         return _usage(error, console, name)
-    if (reason := _resource(error)) is not None:
+    if (reason := _resource(error)) is not None or (reason := _forbidden(error)) is not None:
         console.error(*reason)
         return int(ExitCode.RESOURCE)
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -75,11 +78,32 @@ def _usage(error: Any, console: Console, name: str | None) -> int:
     return int(ExitCode.USAGE)
 
 
+def _exhausted(error: BaseException) -> tuple[str, str] | None:
+    """Message and hint when a model was called unfit, but what lies behind it is a full disk or memory."""
+    if not isinstance(error, InputError | ParityError):
+        return None
+    cause = error.__cause__
+    for _ in range(20):
+        if cause is None or (reason := _resource(cause)) is not None:
+            break
+        cause = cause.__cause__ or cause.__context__
+    return None if cause is None else reason
+
+
+def _forbidden(error: BaseException) -> tuple[str, str] | None:
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        hint = "kdcli doctor shows the places that are used, and the variables that name them"
+        return f"a file cannot be written or read ({clean(str(error))})", hint
+    return None
+
+
 def _resource(error: BaseException) -> tuple[str, str] | None:
     """Message and hint when memory or disk ran out; libraries have many words for that."""
     text = str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the disk ({clean(text)})", "free some, or write elsewhere with -o"
+    if text.startswith("[Errno 2] No usable temporary directory"):
+        return "no temporary directory can be written", "set TMPDIR to one that can"
     if "No space left on device" in text:
         return "no space left on the disk", "free some, or write elsewhere with -o"
     memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kdcli import interrupts
 from kdcli.cli import options as o
 
 EXAMPLES = """
@@ -42,8 +43,11 @@ def command(
     with stage.session("kdcli run", quiet=quiet, verbose=verbose) as (console, stdout):
         from kdcli.stages import recipe as recipes
 
-        outcome: Any = recipes.run(recipe, out, force, console, dry_run)
         if dry_run:
-            stage.show_plan(console, stdout, outcome, as_json=as_json)
+            plan = recipes.run(recipe, out, force, console, True)
+            stage.show_plan(console, stdout, plan, as_json=as_json)
         else:
+            with stage.cached(console):
+                outcome: Any = recipes.run(recipe, out, force, console, False)
+            interrupts.check()  # a run that was told to stop prints no path
             stage.finish(console, stdout, outcome, [outcome.report], as_json=as_json)

@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kdcli.errors import InputError, did_you_mean
 
 FILE = "kdcli.toml"
+
+Kind = Literal["flag", "one", "many"]
+"""How many values an option takes: a flag none, a repeatable one many."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,13 @@ class Settings:
     content: Mapping[str, Any] = field(default_factory=dict)
 
     def of(
-        self, command: str, flags: Collection[str], *, common: Collection[str], commands: Collection[str]
+        self, command: str, flags: Mapping[str, Kind], *, common: Collection[str], commands: Collection[str]
     ) -> dict[str, str | bool | list[str]]:
         """Values for one command as they would be typed, by flag without dashes.
 
         Args:
             command: The command's name.
-            flags: Every flag that it has.
+            flags: Every flag that it has, with the number of values that it takes.
             common: Flags that may stand at the top level.
             commands: Names that tables may have.
 
@@ -41,19 +44,21 @@ class Settings:
         """
         top = {k: v for k, v in self.content.items() if not (k in commands and isinstance(v, Mapping))}
         table = self.content.get(command, {})
-        found = self._checked(top, [*common, *commands], "") if top else {}
+        found = self._checked(top, [*common, *commands], flags, "") if top else {}
         found = {key: value for key, value in found.items() if key in flags}
         if isinstance(table, Mapping):
-            found |= self._checked(table, flags, f"[{command}] ")
+            found |= self._checked(table, flags, flags, f"[{command}] ")
         return found
 
-    def _checked(self, table: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
+    def _checked(
+        self, table: Mapping[str, Any], known: Collection[str], kinds: Mapping[str, Kind], where: str
+    ) -> dict[str, Any]:
         made = {}
         for given, value in table.items():
             key = given.replace("_", "-")
             if key not in known:
                 raise InputError(f"{self.source}: {where}unknown key '{given}': {did_you_mean(key, known)}")
-            made[key] = _typed(value, f"{self.source}: {where}{given}")
+            made[key] = _typed(value, kinds.get(key), f"{self.source}: {where}{given}")
         return made
 
 
@@ -83,13 +88,28 @@ def _toml(path: Path, name: str) -> dict[str, Any]:
         raise InputError(f"{name} cannot be read: {error.strerror}") from error
 
 
-def _typed(value: Any, where: str) -> str | bool | list[str]:
-    """A TOML value as it would be typed: a table becomes KEY=VALUE texts."""
+def _typed(value: Any, kind: Kind | None, where: str) -> str | bool | list[str]:
+    """A TOML value as it would be typed: a table becomes KEY=VALUE texts, and where many are allowed one is a list.
+
+    Raises:
+        InputError: The option takes no such value: what would be dropped or read as a number is refused.
+    """
     if isinstance(value, Mapping):
+        if kind == "one" or where.endswith("gate"):
+            raise InputError(f"{where}: a table is not a value of this option")
         return [f"{key}={_text(one, where)}" for key, one in value.items()]
     if isinstance(value, list):
+        if kind == "one":
+            raise InputError(f"{where}: a list is not a value of this option; give one value")
         return [_text(one, where) for one in value]
-    return value if isinstance(value, bool) else _text(value, where)
+    if isinstance(value, bool):
+        if kind in ("one", "many"):
+            raise InputError(f"{where}: {str(value).lower()} is not a value of this option")
+        return value
+    text = _text(value, where)
+    if kind in ("one", "many") and not text.strip():
+        raise InputError(f"{where}: the value is empty", "give one, or leave the line out")
+    return [text] if kind == "many" else text
 
 
 def _text(value: Any, where: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from kdcli import processes
+from kdcli import cache, interrupts, processes
 from kdcli.cli import console as consoles
 from kdcli.cli import streams, values
 from kdcli.cli.command import origin
@@ -76,11 +76,13 @@ def execute(
             from kdcli.stages import early
 
             early.check(request)  # a model that is not here, a taken output: said before torch is loaded
-            from kdcli.stages import runner
+            with cached(console):
+                from kdcli.stages import runner
 
-            outcome = runner.run(request, console)
+                outcome = runner.run(request, console)
             if outcome is None:  # another process of this run speaks
                 return
+            interrupts.check()  # a run that was told to stop prints no path
             reports = outcome.reports if name == "evaluate" else [outcome.report]
             finish(console, stdout, outcome, reports, as_json=given["as_json"])
 
@@ -106,6 +108,19 @@ def session(prefix: str, *, quiet: bool, verbose: bool) -> Iterator[tuple[consol
         if caught:
             word = "warning" if len(caught) == 1 else "warnings"
             console.line(f"{len(caught)} {word} of libraries not shown (-v shows them)")
+
+
+@contextlib.contextmanager
+def cached(console: consoles.Console) -> Iterator[None]:
+    """Say so where the cache cannot be written and a temporary one is used.
+
+    Raises:
+        ResourceError: ``KDCLI_CACHE`` cannot be written.
+    """
+    with cache.writable() as reason:
+        if reason is not None:
+            console.note(reason)
+        yield
 
 
 def show_plan(console: consoles.Console, stdout: TextIO, plan: Any, *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import socket
 import threading
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kdcli.data.labels import printable
-from kdcli.data.readers import Located, Table, extract, first_line
-from kdcli.errors import InputError, UnavailableError
+from kdcli.data.columns import Columns
+from kdcli.data.labels import first_line, printable
+from kdcli.data.readers import extract
+from kdcli.data.tables import Located, Table
+from kdcli.errors import InputError, ResourceError, UnavailableError
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,199}}))?")
@@ -29,7 +32,7 @@ def parse(ref: str) -> tuple[str, str | None] | None:
 
 
 def load(
-    repo: str, revision: str | None, wanted: Mapping[str, str], chosen: Mapping[str, str], *, offline: bool
+    repo: str, revision: str | None, wanted: Mapping[str, str], columns: Columns, *, offline: bool
 ) -> tuple[dict[str, Located], list[str]]:
     """Load the splits of a hub data set; the local cache alone when offline or nothing answers.
 
@@ -37,7 +40,7 @@ def load(
         repo: ``org/name``.
         revision: A commit, tag or branch, or None for the newest.
         wanted: Split name on the hub -> split name here.
-        chosen: Role -> column name.
+        columns: The columns that are not named like their role.
         offline: Open no connection.
 
     Returns:
@@ -45,6 +48,7 @@ def load(
 
     Raises:
         UnavailableError: It is neither reachable nor cached (in this revision).
+        ResourceError: The cache cannot be written.
         InputError: The hub has no such data set, or it is not of a usable form.
     """
     import datasets
@@ -62,6 +66,14 @@ def load(
             loaded = datasets.load_dataset(repo, revision=revision)
     except Exception as error:  # whatever the library raises, the user asked for data that can't be had
         reason = first_line(error)
+        if isinstance(error, OSError) and error.errno in (
+            errno.EACCES,
+            errno.EROFS,
+            errno.EPERM,
+            errno.ENOSPC,
+        ):
+            hint = "set HF_HOME (or HF_DATASETS_CACHE) to a directory that can be written and has room"
+            raise ResourceError(f"data set '{ref}' cannot be stored in the cache: {reason}", hint) from error
         if cut_off:
             why = "--offline or HF_HUB_OFFLINE is set" if told else "the hub can't be reached"
             raise UnavailableError(f"data set '{ref}' is not in the local cache, and {why}", hint) from error
@@ -83,30 +95,22 @@ def load(
     for name, split in loaded.items():
         if name not in wanted:
             continue
-        table = _table(f"{ref} {name}", split)
-        if wanted[name] != "train" and _unlabelled(table, chosen.get("label", "label")):
-            notes.append(f"data set '{repo}': split '{name}' has no labels and is left out")
-        elif wanted[name] in parts:
+        if wanted[name] in parts:
             raise InputError(f"data set '{ref}' has two splits that mean '{wanted[name]}'")
-        else:
-            parts[wanted[name]] = extract(table, chosen)
+        parts[wanted[name]] = extract(_table(f"{ref} {name}", split), columns)
     return parts, notes
 
 
 def _table(source: str, split: Any) -> Table:
     def column(name: str) -> list[Any]:
-        values = list(split.with_format(None).select_columns([name])[:][name])
-        names = getattr(split.features[name], "names", None)
-        if names is None:
-            return values
-        # ClassLabel stores an index; the hub's way to say "no label" is -1.
-        return [names[v] if v is not None and 0 <= v < len(names) else None for v in values]
+        return list(split.with_format(None).select_columns([name])[:][name])
 
-    return Table(source, list(split.column_names), range(1, len(split) + 1), column, "row")
-
-
-def _unlabelled(table: Table, name: str) -> bool:
-    return name in table.names and all(value is None for value in table.column(name))
+    classes = {
+        name: names
+        for name, feature in split.features.items()
+        if (names := getattr(feature, "names", None)) is not None
+    }
+    return Table(source, list(split.column_names), range(1, len(split) + 1), column, "row", classes)
 
 
 def _commit(loaded: Mapping[str, Any]) -> str | None:

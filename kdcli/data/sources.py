@@ -11,34 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcli.data import hub
+from kdcli.data import arrow, files, folders, hub, splits
+from kdcli.data.columns import Columns, complete, parse_columns
+from kdcli.data.files import FORMS, REFUSED, decode, form_of, read_bytes
 from kdcli.data.labels import ordered, printable, suggest
-from kdcli.data.readers import (
-    READERS,
-    Located,
-    Rows,
-    decode,
-    extract,
-    parse_columns,
-    read,
-    read_bytes,
-    read_table,
-)
-from kdcli.errors import InputError, UnavailableError, UsageError, did_you_mean
+from kdcli.data.readers import extract, read, table_of
+from kdcli.data.tables import Located, Rows, joined
+from kdcli.errors import InputError, KdcliError, UnavailableError, UsageError, did_you_mean
 
 __all__ = ["ALIASES", "DataAlias", "Dataset", "Judging", "Rows", "list_aliases", "load", "load_texts"]
 
-_SPLITS = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-}
-_ORDER: tuple[str, ...] = ("train", "validation", "test")
 _MIN_ROWS = 2
 _ALIAS_SEED = 0  # the split is part of what an alias means; --seed does not change it
+_FORMS_SAID = f"{', '.join(FORMS[:-1])} or {FORMS[-1]}"
 
 
 @dataclass(frozen=True)
@@ -80,15 +65,20 @@ class Dataset:
     label_names: list[str]  # sorted, numbers numerically
     notes: list[str] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)  # (code, message), for the report
+    #: The labels are numbers of the model's own list, as ``--columns label=NAME:ids`` says.
+    ids: bool = False
+    #: The value of ``--columns`` that would say so.
+    ids_option: str = "label=label:ids"
 
 
 @dataclass(frozen=True)
 class Judging:
     """The data are read to judge models, not to make them: no train split is needed, nor two labels."""
 
-    split: str = "test"  # what one whole file is called
-    #: Fingerprints of the data that the models were made with.
+    split: str | None = None  # the split asked for
+    #: Fingerprints of the data that the models were made with, and the references that they had.
     made_with: frozenset[str] = frozenset()
+    made_from: frozenset[str] = frozenset()
     #: The model's own report names these data and had a train split: a file is split as it was then.
     as_made: bool = False
 
@@ -125,74 +115,167 @@ def load(
         UnavailableError: A package or a hub data set that is not on this machine and can't be fetched.
     """
     chosen = parse_columns(columns)
-    notes: list[str] = []
-    parts: dict[str, Located]
+    found = _Found(ref, seed, judging)
     if ref.strip() and os.path.exists(ref):
-        path = Path(ref)
         if ref in ALIASES:
-            notes.append(f"'{ref}' is a local path here; the alias of that name is not used")
-        one = None if path.is_dir() else read(path, chosen)
-        parts = _directory(path, chosen, judging) if one is None else _one(ref, one, seed, judging, notes)
+            found.notes.append(f"'{ref}' is a local path here; the alias of that name is not used")
+        _local(Path(ref), chosen, found)
     elif ref in ALIASES:
-        if chosen:
+        if chosen != Columns():
             raise UsageError(f"--columns does not apply to the alias '{ref}', whose columns are known")
-        parts = _alias(ALIASES[ref])
-    elif ref.startswith((".", "/", "~")) or Path(ref).suffix.lower() in READERS:
+        found.parts = _alias(ALIASES[ref])
+    elif ref.startswith((".", "/", "~")) or form_of(Path(ref))[0] in (*FORMS, *REFUSED):
         raise InputError(f"data '{printable(ref, 200)}' does not exist")
     elif (hub_id := hub.parse(ref)) is not None:
-        parts, notes = hub.load(*hub_id, _SPLITS, chosen, offline=offline)
+        found.published = True
+        try:
+            found.parts, notes = hub.load(*hub_id, folders.SPLITS, chosen, offline=offline)
+        except KdcliError as error:
+            raise _not_here(ref, error) from error
+        found.notes += notes
     else:
         raise InputError(
             f"unknown data '{printable(ref)}': {did_you_mean(printable(ref), ALIASES)}",
             "or give a directory with train.csv, a single file, or a hub id org/name",
         )
+    parts = _labelled(found)
     if not parts or ("train" not in parts and judging is None):
         raise InputError(f"data '{ref}' has no train split; it has: {', '.join(sorted(parts)) or 'none'}")
     if "validation" not in parts and "train" in parts:
         train = parts["train"]
-        held = _stratified(train.rows, seed) == 1
+        held = splits.roles(train.rows.labels or [], seed, splits.keys(train.rows)) == 1
         parts |= {"train": train.take(np.flatnonzero(~held)), "validation": train.take(np.flatnonzero(held))}
-        notes.append(f"no validation split: {int(held.sum())} rows of train are taken for it, seed {seed}")
+        found.notes.append(
+            f"no validation split: {int(held.sum())} rows of train are taken for it, seed {seed}"
+        )
     names = _check(ref, parts, judging)
-    splits = {name: parts[name].rows for name in _ORDER if name in parts}
-    return Dataset(ref, splits, _fingerprint(splits), names, notes)
+    if chosen.ids:
+        names = [str(i) for i in range(int(names[-1]) + 1)]
+    rows = {name: parts[name].rows for name in splits.ORDER if name in parts}
+    if not found.one:
+        found.warnings += splits.findings(rows)
+    found.notes += [message for _, message in found.warnings]
+    return Dataset(
+        ref, rows, _fingerprint(rows), names, found.notes, found.warnings, chosen.ids, chosen.with_ids()
+    )
 
 
-def load_texts(path: Path) -> Rows:
-    """Unlabelled rows: ``.txt`` with one text a line, or the text columns of csv, jsonl or parquet.
+@dataclass
+class _Found:
+    """What a reference led to, while it is being read."""
+
+    ref: str
+    seed: int
+    judging: Judging | None
+    parts: dict[str, Located] = field(default_factory=dict)
+    #: One file, whose rows have been looked at together.
+    one: bool = False
+    #: Somebody's published data set: a split without labels is left out, not refused.
+    published: bool = False
+    notes: list[str] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+
+
+def load_texts(path: Path, columns: str | None = None) -> Rows:
+    """Unlabelled rows: ``.txt`` with one text a line, or the text columns of any other data file.
+
+    Args:
+        path: The file; ``.gz`` behind its ending is unpacked.
+        columns: As of :func:`load`; names that this file does not have are passed over.
 
     Raises:
         InputError: The file is not there, broken, empty, or has no text column.
     """
-    if path.suffix.lower() != ".txt":
-        return read(path, {}, labelled=False).rows
+    if form_of(path)[0] != ".txt":
+        ways = [parse_columns(columns), Columns()]
+        table = files.read_table(path, lambda names: any(complete(names, w, labelled=False) for w in ways))
+        way = next((w for w in ways if complete(table.names, w, labelled=False)), Columns())
+        return extract(table, way, labelled=False).rows
     texts = [line.strip() for line in decode(read_bytes(path), path).split("\n") if line.strip()]
     if not texts:
         raise InputError(f"data file '{path}' has no rows")
     return Rows(texts)
 
 
-def _directory(path: Path, chosen: dict[str, str], judging: Judging | None) -> dict[str, Located]:
-    parts: dict[str, Located] = {}
-    for name, split in _SPLITS.items():
-        for suffix in READERS:
-            file = path / f"{name}{suffix}"
-            if not file.exists():
-                continue
-            if split in parts:
+def _local(path: Path, columns: Columns, found: _Found) -> None:
+    """Read a file or a folder of files."""
+    if not path.is_dir():
+        found.parts = _one(read(path, columns), found)
+    elif arrow.is_saved(path):
+        found.parts = _one(extract(arrow.saved(path), columns), found)
+    elif (saved := arrow.saved_splits(path)) is not None:
+        found.published = True
+        for name in saved:
+            split = folders.SPLITS.get(name)
+            if split is None:
+                found.notes.append(f"'{path}': split left out: {printable(name)}")
+            elif split in found.parts:
+                raise InputError(f"'{path}' has two splits that mean '{split}'")
+            else:
+                found.parts[split] = extract(arrow.saved(path / name), columns)
+    else:
+        layout = folders.layout(path)
+        if "train" not in layout.files and (found.judging is None or not layout.files):
+            raise _no_train(path)
+        found.published = layout.published
+        found.notes += layout.notes
+        for split, group in layout.files.items():
+            if len(group) == 1:
+                found.parts[split] = read(group[0], columns)
+            else:
+                tables = [table_of(file, columns) for file in group]
+                found.parts[split] = extract(joined(f"{group[0].parent}/{split}-*", tables), columns)
+
+
+def _no_train(path: Path) -> InputError:
+    have = sorted(p.name for p in path.iterdir() if p.name[:1] != ".")
+    data = [name for name in have if form_of(Path(name))[0] in FORMS]
+    one = f"; or give the one file: {path / data[0]}" if len(data) == 1 else ""
+    return InputError(
+        f"data directory '{path}' has no train file; it has: "
+        f"{', '.join(map(printable, have[:8])) or 'nothing'}",
+        f"name the files train, validation and test, ending in {_FORMS_SAID}{one}",
+    )
+
+
+def _not_here(ref: str, error: KdcliError) -> KdcliError:
+    """A reference of the form org/name that the hub can't serve may be a path with a slip of the pen."""
+    parent = Path(ref).parent
+    if not parent.is_dir():
+        return error
+    inside = sorted(p.name for p in parent.iterdir())
+    return InputError(
+        f"data '{printable(ref)}' does not exist: the directory '{printable(str(parent))}' is here, but has no "
+        f"such entry: {suggest(Path(ref).name, inside)}",
+        f"nor is it to be had as a data set of the hub: {error}",
+    )
+
+
+def _labelled(found: _Found) -> dict[str, Located]:
+    """Only splits with labels; says which rows and splits have none.
+
+    Raises:
+        InputError: A split that the user gave has no labels at all.
+    """
+    kept = {}
+    for name, part in found.parts.items():
+        if part.rows.labels is None:
+            asked = None if found.judging is None else found.judging.split
+            if name == "train" or not (found.published or asked not in (None, name)):
                 raise InputError(
-                    f"'{path}' has two files for the {split} split: {Path(parts[split].source).name} "
-                    f"and {file.name}",
-                    "keep one of them",
+                    f"the {name} split of data '{found.ref}' has no labels: every label in {part.source} is -1 "
+                    "or empty",
+                    "give rows with labels"
+                    + ("" if name == "train" else f", or take the file out: {part.source}"),
                 )
-            parts[split] = read(file, chosen)
-    if "train" not in parts and (judging is None or not parts):
-        have = sorted(printable(p.name) for p in path.iterdir())[:8]
-        raise InputError(
-            f"data directory '{path}' has no train file; it has: {', '.join(have) or 'nothing'}",
-            "name the files train, validation and test, ending in .csv, .jsonl or .parquet",
-        )
-    return parts
+            message = f"the {name} split has no labels (-1) and is left out"
+            found.warnings.append(("rows-without-label", message))
+            continue
+        if part.without_label:
+            message = f"{part.without_label} rows of {name} have no label (-1) and are left out"
+            found.warnings.append(("rows-without-label", message))
+        kept[name] = part
+    return kept
 
 
 def _alias(alias: DataAlias) -> dict[str, Located]:
@@ -210,55 +293,42 @@ def _alias(alias: DataAlias) -> dict[str, Located]:
             f"expected {alias.sha256[:12]}...)",
             f"install the known version: {alias.install}",
         )
-    table = read_table(path)
+    table = files.read_table(path, lambda names: alias.only[0] in names)
     column, value = alias.only
     kept = np.flatnonzero(np.array(table.column(column)) == value)
-    part = extract(table, {}).take(kept)
+    part = extract(table, Columns()).take(kept)
     labels = [alias.label_names[label] for label in part.rows.labels or []]
-    return _split_file(Located(Rows(part.rows.first, None, labels), part.source, part.lines), _ALIAS_SEED)
+    part = Located(Rows(part.rows.first, None, labels), part.source, part.lines)
+    return splits.in_three(part, _ALIAS_SEED, splits.keys(part.rows))
 
 
-def _one(ref: str, part: Located, seed: int, judging: Judging | None, notes: list[str]) -> dict[str, Located]:
+def _one(part: Located, found: _Found) -> dict[str, Located]:
     """The splits of one file."""
-    split = _split_file(part, seed)
+    ref, judging = found.ref, found.judging
+    if part.rows.labels is None:
+        return {"train" if judging is None else "test": part}  # refused where labels are looked at
+    found.one = True
+    keys = splits.keys(part.rows)
+    found.warnings += splits.conflicts(keys, part.rows.labels)
+    split = splits.in_three(part, found.seed, keys)
     if judging is None:
-        notes.append(f"'{ref}' is one file: train, validation and test are 80/10/10 of it, seed {seed}")
+        found.notes.append(
+            f"'{ref}' is one file: train, validation and test are 80/10/10 of it, seed {found.seed}"
+        )
+        if again := len(keys) - len(set(keys)):
+            found.notes.append(f"{again} rows repeat the text of another one: equal texts are in one split")
         return split
-    if (
-        judging.as_made
-        or _fingerprint({name: part.rows for name, part in split.items()}) in judging.made_with
-    ):
-        notes.append(f"'{ref}' is one file, and the model was made with it: judged is what was held out")
+    made = _fingerprint({name: part.rows for name, part in split.items()}) in judging.made_with
+    if not made and (judging.as_made or os.path.realpath(ref) in judging.made_from):
+        message = f"the model was made with '{ref}' as it was then: rows judged now may have been trained on"
+        found.warnings.append(("maybe-trained-on", message))
+    if made or judging.as_made:
+        found.notes.append(
+            f"'{ref}' is one file, and the model was made with it: judged is what was held out"
+        )
         return split
-    notes.append(f"'{ref}' is one file: all {len(part.rows)} rows of it are judged")
-    return {judging.split: part}
-
-
-def _split_file(part: Located, seed: int) -> dict[str, Located]:
-    """80/10/10, stratified; each split shuffled, because a file is often sorted by label."""
-    shuffled = np.random.default_rng(seed).permutation(len(part.rows))
-    role = _stratified(part.rows, seed)[shuffled]
-    return {name: part.take(shuffled[role == i]) for i, name in enumerate(_ORDER)}
-
-
-def _stratified(rows: Rows, seed: int) -> np.ndarray:
-    """Give each row a role: 0 for eight rows of ten, 1 for one, 2 for one, within every label.
-
-    The rows are shuffled and sorted by label; the position modulo ten is the role, so each share is
-    exact to one row overall and within a label. The first row of a label always stays in role 0:
-    a label must be in train.
-
-    Returns:
-        Roles, int8 (N,).
-    """
-    shuffled = np.random.default_rng(seed).permutation(len(rows))
-    _, codes = np.unique(np.array(rows.labels), return_inverse=True)
-    order = shuffled[np.argsort(codes[shuffled], kind="stable")]
-    place = np.arange(len(rows)) % 10
-    place[np.diff(codes[order], prepend=-1) != 0] = 0
-    roles = np.zeros(len(rows), dtype=np.int8)
-    roles[order] = np.maximum(place - 7, 0)
-    return roles
+    found.notes.append(f"'{ref}' is one file: all {len(part.rows)} rows of it are judged")
+    return {judging.split or "test": part}
 
 
 def _check(ref: str, parts: dict[str, Located], judging: Judging | None) -> list[str]:
@@ -293,9 +363,9 @@ def _check(ref: str, parts: dict[str, Located], judging: Judging | None) -> list
     return names
 
 
-def _fingerprint(splits: dict[str, Rows]) -> str:
+def _fingerprint(parts: dict[str, Rows]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(splits):
-        rows = splits[name]
+    for name in sorted(parts):
+        rows = parts[name]
         digest.update(json.dumps([name, rows.first, rows.second, rows.labels]).encode())
     return digest.hexdigest()

@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from kdcli.export import files
+from kdcli.export import files, packed
+from kdcli.export.runtimes import PACKED_BITS
 
 Kernel = Literal["integer", "blocks"]
 """``integer``: products of integers, activations rounded to uint8. ``blocks``: MatMulNBits, float activations."""
@@ -47,8 +48,6 @@ class Stored(NamedTuple):
 
 # Smaller blocks cost more time and space than they are worth, and onnxruntime has none below 16.
 _WIDEST, _NARROWEST = 128, 16
-# Bits of an integer in the checkpoint -> in the operators of onnxruntime that read packed weights.
-_PACKED_BITS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
 # What QAttention can do of what Attention can; anything else stays a float operator.
 _ATTENTION_ATTRIBUTES = frozenset({"num_heads", "unidirectional", "mask_filter_value", "scale", "do_rotary"})
@@ -97,7 +96,7 @@ def quantise_graph(
     return rewriter.save(model, target)
 
 
-class Rewriter:
+class Rewriter(packed.Unpacking):
     """One graph that is being rewritten; see :func:`quantise_graph` for what its parts mean."""
 
     def __init__(
@@ -129,6 +128,7 @@ class Rewriter:
         self._rounded: dict[tuple[str, tuple[float, int] | None], list[str]] = {}
         self._made: dict[tuple[str, str], tuple[str, ...]] = {}
         self.smooth: Mapping[str, np.ndarray] = {}
+        self.pack = False
 
     def smooth_by(self, smooth: Mapping[str, np.ndarray]) -> None:
         """Look for these weights times their vectors (I,), and multiply what they read instead."""
@@ -217,6 +217,7 @@ class Rewriter:
         weight = Stored(
             np.concatenate([part.values for part in parts]),
             np.concatenate([part.scale for part in parts]),
+            bits=max(part.bits for part in parts),
         )
         stored = self._matrix(node.input[1], weight)
         rounded, scale_in, zero = self._round(
@@ -228,7 +229,7 @@ class Rewriter:
         made.attribute.extend(node.attribute)
         for names in equal:
             self.placed.update(names)
-        self._count("int8", f"{self._input_kind(found[0])} by 8-bit products", weight)
+        self._count(self._held(weight), f"{self._input_kind(found[0])} by 8-bit products", weight)
         self.counts["attention"] += 1
         return True
 
@@ -238,10 +239,13 @@ class Rewriter:
         if name is None:
             return False
         weight, output, index = self.integers[name], node.output[0], node.input[1]
-        if weight.values.shape[1] % (8 // _PACKED_BITS[weight.bits]):
+        if weight.values.shape[1] % (8 // PACKED_BITS[weight.bits]):
             self.placed.discard(name)  # rows that fill no whole bytes have no operator
             return False
-        if self._plain(weight) and weight.bits > 4:
+        if self._packs(weight, table=True):
+            self._packed_lookup(node, weight)
+            self._count(self._held(weight, table=True), "float, looked up", weight)
+        elif self._plain(weight) and weight.bits > 4:
             table = self._table(node.input[0], weight)
             self._add("Gather", [table[0], index], f"{output}_integers")
             self._add("Cast", [f"{output}_integers"], f"{output}_cast", to=TensorProto.FLOAT)
@@ -291,7 +295,7 @@ class Rewriter:
         self._add("Cast", [f"{name}_sum"], f"{name}_cast", to=TensorProto.FLOAT)
         self._add("Mul", [scale, stored[1]], f"{name}_scale")
         self._add("Mul", [f"{name}_cast", f"{name}_scale"], output)
-        self._count("int8", f"{self._input_kind(found)} by 8-bit products", weight)
+        self._count(self._held(weight), f"{self._input_kind(found)} by 8-bit products", weight)
 
     def _smoothed(self, activation: str, found: str) -> str:
         """Name of an activation times the vector of the weight that reads it, once for all who share it."""
@@ -366,11 +370,14 @@ class Rewriter:
         if ("matrix", name) not in self._made:
             made = [f"{name}_int8", f"{name}_int8_scale"]
             values = np.ascontiguousarray(weight.values.T)
-            if self.unsigned:
-                values = (values.view(np.uint8)) ^ 0x80
-                made.append(f"{name}_int8_zero")
-                self._initialise(made[2], np.array(128, dtype=np.uint8))
-            self._initialise(made[0], values)
+            if self._packs(weight):
+                self._unpacked(made[0], values, weight.bits)
+            else:
+                if self.unsigned:
+                    values = (values.view(np.uint8)) ^ 0x80
+                    made.append(f"{name}_int8_zero")
+                    self._initialise(made[2], np.array(128, dtype=np.uint8))
+                self._initialise(made[0], values)
             self._initialise(made[1], np.ascontiguousarray(weight.scale[:, 0]))
             self._made["matrix", name] = tuple(made)
             largest = int(np.abs(weight.values.astype(np.int16)).max(initial=0))
@@ -388,7 +395,7 @@ class Rewriter:
 
     def _blocks(self, name: str, weight: Stored, *, table: bool) -> tuple[tuple[str, ...], int, int]:
         """Packed integers, scales and zero points as initialisers, once; with their bits and block size."""
-        bits, columns = _PACKED_BITS[weight.bits], weight.values.shape[1]
+        bits, columns = PACKED_BITS[weight.bits], weight.values.shape[1]
         block = _block_of(columns, weight.scale.shape[1])
         key = ("blocks-table" if table else "blocks", name)
         if key not in self._made:
@@ -399,8 +406,8 @@ class Rewriter:
             if not table:
                 # The product reads whole blocks: what pads the last one is multiplied by nothing.
                 raw = np.pad(raw, ((0, 0), (0, blocks * block - columns)), constant_values=offset)
-            packed = _pack(raw, bits)
-            self._initialise(made[0], packed if table else packed.reshape(len(raw), blocks, -1))
+            stored = packed.pack(raw, bits)
+            self._initialise(made[0], stored if table else stored.reshape(len(raw), blocks, -1))
             repeats = blocks // weight.scale.shape[1]
             self._initialise(made[1], np.repeat(weight.scale, repeats, axis=1))
             if weight.zero is not None:
@@ -408,7 +415,7 @@ class Rewriter:
                 per_byte = 8 // bits
                 zero = np.pad(zero, ((0, 0), (0, -zero.shape[1] % per_byte)), constant_values=offset)
                 made.append(f"{name}_int{bits}_zero")
-                self._initialise(made[2], _pack(zero, bits))
+                self._initialise(made[2], packed.pack(zero, bits))
             self._made[key] = tuple(made)
         return self._made[key], bits, block
 
@@ -434,15 +441,6 @@ def _block_of(columns: int, groups: int) -> int:
     while block > _NARROWEST and columns % block:
         block //= 2
     return block
-
-
-def _pack(raw: np.ndarray, bits: int) -> np.ndarray:
-    """Pack unsigned integers (O, I) of 2, 4 or 8 bits into bytes, the first in the lowest bits."""
-    parts = raw.reshape(len(raw), -1, 8 // bits)
-    packed = np.zeros(parts.shape[:2], dtype=np.uint8)
-    for i in range(parts.shape[2]):
-        packed |= parts[:, :, i] << (bits * i)
-    return packed
 
 
 def _or_empty(vector: np.ndarray | None) -> np.ndarray:

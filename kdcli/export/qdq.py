@@ -42,6 +42,7 @@ def quantise_graph(
     unsigned: bool = False,
     smooth: Mapping[str, np.ndarray] | None = None,
     tensors: Mapping[str, Range] | None = None,
+    pack: bool = False,
 ) -> dict[str, Any]:
     """Write ``source`` with integers for weights and fixed ranges for what they are multiplied by.
 
@@ -56,6 +57,7 @@ def quantise_graph(
         unsigned: Integers of matrices as uint8 with zero point 128.
         smooth: Weight -> what its input (..., I) is multiplied by first, before the range applies.
         tensors: Further tensors of ``source`` to round, such as those of :func:`outputs_of`.
+        pack: Keep integers of few bits packed in the file.
 
     Returns:
         As :func:`kdcli.export.int8.quantise_graph`.
@@ -65,6 +67,7 @@ def quantise_graph(
     rewriter.outputs = outputs or {}
     rewriter.smooth_by(smooth or {})
     rewriter.tensors = tensors or {}
+    rewriter.pack = pack
     rewriter.run()
     return rewriter.save(model, target)
 
@@ -147,7 +150,11 @@ class _Fixed(Rewriter):
         read = self._restored(self._smoothed(activation, found), self.ranges[found])
         weight = self._weight(initialiser, self.integers[found])
         self._add("MatMul", [read, weight], output)
-        self._count("int8", f"{self._input_kind(found)} by 8-bit products", self.integers[found])
+        self._count(
+            self._held(self.integers[found]),
+            f"{self._input_kind(found)} by 8-bit products",
+            self.integers[found],
+        )
 
     def _gemm(self, node: NodeProto) -> bool:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -161,7 +168,11 @@ class _Fixed(Rewriter):
         read = self._restored(self._smoothed(node.input[0], found), self.ranges[found])
         weight = self._weight(node.input[1], self.integers[found])
         self._add("Gemm", [read, weight, bias], node.output[0])
-        self._count("int8", f"{self._input_kind(found)} by 8-bit products", self.integers[found])
+        self._count(
+            self._held(self.integers[found]),
+            f"{self._input_kind(found)} by 8-bit products",
+            self.integers[found],
+        )
         self.counts["gemm"] += 1
         return True
 

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdcli.methods import definite
 from kdcli.methods.moments import Moments
 from kdcli.models import mapped
 
@@ -278,8 +279,7 @@ def refit(problem: Problem, moments: Moments, *, ridge: float) -> Problem:
         cross = cross + torch.outer(moments.target_mean, mean)
         mean = torch.zeros_like(mean)
     one = torch.eye(len(mean), dtype=torch.float64, device=mean.device)
-    size = float(covariance.diagonal().mean())
-    root = _root(covariance + ridge * size * one)
+    root = _root(covariance + ridge * definite.scale_of(moments.covariance, moments.mean) * one)
     wanted = cross - problem.left @ covariance
     target = problem.left + torch.cholesky_solve(wanted.T, root, upper=True).T
     sensitivity = problem.sensitivity
@@ -290,7 +290,8 @@ def refit(problem: Problem, moments: Moments, *, ridge: float) -> Problem:
     else:
         right, left = problem.right, target
         if sensitivity is not None:  # known for P alone: T = P X up to what P does not reach
-            x = torch.linalg.lstsq(problem.left, target).solution
+            # By the driver that takes dependent columns, which only the CPU has.
+            x = torch.linalg.lstsq(problem.left.cpu(), target.cpu(), driver="gelsy").solution.to(target)
             sensitivity = x.T @ sensitivity @ x
     # The mean output is the targets' own: centre + bias = target mean.
     bias = None if problem.bias is None else moments.target_mean - left @ mean

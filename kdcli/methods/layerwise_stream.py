@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcli.methods import definite
 from kdcli.methods.midway import starting_at
 from kdcli.methods.pruning import Batch
 from kdcli.models.families import Family, Layer
@@ -63,6 +64,10 @@ class Moments:
         h, t = self.h / self.count, self.t / self.count
         spread = self.tt / self.count - float(t @ t)
         return self.hh / self.count - torch.outer(h, h), self.ht / self.count - torch.outer(h, t), spread
+
+    def scale(self) -> float:
+        """The mean variance of the features, see :func:`kdcli.methods.definite.scale_of`."""
+        return definite.scale_of(self.centred()[0], self.h / self.count)
 
     def through(self, first: Tensor) -> Moments:
         """The moments of the features ``first`` h, (R, U)."""
@@ -264,13 +269,29 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
 
 
 def add(sums: Moments | None, h: Tensor, t: Tensor, root: Tensor) -> Moments:
-    """Add the weighted tokens h (N, U) and t (N, D); products in float32, sums in float64."""
+    """Add the weighted tokens h (N, U) and t (N, D); products in float32, sums in float64.
+
+    Products are taken of what is left without the batch's mean: next to a large mean float32 would lose what varies.
+    """
 
     def lift(x: Tensor) -> Tensor:
         return x.cpu().double()
 
-    parts = (lift(h.T @ h), lift(h.T @ t), float(lift(t).square().sum()))
-    firsts = (lift(h.T @ root)[:, 0], lift(t.T @ root)[:, 0], float(lift(root).square().sum()))
+    count = float(lift(root).square().sum())
+    least = count or 1.0
+    centre_h, centre_t = (
+        h.T @ root / least,
+        t.T @ root / least,
+    )  # (U, 1) and (D, 1), rounded: any centre will do
+    own_h, own_t = h - root @ centre_h.T, t - root @ centre_t.T
+    c, d = lift(centre_h)[:, 0], lift(centre_t)[:, 0]
+    over_h, over_t = lift(own_h.T @ root)[:, 0], lift(own_t.T @ root)[:, 0]
+    parts = (
+        lift(own_h.T @ own_h) + torch.outer(c, over_h) + torch.outer(over_h + count * c, c),
+        lift(own_h.T @ own_t) + torch.outer(c, over_t) + torch.outer(over_h + count * c, d),
+        float(lift(own_t).square().sum() + 2 * (d @ over_t) + count * (d @ d)),
+    )
+    firsts = (over_h + count * c, over_t + count * d, count)
     if sums is None:
         return Moments(*parts, *firsts)
     return Moments(

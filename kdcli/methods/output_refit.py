@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdcli.methods import definite
 from kdcli.methods.layerwise_stream import Moments
 
 STEP = 1 / 64  # share of the remaining groups that goes at once
@@ -38,11 +39,6 @@ class Elimination:
     order: list[int]  # groups, first gone first
     error: list[float]  # summed squared error per token when the first k of the order are gone, k = 0 .. all
     weights: dict[int, Tensor]  # k -> (D, U) with zeros where a group is gone, for the k that were asked for
-
-
-def ridge_of(covariance: Tensor, share: float) -> float:
-    """A ridge as a share of the mean variance of the features."""
-    return share * max(float(covariance.diagonal().mean()), 1e-12)
 
 
 def eliminate(
@@ -62,7 +58,7 @@ def eliminate(
     """
     size = len(covariance)
     groups = size // width
-    inverse = _inverse(covariance, ridge)
+    inverse = definite.inverse(covariance + ridge * torch.eye(size, dtype=torch.float64))
     now = weight.double().clone()
     alive = torch.arange(groups)
     order: list[int] = []
@@ -84,15 +80,15 @@ def eliminate(
         stay = torch.ones(len(now[0]), dtype=torch.bool)
         stay[columns] = False
         cross = inverse[columns]
-        factor = torch.linalg.solve(inverse[columns][:, columns], now[:, columns].T).T  # (D, S)
+        within = inverse[columns][:, columns]
+        factor = definite.solve(within, now[:, columns].T).T  # (D, S)
         total = float((factor * now[:, columns]).sum())
         # Within one step the increase is shared out in the proportion of the single costs.
         shares = cost[going].sort().values.cumsum(0)
         shares = shares / shares[-1] if float(shares[-1]) > 0 else torch.ones_like(shares)
         error += [error[-1] + total * float(s) for s in shares]
         now = (now - factor @ cross)[:, stay]
-        block = torch.linalg.solve(inverse[columns][:, columns], cross)
-        inverse = (inverse - cross.T @ block)[stay][:, stay]
+        inverse = (inverse - cross.T @ definite.solve(within, cross))[stay][:, stay]
         remaining = torch.ones(len(alive), dtype=torch.bool)
         remaining[going] = False
         alive = alive[remaining]
@@ -102,11 +98,12 @@ def eliminate(
 def group_costs(inverse: Tensor, weight: Tensor, width: int) -> Tensor:
     """What removing each single group costs by (1): (U, U) and (D, U) to (U / width,)."""
     if width == 1:
-        return weight.square().sum(0) / inverse.diagonal()
+        return weight.square().sum(0) / inverse.diagonal().clamp(min=torch.finfo(inverse.dtype).tiny)
     groups = len(inverse) // width
     blocks = inverse.view(groups, width, groups, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     own = weight.view(len(weight), groups, width).permute(1, 2, 0)  # (groups, width, D)
-    return (own * torch.linalg.solve(blocks, own)).sum((1, 2))
+    solved = torch.stack([definite.solve(block, part) for block, part in zip(blocks, own, strict=True)])
+    return (own * solved).sum((1, 2)).clamp(min=0)
 
 
 def refit(
@@ -129,10 +126,10 @@ def refit(
     h, t = moments.h[at] / moments.count, moments.t / moments.count
     if not len(at):
         return torch.zeros(len(weight), 0, dtype=torch.float64), t
-    pull = ridge_of(covariance, ridge)
+    pull = ridge * moments.scale()
     system = covariance[at][:, at] + pull * torch.eye(len(at), dtype=torch.float64)
     right = cross[at] + pull * weight.double().cpu()[:, at].T
-    found = torch.linalg.solve(system, right).T
+    found = definite.solve(system, right).T
     return found, t - found @ h
 
 
@@ -141,15 +138,12 @@ def residual_error(moments: Moments, kept: Sequence[int], weight: Tensor, width:
     covariance, cross, spread = moments.centred()
     at = features(kept, width)
     inside = float((weight @ covariance[at][:, at] * weight).sum()) - 2 * float((weight.T * cross[at]).sum())
-    return max(0.0, spread + inside) / max(spread, 1e-30)
+    # Targets that vary no more than float32 can tell are met by the bias alone.
+    known = spread > definite.ROUNDING**2 * moments.tt / moments.count
+    return max(0.0, spread + inside) / spread if known else 0.0
 
 
 def features(groups: Sequence[int] | Tensor, width: int) -> Tensor:
     """Features of some groups, in their order."""
     at = torch.as_tensor(groups if isinstance(groups, Tensor) else list(groups), dtype=torch.long)
     return (at[:, None] * width + torch.arange(width)).flatten()
-
-
-def _inverse(covariance: Tensor, ridge: float) -> Tensor:
-    system = covariance + ridge * torch.eye(len(covariance), dtype=torch.float64)
-    return torch.cholesky_inverse(torch.linalg.cholesky(system))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kdcli import cache
 from kdcli.errors import InputError
 from kdcli.models import activations, compressed, foreign, inputs, mapped, ownership, tokenizers, transforms
 from kdcli.models.families import FAMILIES, Family, family_of
@@ -24,6 +25,8 @@ from kdcli.models.transforms import Quantise, TransformLog
 from kdcli.report.schema import Warning_
 
 WEIGHTS = "model.safetensors"
+_DECIDING = (".json", ".txt", ".model", ".jinja", ".safetensors")
+_TELLING = ("report.json", cache.SUMS)  # files that tell of a model and decide nothing
 
 
 @dataclass
@@ -283,11 +286,10 @@ def save(
 
 
 def weights_digest(path: Path) -> str:
-    """sha256 over what decides a checkpoint's answers: configuration, log, tokenizer and weights."""
+    """sha256 over what decides a checkpoint's answers: configuration, log, weights, and any tokenizer's files."""
     digest = hashlib.sha256()
-    names = ["config.json", transforms.FILE, "model.safetensors.index.json", *tokenizers.DECISIVE]
-    for file in [path / n for n in names] + sorted(path.glob("*.safetensors")):
-        if file.is_file():
+    for file in sorted(path.iterdir()):
+        if file.suffix in _DECIDING and file.name not in _TELLING and file.is_file():
             digest.update(file.name.encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -17,6 +17,8 @@ ZERO_SUFFIX = "_zero_point"
 PACKED_SUFFIX = "_packed"
 SHAPE_SUFFIX = "_shape"
 _FORMATS = {True: "int-quantized", False: "pack-quantized"}  # by whether an integer fills its byte
+FOREIGN = "kdcli"
+"""Format of what compressed-tensors has no words for: it stops at a word that it does not know."""
 
 
 def stored(name: str, matrix: Integers) -> dict[str, Tensor]:
@@ -62,7 +64,9 @@ def configuration(model: nn.Module, log: TransformLog) -> dict[str, Any]:
     """Describe the integer weights of a model, for config.json.
 
     Without it plain transformers would read the integers as if they were the weights; with it, it
-    multiplies them out when that library is installed and refuses when it is not.
+    multiplies them out when that library is installed and refuses when it is not. What the format cannot
+    describe has the format :data:`FOREIGN`, which is refused in any case. (An unknown ``quant_method`` would not
+    be: transformers warns and reads on.)
     """
     assert log.quantised is not None
     layouts = layouts_of(log.quantised)
@@ -73,6 +77,8 @@ def configuration(model: nn.Module, log: TransformLog) -> dict[str, Any]:
         for name, module in modules.items()
         if isinstance(module, nn.Linear | nn.Embedding) and name not in quantised
     )
+    # Of bits of -1 and 1, and of inputs that are multiplied first, that format knows nothing.
+    covered = all(layout.bits > 1 for layout in layouts) and not log.smoothed
     groups = {}
     for number, layout in enumerate(layouts):
         # The format has to stand in the group: the one above it is not read, and packed integers are assumed.
@@ -84,13 +90,11 @@ def configuration(model: nn.Module, log: TransformLog) -> dict[str, Any]:
         groups[f"group_{number}"] = {
             "targets": kinds if len(layouts) == 1 else names,
             "weights": layer,
-            "format": _FORMATS[layout.bits == 8],
+            "format": _FORMATS[layout.bits == 8] if covered else FOREIGN,
         }
     formats = {group["format"] for group in groups.values()}
-    # What that format has no words for must be refused by other readers, not misread.
-    covered = all(layout.bits > 1 for layout in layouts) and not log.smoothed
     return {
-        "quant_method": "compressed-tensors" if covered else "kdcli",
+        "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,

@@ -184,7 +184,8 @@ def check_task(config: Mapping[str, Any], labels: int | None, where: str) -> Non
             "regression models are not supported; a model that does choose one label says so with "
             'problem_type "single_label_classification"',
         )
-    for name in architectures(config):
+    names = architectures(config)
+    for name in [] if any(name.endswith("ForSequenceClassification") for name in names) else names:
         for ending, does in _OTHER_TASKS.items():
             if name.endswith(ending):
                 raise InputError(

@@ -366,6 +366,9 @@ def _fetch(ref: str, repo: str, revision: str | None, alias: ModelAlias | None) 
     except Exception as error:  # httpx, urllib3 and hf_xet have no common base
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"the disk is full: {repo} cannot be stored in the hub cache") from error
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            hint = "set HF_HOME (or HF_HUB_CACHE) to a directory that can be written"
+            raise ResourceError(f"{repo} cannot be stored in the hub cache ({error})", hint) from error
         raise _unavailable(ref, repo, alias, f"the download failed ({type(error).__name__})") from error
     finally:
         logging.set_verbosity(verbosity)

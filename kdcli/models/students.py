@@ -231,9 +231,11 @@ def _blank(size: tuple[int, int], teacher: Checkpoint, labels: Sequence[str]) ->
         heads -= 1
     tokenizer = teacher.tokenizer
     source = teacher.config
+    # A teacher of another family counts its positions otherwise, or has no limit.
+    positions = int(source.max_position_embeddings) if family == teacher.model_type else teacher.max_length
     sizes: dict[str, Any] = {
         "vocab_size": int(getattr(source, "vocab_size", len(tokenizer))),
-        "max_position_embeddings": int(getattr(source, "max_position_embeddings", 512) or 512),
+        "max_position_embeddings": positions,
         "pad_token_id": tokenizer.pad_token_id,
         "num_labels": len(labels),
     }

@@ -31,6 +31,12 @@ class DataInfo(_Part):
     ref: str
     fingerprint: str = Field(description="sha256 over the content of all splits")
     rows: dict[str, int] = Field(description="split -> number of rows")
+    kind: Literal["path", "alias", "hub"] | None = Field(
+        default=None, description="what `ref` is; null in reports of older versions"
+    )
+    path: str | None = Field(
+        default=None, description="of a relative `ref`: the way from this report's directory to the data"
+    )
 
 
 class MetricValue(_Part):

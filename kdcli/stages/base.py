@@ -10,9 +10,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from kdcli.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from kdcli.stages.recorded_data import Recorded
 
 StageName = Literal["distill", "prune", "lowrank", "quantize", "evaluate"]
 
@@ -224,6 +227,7 @@ class Request:
     argv: tuple[str, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)  # option -> flag|environment|file|default
     dequantize: bool = False
+    recorded: Recorded | None = None  # the data, where the model's own report names them
 
 
 SUCCESSORS: dict[StageName, frozenset[StageName]] = {

@@ -49,7 +49,7 @@ def prepare(context: Context) -> None:
         )
     teacher = context.checkpoint
     if options.unlabeled is not None:
-        extra = sources.load_texts(options.unlabeled)
+        extra = sources.load_texts(options.unlabeled, context.request.common.columns)
         more = text.encode(extra, teacher.tokenizer, teacher.max_length, None)
         train = text.concatenate(train, more, UNLABELLED)
     narrowed = {"train": train, "validation": validation}
@@ -125,6 +125,7 @@ def _with_head(context: Context, plan: Plan, teacher: Checkpoint) -> tuple[Check
         batch_size=settings.teacher_batch_size,
         lr=settings.teacher_lr or (1e-4 if int(teacher.config.hidden_size) <= 384 else 3e-5),
         seed=context.seed,
+        rate_option="--set teacher_lr=RATE",
     )
     return teachers.fine_tuned(
         teacher,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kdcli.data import sources
 from kdcli.data.sources import Dataset, Judging
@@ -14,7 +17,7 @@ from kdcli.models import foreign, references
 from kdcli.models.references import Resolved
 from kdcli.report import io
 from kdcli.report.schema import DataInfo
-from kdcli.stages import output
+from kdcli.stages import output, recorded_data
 from kdcli.stages.base import (
     DEFAULT_DATA,
     SPLIT_SEED,
@@ -84,6 +87,28 @@ def place(request: Request, found: list[Resolved]) -> Path | None:
     Raises:
         UsageError: The place is taken, or is one of the inputs.
     """
+    wanted = _wanted(request, found)
+    return None if wanted is None else output.choose(**wanted)
+
+
+@contextlib.contextmanager
+def reserved(request: Request, found: list[Resolved]) -> Iterator[Path | None]:
+    """:func:`place`, kept free of other runs inside the block.
+
+    Raises:
+        UsageError: The place is taken, or is one of the inputs, or another run writes there.
+        ResourceError: It cannot be written.
+    """
+    wanted = _wanted(request, found)
+    if wanted is None:
+        yield None
+        return
+    with output.reserved(**wanted) as path:
+        yield path
+
+
+def _wanted(request: Request, found: list[Resolved]) -> dict[str, Any] | None:
+    """What :func:`output.choose` has to know."""
     common = request.common
     if isinstance(request.options, EvaluateOptions):
         if common.out is None:
@@ -92,7 +117,13 @@ def place(request: Request, found: list[Resolved]) -> Path | None:
             raise UsageError("-o takes one model; several models are reported by --json or --html")
     name = Path(found[0].ref.partition("@")[0]).name or "model"
     inputs = tuple(one.path for one in found)
-    return output.choose(common.out, name, request.stage, force=common.force, inputs=inputs)
+    return {
+        "out": common.out,
+        "model_name": name,
+        "stage": request.stage,
+        "force": common.force,
+        "inputs": inputs,
+    }
 
 
 def settle_data(request: Request, model: Path) -> Request:
@@ -103,14 +134,16 @@ def settle_data(request: Request, model: Path) -> Request:
     common, origins = request.common, dict(request.origins)
     if common.data is not None:
         return request
-    data, columns, origin = DEFAULT_DATA, common.columns, "default"
+    data, columns, origin, recorded = DEFAULT_DATA, common.columns, "default", None
     if (model / io.FILE).is_file() and (earlier := io.read(model)).data is not None:
-        data, origin = earlier.data.ref, "model"
+        recorded = recorded_data.find(earlier.data, model)
+        data, origin = recorded.place, "model"
         stored = earlier.config.get("columns")
         if columns is None and stored is not None and stored.value is not None:
             columns, origins["columns"] = str(stored.value), "model"
     origins["data"] = origin
-    return replace(request, common=replace(common, data=data, columns=columns), origins=origins)
+    settled = replace(common, data=data, columns=columns)
+    return replace(request, common=settled, origins=origins, recorded=recorded)
 
 
 def _resolve(ref: str, request: Request) -> Resolved:
@@ -132,13 +165,15 @@ def load_data(request: Request, models: Sequence[Path]) -> Dataset:
     if isinstance(options, EvaluateOptions):
         made = [info for path in models if (info := _made_with(path)) is not None]
         judging = Judging(
-            split=options.split or "test",
+            split=options.split,
             made_with=frozenset(info.fingerprint for info in made),
+            made_from=frozenset(os.path.realpath(info.ref) for info in made if "train" in info.rows),
             as_made=request.origins.get("data") == "model" and bool(made) and "train" in made[0].rows,
         )
-    return sources.load(
+    dataset = sources.load(
         common.data, columns=common.columns, seed=SPLIT_SEED, offline=common.offline, judging=judging
     )
+    return recorded_data.checked(dataset, request.recorded)
 
 
 def _made_with(model: Path) -> DataInfo | None:

@@ -18,7 +18,18 @@ from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
 from kdcli.report.redact import redact
 from kdcli.report.schema import LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
-from kdcli.stages import answers, comparing, early, judged, measuring, output, runner, soundness, texts
+from kdcli.stages import (
+    answers,
+    comparing,
+    early,
+    judged,
+    measuring,
+    output,
+    recorded_data,
+    runner,
+    soundness,
+    texts,
+)
 from kdcli.stages import graph as graphs
 from kdcli.stages import lineage as lineages
 from kdcli.stages import rows as picked_rows
@@ -78,7 +89,7 @@ def run(request: Request, progress: Progress) -> Outcome:
     measuring.time_together(everyone, _conditions(request, options, timings, progress))
     reports = [_report(request, options, one, baseline, dataset, picked, timings) for one in ours]
     if out is not None:
-        reports = [_write(ours[0], reports[0], out, timings)]
+        reports = [_write(ours[0], reports[0], out, timings, force=request.common.force)]
     if options.html is not None:
         _write_text(options.html, html.page(reports))
     if options.junit is not None:
@@ -213,7 +224,7 @@ def _report(
             task="text-classification",
             labels=one.checkpoint.labels,
         ),
-        data=runner.data_info(dataset),
+        data=recorded_data.info(dataset, str(request.common.data), request.common.out),
         before=before,
         after=after,
         delta=delta,
@@ -240,7 +251,7 @@ def _recorded(first: LineageEntry) -> Measurement | None:
     return Measurement.model_validate(stored) if stored is not None else None
 
 
-def _write(one: _Judged, report: Report, out: Path, timings: Timings) -> Report:
+def _write(one: _Judged, report: Report, out: Path, timings: Timings, *, force: bool) -> Report:
     """Copy the model unchanged, with the graph that was judged, the card and the report."""
     source = one.checkpoint.path
     assert one.graph is not None
@@ -256,7 +267,7 @@ def _write(one: _Judged, report: Report, out: Path, timings: Timings) -> Report:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
         report = runner.finish(report, work, timings)
-        output.publish(work, out)
+        output.publish(work, out, force=force)
     return report
 
 

@@ -15,7 +15,7 @@ from kdcli import __version__, cache
 from kdcli.data import batching, sampling
 from kdcli.data.text import Encoded
 from kdcli.errors import InputError, ParityError
-from kdcli.export import fusion, onnx, parity, sessions
+from kdcli.export import files, fusion, onnx, parity, runtimes, sessions
 from kdcli.export.fusion import Fusion
 from kdcli.models import activations
 from kdcli.models import checkpoint as checkpoints
@@ -151,9 +151,11 @@ def build(
         else:
             chosen.replace(target)
         with timings.phase("export"):
+            detail["oldest_onnxruntime"] = needed = runtimes.of_graph(files.outline(target))
             meta = {
                 "kdcli_version": __version__,
                 "max_length": str(checkpoint.max_length),
+                **({} if needed is None else {"oldest_onnxruntime": needed}),
                 **(properties or {}),
             }
             onnx.annotate(target, checkpoint.labels, meta)
@@ -204,12 +206,12 @@ def of_input(
         model=checkpoints.weights_digest(checkpoint.path),
         labels=checkpoint.labels,
         inputs=inputs_of(checkpoint, encoded),
-        kdcli=__version__,
+        code=cache.code(),
         torch=torch.__version__,
         onnxruntime=onnxruntime.__version__,
     )
     place = cache.entry("onnx", name)
-    if not (place / FILE).is_file():
+    if not cache.whole(place):
         with cache.writing(place) as temporary:
             graph = build(
                 checkpoint, temporary / FILE, encoded, threads=threads, timings=timings, progress=progress

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcli.data import batching
+from kdcli.data import batching, sampling
 from kdcli.data.text import Encoded
 from kdcli.errors import InputError, UsageError
 from kdcli.export import classifier, files
@@ -145,7 +145,7 @@ def agreement(checkpoint: Checkpoint, graph: Path, encoded: Encoded, *, threads:
         InputError: The graph cannot be run as a classifier of these labels.
     """
     reference = torch_runner(checkpoint)
-    at = np.unique(np.linspace(0, len(encoded) - 1, ROWS).astype(int))
+    at = sampling.positions(encoded.labels, len(encoded), ROWS, sampling.JUDGING_SEED)
     same, largest = 0, []
     with classifier.running(graph, threads=threads, labels=len(checkpoint.labels)) as run:
         for row in at:

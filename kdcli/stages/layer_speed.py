@@ -8,7 +8,6 @@ embedding and the model's own head, exported and fused as the model itself will 
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from kdcli import __version__, cache
+from kdcli import cache
 from kdcli.export import fusion, onnx, sessions
 from kdcli.measure import environment, latency
 from kdcli.models.families import Family, Layer, encoder_layers
@@ -97,19 +96,14 @@ def milliseconds(
         threads=threads,
         device=device,
         cpu=[environment.cpu_name(), *environment.isa()],
-        versions=[__version__, onnxruntime.__version__, torch.__version__],
+        versions=[cache.code(), onnxruntime.__version__, torch.__version__],
     )
     path = cache.entry("latency", f"{name}.json")
-    if path.exists():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+    if (known := cache.load_json(path)) is not None:
+        return dict(known)
     run = timer or _by_onnxruntime(threads, device)
     found = dict(zip(stacks, run([make() for make in stacks.values()], tokens, progress), strict=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=".latency-", delete=False, encoding="utf-8"
-    ) as stream:
-        json.dump(found, stream, indent=1)
-    Path(stream.name).replace(path)
+    cache.save_json(path, found)
     return found
 
 

@@ -78,14 +78,14 @@ def logits_of(
         graph=[sha256_of(file) for file in (graph, *files.beside(graph))],
         rows=text.fingerprint(Encoded(encoded.ids, encoded.type_ids, encoded.offsets, None)),
         onnxruntime=onnxruntime.__version__,
+        code=cache.code(),
         device=device,
+        threads=threads,
         cpu=_cpu(),
     )
     path = cache.entry("predictions", f"{name}.npy")
-    if path.exists():
-        kept: np.ndarray = np.load(path, allow_pickle=False)
-        if kept.shape == (len(encoded), labels):
-            return kept
+    if (known := cache.load_array(path, shape=(len(encoded), labels))) is not None:
+        return known
     size = 1 if dynamic_integers(graph) else 32
     groups = batching.equal_length_batches(encoded.lengths, size)
     logits: np.ndarray | None = None
@@ -98,10 +98,7 @@ def logits_of(
             logits[rows] = part
             task.advance(len(rows))
     assert logits is not None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{id(logits)}.tmp.npy")
-    np.save(temporary, logits)
-    temporary.replace(path)
+    cache.save_array(path, logits)
     return logits
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from kdcli import methods
 from kdcli.data import sampling, sources
+from kdcli.export import runtimes
 from kdcli.models import safety
 from kdcli.models.aliases import SMALL_STUDENTS, small_student
 from kdcli.progress import Progress
@@ -138,9 +139,13 @@ def plan(request: Request, progress: Progress) -> Plan:
     elif isinstance(options, QuantizeOptions):
         from kdcli.stages.quantizing import plan as quantizing
 
-        module, _, _ = quantizing.settle(options.scheme, common.settings)
+        module, config_, _ = quantizing.settle(options.scheme, common.settings)
         tables = options.embeddings or getattr(module, "EMBEDDINGS", "int8")
+        needed = runtimes.of_scheme(options.scheme, config_, str(tables))
         facts |= {"scheme": options.scheme, "embeddings": tables}
+        facts["onnxruntime"] = (
+            "as the chosen scheme needs" if needed is None else f"{needed} or newer for model.onnx"
+        )
         written = weights // 2
     out = early.place(request, found)
     if out is not None:
@@ -189,7 +194,7 @@ def _distill(
         rounds = checked.settings.teacher_epochs or distill.teacher_epochs(train, labels, size_)
         seconds += rounds * train * 3 * cost / _FLOPS_TRAIN
     logits = 4 * texts * labels
-    trainings = 3 if options.control else 1  # each of two controls takes as many steps as the student
+    trainings = 4 if options.control else 1  # each of up to three controls takes as many steps as the student
     if size is None:
         return seconds + trainings * epochs * texts * 3 * cost / _FLOPS_TRAIN, 0, logits
     small = _flops_a_row(*size, tokens)

@@ -22,13 +22,14 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from kdcli import __version__, cache
+from kdcli import cache
 from kdcli.errors import ExitCode, InputError, did_you_mean
+from kdcli.measure import environment
 from kdcli.models import references
 from kdcli.progress import Progress
 from kdcli.report import gates, io
 from kdcli.report.schema import Report
-from kdcli.stages import early, output, plan
+from kdcli.stages import early, output, plan, recorded_data
 from kdcli.stages.base import (
     STAGES,
     Common,
@@ -59,6 +60,9 @@ _GATES = {
     "max_size": "max_size_bytes",
     "gate": "expressions",
 }
+
+
+_JUDGING = (*_GATES, "max_size", "gate", "baseline", "data", "columns", "split", "limit")
 
 
 @dataclass(frozen=True)
@@ -156,14 +160,14 @@ def run(
     for number, step in enumerate(steps, 1):
         target = place / f"{number}-{step.stage}"
         writes = step.stage != "evaluate"
-        name = _cache_key(step, model)
+        name, place_of_data = _cache_key(step, model)
         kept = cache.entry("stages", name)
         progress.phase(f"stage {number} of {len(steps)}: {step.stage}")
         if writes:
             output.choose(target, "", step.stage, force=force, inputs=())
-        if writes and (kept / io.FILE).is_file():
+        if writes and cache.whole(kept):
             progress.note(f"{step.stage}: nothing changed, taken from the cache")
-            _copy(kept, target)
+            _copy(kept, target, place_of_data, step.stage, force=force)
             report = io.read(target)
         else:
             common = replace(step.common, out=target if writes else None, force=force)
@@ -207,6 +211,12 @@ def _step(where: str, stage: StageName, given: dict[str, Any]) -> Step:
             raise InputError(
                 f"{where}: unknown option '{key}' of {stage}: {did_you_mean(key, allowed - {'models'})}"
             )
+        if key in _JUDGING and (value is None or value == "" or isinstance(value, bool)):
+            # Taken for no value it would silently drop a gate, or judge something else.
+            said = (
+                "has no value" if value in (None, "") else f"is {str(value).lower()}, which is no value of it"
+            )
+            raise InputError(f"{where}: '{key.replace('_', '-')}' {said}", "give one, or leave the line out")
         if key == "set":
             common["settings"] = {str(k): str(v) for k, v in _mapping(where, value).items()}
         elif key == "max_size":
@@ -256,27 +266,44 @@ def _key(name: Any) -> str:
     return str(name).replace("-", "_")
 
 
-def _cache_key(step: Step, model: str | None) -> str:
-    """Everything that decides a stage's output; the report's times and paths are not part of it."""
+def _cache_key(step: Step, model: str | None) -> tuple[str, str]:
+    """Everything that decides a stage's output and the numbers in its report, and where its data are.
+
+    Paths are not part of the key. The machine is, because speeds that were measured on another one are no measure here.
+    """
     from kdcli.models.checkpoint import weights_digest
 
-    ref = model if step.stage != "distill" else step.options.teachers[0]
-    assert ref is not None
-    source = references.resolve(ref, offline=step.common.offline).path
+    request = _request(step, model, step.common)
+    found = [references.resolve(name, offline=step.common.offline) for name in early.models_of(request)]
     common = {k: v for k, v in asdict(step.common).items() if k not in ("out", "force", "resume", "debug")}
-    dataset = early.load_data(early.settle_data(_request(step, model, step.common), source), [source])
-    return cache.key(
+    settled = early.settle_data(request, found[0].path)
+    dataset = early.load_data(settled, [found[0].path])
+    read = [getattr(step.options, f.name) for f in fields(step.options)]
+    graphs = [one.path / "model.onnx" for one in found]
+    files = [path for path in (*graphs, *read) if isinstance(path, Path) and path.is_file()]
+    key = cache.key(
         stage=step.stage,
-        input=weights_digest(source),
+        inputs=[weights_digest(one.path) for one in found],
+        files=[io.sha256_of(path) for path in files],
         options=asdict(step.options),
         common=common,
         data=dataset.fingerprint,
-        version=__version__,
+        code=cache.code(),
+        machine=[environment.cpu_name(), *environment.isa(), environment.threads()],
         dequantize=step.dequantize,
     )
+    return key, str(settled.common.data)
 
 
-def _copy(source: Path, target: Path) -> None:
-    with output.building(target, sum(p.stat().st_size for p in source.iterdir())) as work:
-        shutil.copytree(source, work, dirs_exist_ok=True)
-        output.publish(work, target)
+def _copy(source: Path, target: Path, data: str, stage: str, *, force: bool) -> None:
+    """Copy a kept output; its report says where the data are as seen from there."""
+    size = sum(p.stat().st_size for p in source.iterdir())
+    with (
+        output.reserved(target, "", stage, force=force, inputs=()) as place,
+        output.building(place, size) as work,
+    ):
+        shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(cache.SUMS))
+        report = io.read(work)
+        if (moved := recorded_data.moved(report.data, data, place)) != report.data:
+            io.write(report.model_copy(update={"data": moved}), work)
+        output.publish(work, place, force=force)

@@ -30,18 +30,28 @@ from kdcli.models import activations, mapped, placement, transforms
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.aliases import MODELS
 from kdcli.models.checkpoint import Checkpoint
+from kdcli.models.references import Resolved
 from kdcli.progress import Progress
 from kdcli.report import card, gates, io
 from kdcli.report.redact import redact
 from kdcli.report.schema import (
     Artifact,
-    DataInfo,
     LineageEntry,
     ModelInfo,
     Report,
     Warning_,
 )
-from kdcli.stages import answers, comparing, early, lineage, measuring, output, soundness, texts
+from kdcli.stages import (
+    answers,
+    comparing,
+    early,
+    lineage,
+    measuring,
+    output,
+    recorded_data,
+    soundness,
+    texts,
+)
 from kdcli.stages import graph as graphs
 from kdcli.stages import rows as picked_rows
 from kdcli.stages.base import Request
@@ -70,20 +80,28 @@ def run(request: Request, progress: Progress) -> Outcome | None:
     Raises:
         KdcliError: Anything a user can act on; nothing half-written is left behind.
     """
-    if request.stage == "evaluate":
-        from kdcli.stages import evaluate
+    resolved = early.check(request)
+    if not processes.first():
+        return None if request.stage == "evaluate" else _run(request, progress, resolved[0], None)
+    with early.reserved(request, resolved) as out:
+        if request.stage == "evaluate":
+            from kdcli.stages import evaluate
 
-        return evaluate.run(request, progress) if processes.first() else None
+            return evaluate.run(request, progress)
+        return _run(request, progress, resolved[0], out)
+
+
+def _run(request: Request, progress: Progress, found: Resolved, out: Path | None) -> Outcome | None:
+    """One stage that makes a model; ``out`` is known to the first process."""
     timings = Timings()
     with timings.phase("resolve"):
-        found = early.check(request)[0]
         source = found.ref
         for note in found.notes:
             progress.note(note)
-        out = early.place(request, [found])
-        assert out is not None
         device = device_of(request.common.device)
         distributed.start(device)
+        out = distributed.of_first(out)
+        assert out is not None
         request = early.settle_data(request, found.path)
         dataset = load_data(request, [found.path], progress)
     seed_everything(request.common.seed)
@@ -115,10 +133,11 @@ def run(request: Request, progress: Progress) -> Outcome | None:
         return None
     needed = 6 * _weights_bytes(found.path) + (64 << 20)
     with output.building(out, needed) as work:
-        report = _live(context, stage, source, work, timings)
-        output.publish(work, out)
+        report = _live(context, stage, source, work, out, timings)
+        common = request.common
+        final = output.publish(work, out, force=common.force, named=common.out is not None)
     shutil.rmtree(output.resume_directory(out), ignore_errors=True)
-    return Outcome(out, report, [report])
+    return Outcome(final, report, [report])
 
 
 def _follow(context: Context, stage: Any) -> None:
@@ -129,7 +148,7 @@ def _follow(context: Context, stage: Any) -> None:
     stage.apply(context)
 
 
-def _live(context: Context, stage: Any, source: str, work: Path, timings: Timings) -> Report:
+def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timings: Timings) -> Report:
     """Everything between loading and publishing; returns the report that is in ``work``."""
     request, progress = context.request, context.progress
     threads = environment.threads()
@@ -277,7 +296,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, timings: Timing
                 task="text-classification",
                 labels=after_model.labels,
             ),
-            data=data_info(context.dataset),
+            data=recorded_data.info(context.dataset, str(request.common.data), out),
             before=before.measurement,
             after=after.measurement,
             delta=delta,
@@ -376,7 +395,9 @@ class Splits(Mapping[str, Encoded]):
     def __init__(self, dataset: Dataset, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
         self._dataset, self._checkpoint = dataset, checkpoint
         self._progress = progress or Progress()
-        self._index = label_names.align(dataset.label_names, checkpoint.labels)
+        self._index = label_names.align(
+            dataset.label_names, checkpoint.labels, ids=dataset.ids, option=dataset.ids_option
+        )
         self._made: dict[str, Encoded] = {}
 
     def __getitem__(self, split: str) -> Encoded:
@@ -422,12 +443,6 @@ def config_of(request: Request) -> dict[str, Any]:
         name: {"value": plain(value), "origin": request.origins.get(name, "default")}
         for name, value in sorted(values.items())
     }
-
-
-def data_info(dataset: Dataset) -> DataInfo:
-    """Which rows were used."""
-    rows = {name: len(split) for name, split in dataset.splits.items()}
-    return DataInfo(ref=redact(dataset.ref), fingerprint=dataset.fingerprint, rows=rows)
 
 
 def of_data(dataset: Dataset) -> list[Warning_]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcli.data import text
+from kdcli.data import sampling, text
 from kdcli.data.readers import Rows
 from kdcli.data.text import Encoded
 from kdcli.errors import InputError
@@ -139,7 +139,7 @@ def unknown(encoded: Encoded, tokenizer: Any) -> tuple[float, int]:
 
 
 def _sample(rows: int) -> np.ndarray:
-    return np.unique(np.linspace(0, max(0, rows - 1), min(rows, SAMPLE)).astype(np.int64))
+    return sampling.positions(None, rows, SAMPLE, sampling.JUDGING_SEED)
 
 
 def _unlike(encoded: Encoded, backend: Any, rows: Rows) -> list[int]:

@@ -6,6 +6,8 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+from kdcli import interrupts
+
 
 class Timings:
     """Adds up wall-clock seconds by phase name; nested phases count in the inner one only."""
@@ -16,10 +18,12 @@ class Timings:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        interrupts.check()
         started = time.perf_counter()
         self._inner.append(0.0)
         try:
             yield
+            interrupts.check()
         finally:
             whole = time.perf_counter() - started
             own = whole - self._inner.pop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,3 +94,12 @@ def each(values: Tensor) -> list[Tensor]:
     from accelerate.utils import gather_object
 
     return list(gather_object([values]))
+
+
+def of_first(value: Any) -> Any:
+    """What the first process has for this, in all of them; it has to be known to that one alone."""
+    if processes.count() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]

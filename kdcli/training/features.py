@@ -8,13 +8,11 @@ are one product away from the hidden states of the layer below.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -141,73 +139,70 @@ class TeacherSignals:
         folder = cache.entry("features", key)
         paths = {layer: folder / f"hidden-{layer}.npy" for layer in wanted}
         pooled = folder / "pooled.npy"
+        states_of = (len(self.encoded.ids), width)
         with distributed.first_then_others():
+            known = {n: cache.load_array(path, shape=states_of, mapped=True) for n, path in paths.items()}
+            vectors = cache.load_array(pooled, mapped=True) if self.needs.pooled else None
             missing = Needs(
-                self.needs.pooled and not pooled.is_file(),
-                frozenset(n for n, path in paths.items() if not path.is_file()),
+                self.needs.pooled and vectors is None,
+                frozenset(n for n, values in known.items() if values is None),
             )
             more = len(missing.hidden) * layer_size + pooled_size * missing.pooled
             # What is stored already needs no room: a resumed run must read what the first one read.
             fits = size <= budget and more <= max(0, shutil.disk_usage(place).free - _SPARE_DISK)
             if missing and fits:
-                self._store(missing, paths, pooled, width, progress)
+                made, made_vectors = self._store(missing, paths, pooled, progress, states_of)
+                known |= made
+                vectors = made_vectors if vectors is None else vectors
         if not fits:
             shown = f"{size / 2**30:.1f} GiB of hidden states do not fit the budget"
             progress.note(f"{shown}: the teacher runs at every step, up to the highest layer used")
             self._live = Capture(self.teacher, self.needs, cut=True)
             self.stored = Stored("recomputed", 0)
             return
-        self._states = {n: np.load(path, mmap_mode="r", allow_pickle=False) for n, path in paths.items()}
-        if self.needs.pooled:
-            self._pooled = np.load(pooled, mmap_mode="r", allow_pickle=False)
+        self._states = {n: values for n, values in known.items() if values is not None}
+        self._pooled = vectors
         self.stored = Stored("on disk", size)
 
     def _store(
-        self, missing: Needs, paths: dict[int, Path], pooled: Path, width: int, progress: Progress
-    ) -> None:
+        self,
+        missing: Needs,
+        paths: dict[int, Path],
+        pooled: Path,
+        progress: Progress,
+        shape: tuple[int, int],
+    ) -> tuple[dict[int, np.ndarray], np.ndarray | None]:
+        """Run the teacher once; the hidden states of every missing layer, and the pooled vectors if they were."""
         encoded, model = self.encoded, self.teacher.model
-        pooled.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".features-", dir=pooled.parent.parent))
-        try:
-            shape = (len(encoded.ids), width)
-            states: dict[int, Any] = {
-                n: _array(temporary / f"{n}.npy", np.float16, shape) for n in missing.hidden
+        vectors: np.ndarray | None = None
+        batches = _by_tokens(encoded)
+        model.eval()
+        with contextlib.ExitStack() as stack:
+            states = {
+                n: stack.enter_context(cache.filling(paths[n], np.float16, shape))
+                for n in sorted(missing.hidden)
             }
-            vectors: Any = None
-            batches = _by_tokens(encoded)
-            model.eval()
-            with Capture(self.teacher, missing, cut=True) as capture:
-                with progress.task("teacher features", len(batches)) as task:
-                    for rows in batches:
-                        collated = batching.collate(encoded, rows, self.teacher.pad_id)
-                        run_cut(model, model_inputs(model, collated, self.device))
-                        mask = torch.from_numpy(collated["attention_mask"]).to(self.device).bool()
-                        found = capture.signals(mask.new_zeros(()), mask)
-                        for layer, state in found.hidden.items():
-                            states[layer][encoded.positions(rows)] = state[mask].half().cpu().numpy()
-                        if found.pooled is not None:
-                            if vectors is None:
-                                size = (len(encoded), found.pooled.shape[1])
-                                vectors = _array(temporary / "pooled.npy", np.float32, size)
-                            vectors[rows] = found.pooled.float().cpu().numpy()
-                        task.advance()
-            for layer, values in states.items():
-                values.flush()
-                os.replace(temporary / f"{layer}.npy", paths[layer])
-            if vectors is not None:
-                vectors.flush()
-                os.replace(temporary / "pooled.npy", pooled)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            capture = stack.enter_context(Capture(self.teacher, missing, cut=True))
+            task = stack.enter_context(progress.task("teacher features", len(batches)))
+            for rows in batches:
+                collated = batching.collate(encoded, rows, self.teacher.pad_id)
+                run_cut(model, model_inputs(model, collated, self.device))
+                mask = torch.from_numpy(collated["attention_mask"]).to(self.device).bool()
+                found = capture.signals(mask.new_zeros(()), mask)
+                for layer, state in found.hidden.items():
+                    states[layer][encoded.positions(rows)] = state[mask].half().cpu().numpy()
+                if found.pooled is not None:
+                    if vectors is None:
+                        size = (len(encoded), found.pooled.shape[1])
+                        vectors = stack.enter_context(cache.filling(pooled, np.float32, size))
+                    vectors[rows] = found.pooled.float().cpu().numpy()
+                task.advance()
+        return states, vectors
 
 
 def _by_tokens(encoded: Encoded) -> list[np.ndarray]:
     size = max(1, _BATCH_TOKENS // max(1, int(encoded.lengths.mean())))
     return batching.inference_batches(encoded.lengths, size)
-
-
-def _array(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
 
 
 def combined(logits: Iterable[np.ndarray], weights: Iterable[float], temperature: float) -> np.ndarray:

@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli import processes
+from kdcli import interrupts, processes
 from kdcli.data import batching
 from kdcli.data.text import Encoded
-from kdcli.errors import InputError, InterruptedRun
+from kdcli.errors import InterruptedRun
+from kdcli.interrupts import Steps
 from kdcli.progress import Progress
 from kdcli.training import distributed
 from kdcli.training.batches import model_inputs
 from kdcli.training.compact import compacted
-from kdcli.training.interrupt import Interrupt, interruptible
+from kdcli.training.divergence import Divergence
 from kdcli.training.resume import ResumePoint, pack_optimizer, unpack_optimizer
 
 
@@ -50,6 +51,7 @@ class FitOptions:
     patience: int | None = None  # epochs without a better validation before stopping early
     keep: Literal["best", "last"] = "best"  # which epoch's weights are the result
     seed: int = 0
+    rate_option: str = "--lr"  # that sets the rate, for messages
 
 
 @dataclass
@@ -141,7 +143,7 @@ def fit(
 
     Raises:
         InterruptedRun: SIGINT or SIGTERM arrived; the resume point holds the state after the last step.
-        InputError: The loss became NaN or infinite.
+        InputError: The training diverged: see :mod:`kdcli.training.divergence`.
     """
     with compacted(model, [train, validation], pad_id) as (compact_train, compact_validation):
         if begin is not None:
@@ -185,7 +187,11 @@ class _Run:
         per_epoch = -(-len(train) // options.batch_size)
         lengths = train.lengths
         checking = inference(validation, options.batch_size * 4, self.pad_id)
-        with interruptible() as interrupt, progress.task(self.title, per_epoch * options.epochs) as task:
+        divergence = Divergence(self.title, options.lr, options.rate_option, validation.labels)
+        with (
+            interrupts.stepping() as interrupt,
+            progress.task(self.title, per_epoch * options.epochs) as task,
+        ):
             task.advance(state.epoch * per_epoch + state.step)
             while not state.done:
                 batches = batching.train_batches(lengths, options.batch_size, options.seed, state.epoch)
@@ -195,6 +201,11 @@ class _Run:
                     rows = batches[state.step]
                     at = state.epoch * per_epoch + state.step
                     value, stop = self.step(train, rows, at, per_epoch * options.epochs, interrupt)
+                    if state.first_loss is None:
+                        state.first_loss = float(distributed.total(value)) / processes.count()
+                    if self.device.type == "cpu" and processes.count() == 1:
+                        # Elsewhere every step would wait for it, and the others for one that stops alone.
+                        divergence.of_step(float(value), state.epoch + 1, state.step + 1)
                     state.count(value, int(lengths[rows].sum()), len(rows) * int(lengths[rows].max()))
                     task.advance(1, f"epoch {state.epoch + 1}/{options.epochs}")
                     if stop:
@@ -202,13 +213,12 @@ class _Run:
                         self.stop(state, interrupt)
                 state.seconds += time.perf_counter() - started
                 mean = state.end_epoch()
-                if not np.isfinite(mean):
-                    raise InputError(
-                        f"{self.title}: the loss became {mean} in epoch {state.epoch}",
-                        "try a lower --lr, or check the data",
-                    )
+                divergence.of_step(mean, state.epoch)
                 accuracy, validation_loss = evaluate(self.model, validation, checking, self.device)
+                divergence.of_step(validation_loss, state.epoch, what="validation loss")
                 state.judge(self.model, accuracy, validation_loss, mean, options)
+                if state.done:
+                    divergence.of_result(state.first_loss, state.history[state.best_epoch - 1])
                 reading = f"epoch {state.epoch}/{options.epochs} loss {mean:.3f} validation {accuracy:.3f}"
                 task.advance(0, reading)
                 # Several processes agree on it, as after a step.
@@ -232,7 +242,7 @@ class _Run:
         )
 
     def step(
-        self, train: Encoded, rows: np.ndarray, at: int, steps: int, interrupt: Interrupt
+        self, train: Encoded, rows: np.ndarray, at: int, steps: int, interrupt: Steps
     ) -> tuple[Tensor, bool]:
         """One optimizer step on a global batch; returns its loss and whether a signal has arrived."""
         for group in self.optimizer.param_groups:
@@ -258,7 +268,7 @@ class _Run:
         if processes.first():
             resume.save(tensors, plain)
 
-    def stop(self, state: _State, interrupt: Interrupt) -> None:
+    def stop(self, state: _State, interrupt: Steps) -> None:
         """Keep the resume point and end."""
         import signal
 
@@ -274,7 +284,7 @@ class _Run:
         raise InterruptedRun(
             f"{self.title} stopped {after}",
             hint,
-            terminated=interrupt.signal == signal.SIGTERM,
+            terminated=interrupt.signal not in (None, signal.SIGINT),
         )
 
 
@@ -325,6 +335,7 @@ class _State:
     best_epoch: int = 0
     best_accuracy: float = -1.0
     best_loss: float = float("inf")
+    first_loss: float | None = None  # of the first step
     history: list[dict[str, float]] = field(default_factory=list)
     fresh: bool = True
     best: dict[str, Tensor] | None = None
@@ -377,6 +388,7 @@ _PLAIN = (
     "done",
     "best_epoch",
     "best_accuracy",
+    "first_loss",
     "history",
 )
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -67,7 +65,7 @@ def fine_tuned(
     )
     place = cache.entry("teachers", name)
     facts = place / "fit.json"
-    if facts.exists():
+    if cache.whole(place):
         detail = json.loads(facts.read_text(encoding="utf-8"))
         progress.note(f"fine-tuned teacher from the cache: {place}")
         return checkpoints.load(place, device=device), {**detail, "cached": True, "path": str(place)}
@@ -93,7 +91,7 @@ def fine_tuned(
     teacher.has_head = True
     detail = {"fine_tuned": True, "key": name, **result.detail()}
     with distributed.first_then_others():
-        if not facts.exists():
+        if not cache.whole(place):
             with cache.writing(place) as temporary:
                 checkpoints.save(teacher, temporary)
                 content = json.dumps(detail, indent=1, sort_keys=True)
@@ -132,10 +130,12 @@ def outputs(
         runtime="torch" if graph is None else "onnxruntime",
     )
     path = cache.entry("outputs", f"{name}.npy")
+    shape = (len(encoded), int(teacher.config.num_labels))
     with distributed.first_then_others():
-        if not path.exists():
-            _store(teacher, encoded, path, progress, graph)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+        found = cache.load_array(path, shape=shape, mapped=True)
+        if found is None:
+            found = _store(teacher, encoded, path, progress, graph)
+    return found
 
 
 def _store(
@@ -144,31 +144,24 @@ def _store(
     path: Path,
     progress: Progress,
     graph: Path | None,
-) -> None:
+) -> np.ndarray:
     teacher.model.eval()
     running: AbstractContextManager[Callable[[Mapping[str, np.ndarray]], np.ndarray]]
     if graph is None:
         running = nullcontext(torch_runner(teacher))
     else:
         running = sessions.running(graph, threads=torch.get_num_threads())
-    path.parent.mkdir(parents=True, exist_ok=True)
     size = max(1, _BATCH_TOKENS // max(1, int(encoded.lengths.mean())))
     # Texts of one length need no padding, which not every architecture ignores.
     plain = teacher.model_type in checkpoints.supported_families()
     batches = (batching.inference_batches if plain else batching.equal_length_batches)(encoded.lengths, size)
     classes = int(teacher.config.num_labels)
-    handle, temporary = tempfile.mkstemp(prefix=".outputs-", suffix=".npy", dir=path.parent)
-    os.close(handle)
-    try:
-        logits = np.lib.format.open_memmap(
-            temporary, mode="w+", dtype=np.float32, shape=(len(encoded), classes)
-        )
-        with running as run, progress.task("teacher outputs", len(encoded)) as task:
-            for rows in batches:
-                logits[rows] = run(batching.collate(encoded, rows, teacher.pad_id))
-                task.advance(len(rows))
-        logits.flush()
-        del logits
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with (
+        cache.filling(path, np.float32, (len(encoded), classes)) as logits,
+        running as run,
+        progress.task("teacher outputs", len(encoded)) as task,
+    ):
+        for rows in batches:
+            logits[rows] = run(batching.collate(encoded, rows, teacher.pad_id))
+            task.advance(len(rows))
+    return logits

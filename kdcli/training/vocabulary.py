@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,15 +50,8 @@ def _cached(kind: str, teacher: Checkpoint, make: Callable[[], np.ndarray]) -> n
     key = cache.key(format=_FORMAT, model=checkpoints.weights_digest(teacher.path))
     path = cache.entry("vocabulary", f"{kind}-{key}.npy")
     with distributed.first_then_others():
-        if not path.is_file():
-            made = make()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=".vocabulary-", suffix=".npy", dir=path.parent)
-            os.close(handle)
-            try:
-                np.save(temporary, made)
-                os.replace(temporary, path)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
-    found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        found = cache.load_array(path, mapped=True)
+        if found is None:
+            found = make()
+            cache.save_array(path, found)
     return found

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,13 @@ class OutOfMemoryError(RuntimeError):
     """Named as torch's."""
 
 
+def wrapped(error: BaseException, *causes: BaseException) -> BaseException:
+    """As ``raise error from cause`` leaves it."""
+    for one, cause in pairwise([error, *causes]):
+        one.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -107,6 +115,21 @@ class OutOfMemoryError(RuntimeError):
         ),
         (OSError(errno.ENOSPC, "No space left on device", "out/x"), 6, ["no space left", "out/x"]),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 6, ["no space left"]),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), 6, ["cannot be written", "/x", "kdcli doctor"]),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), 6, ["TMPDIR"]),
+        (
+            wrapped(
+                errors.InputError("cannot be exported"), OSError(errno.ENOSPC, "No space left on device")
+            ),
+            6,
+            ["no space left"],
+        ),
+        (wrapped(errors.InputError("cannot be loaded"), ValueError(), MemoryError()), 6, ["out of memory"]),
+        (
+            wrapped(errors.InputError("cannot be read"), OSError(errno.EACCES, "denied")),
+            3,
+            ["cannot be read"],
+        ),
         (ValueError("surprise"), 1, ["bug in kdcli", "ValueError: surprise", "--debug"]),
         (OSError(errno.EIO, "Input/output error"), 1, ["bug in kdcli"]),
     ],

@@ -88,7 +88,7 @@ def test_doctor_describes_the_machine(call: Call, monkeypatch: pytest.MonkeyPatc
     result = call("doctor", "--json")
     assert result.code == 0
     found = json.loads(result.out)
-    assert found["cache"] == {"path": str(cache), "bytes": 5}
+    assert found["cache"] == {"path": str(cache), "bytes": 5, "problem": None}
     assert found["variables"]["HF_HUB_OFFLINE"] == "1"
     assert found["variables"]["HF_TOKEN"] == "set"
     assert "s" * 30 not in result.out
@@ -96,6 +96,14 @@ def test_doctor_describes_the_machine(call: Call, monkeypatch: pytest.MonkeyPatc
     assert found["disk_free_bytes"]["here"] > 0
     assert "CPUExecutionProvider" in found["providers"]
     assert "cpu:" in call("doctor").out
+
+
+def test_doctor_says_that_the_cache_cannot_be_written(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KDCLI_CACHE", str(tmp_path / "file" / "cache"))
+    assert "(from KDCLI_CACHE) cannot be written: Not a directory" in call("doctor").out
 
 
 def test_doctor_survives_a_broken_installation(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,3 +121,58 @@ def test_a_file_that_is_not_text_is_bad_input(call: Call) -> None:
 def test_other_commands_pass_over_keys_that_they_do_not_have(call: Call) -> None:
     Path("kdcli.toml").write_text(TOML)
     assert call("list", "students").code == 0
+
+
+@pytest.mark.parametrize(
+    "flag", ["max-drop", "min-speedup", "max-size", "gate", "baseline", "data", "columns", "split", "limit"]
+)
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_variable_drops_no_gate(
+    flag: str, value: str, call: Call, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable = "KDCLI_" + flag.upper().replace("-", "_")
+    monkeypatch.setenv(variable, value)
+    result = call("evaluate", "model")
+    assert result.code in (2, 3)  # 3: a model reference of one blank
+    assert not recorder.requests
+    if not value:
+        assert f"{variable} is set, but empty" in result.err
+
+
+def test_a_flag_stands_in_for_an_empty_variable(
+    call: Call, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDCLI_MAX_DROP", "")
+    monkeypatch.setenv("KDCLI_SEED", "")  # judges nothing
+    assert call("evaluate", "model", "--max-drop", "0.1").code == 0
+    assert recorder.request.common.gates.max_drop == 0.1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'max-drop = ""',
+        "max-drop = true",  # not a drop of 1
+        "max-drop = false",  # not a drop of 0
+        "max-drop = [0.1]",
+        "max-size = false",
+        'min-speedup = " "',
+        'gate = ""',
+        "gate = false",
+        "gate = {}",
+        'gate = [""]',
+        'data = ""',
+        "data = false",
+    ],
+)
+def test_a_value_that_is_none_drops_no_gate(line: str, call: Call, recorder: Recorder) -> None:
+    Path("kdcli.toml").write_text(line)
+    result = call("evaluate", "model")
+    assert result.code in (2, 3), result.err
+    assert not recorder.requests
+
+
+def test_one_gate_needs_no_list(call: Call, recorder: Recorder) -> None:
+    Path("kdcli.toml").write_text('gate = "accuracy >= 0.9"')
+    assert call("evaluate", "model").code == 0
+    assert recorder.request.common.gates.expressions == ("accuracy >= 0.9",)

@@ -194,8 +194,9 @@ def test_splits_and_class_names(online: Any) -> None:
     assert data.splits["train"].labels == ["bad", "good"] * 15
     assert data.notes == [
         "data set 'org/name': splits left out: extra",
-        "data set 'org/name': split 'test' has no labels and is left out",
+        "the test split has no labels (-1) and is left out",
     ]
+    assert [code for code, _ in data.warnings] == ["rows-without-label"]
 
 
 def test_no_validation_split(online: Any) -> None:
@@ -210,10 +211,12 @@ def test_columns_and_a_missing_label(online: Any) -> None:
     )
     with pytest.raises(InputError, match="'org/name train' has no column 'text'"):
         load("org/name")
-    mixed = {"text": ["a", "b", "c"], "label": [0, 1, -1]}
+    mixed = {"text": [f"t{i}" for i in range(31)], "label": [0, 1, -1] + [0, 1] * 14}
     online(datasets.DatasetDict(train=datasets.Dataset.from_dict(mixed, features=FEATURES)))
-    with pytest.raises(InputError, match="org/name train, row 3: the label in column 'label' is missing"):
-        load("org/name")
+    data = load("org/name")
+    assert sum(len(rows) for rows in data.splits.values()) == 30
+    assert data.label_names == ["bad", "good"]
+    assert data.warnings == [("rows-without-label", "1 rows of train have no label (-1) and are left out")]
 
 
 def test_no_train_split(online: Any) -> None:

@@ -52,6 +52,43 @@ def test_generic_model_labels_take_nothing_else(names: list[str]) -> None:
     assert "id2label" in str(caught.value.hint)
 
 
+def test_truth_values_are_zero_and_one_for_a_model_without_names() -> None:
+    assert align(["false", "true"], ["LABEL_0", "LABEL_1"]) == {"false": 0, "true": 1}
+    with pytest.raises(InputError, match="have no names"):
+        align(["1", "true"], ["LABEL_0", "LABEL_1"])
+
+
+def test_a_number_meets_its_other_spelling() -> None:
+    assert align(["0", "1"], ["1.0", "0.0"]) == {"0": 1, "1": 0}
+    assert align(["1"], ["1.0", "1"]) == {"1": 1}
+
+
+def test_numbers_against_names_are_refused_with_the_way_to_go_on() -> None:
+    with pytest.raises(
+        InputError, match=r"labels of the data are numbers \(0, 1\), .* names \(bad, good, so-so\)"
+    ) as caught:
+        align(["0", "1"], ["bad", "good", "so-so"], option="text=s,label=l:ids")
+    assert "(0 is bad, 1 is good)" in str(caught.value.hint)
+    assert str(caught.value.hint).endswith("--columns text=s,label=l:ids")
+    with pytest.raises(InputError, match="are numbers") as caught:
+        align(["1", "2", "3"], ["bad", "so-so", "good"])  # counted from 1: no ids
+    assert "these numbers are no ids of the model's 3 labels, which are 0 to 2" in str(caught.value.hint)
+    with pytest.raises(InputError, match="have no names") as caught:
+        align(["1", "2"], ["LABEL_0", "LABEL_1", "LABEL_2"])  # two of three: which ones?
+    assert "--columns label=label:ids" in str(caught.value.hint)
+    with pytest.raises(InputError, match="does not know these labels of the data: 0, good"):
+        align(["0", "good"], ["bad", "so-so"])
+
+
+def test_ids_go_by_position_whatever_the_names() -> None:
+    assert align(["1", "0"], ["good", "bad"], ids=True) == {"1": 1, "0": 0}
+    assert align(["1"], ["1", "0"], ids=True) == {"1": 1}
+    assert align(["2"], ["LABEL_0", "LABEL_1", "LABEL_2"], ids=True) == {"2": 2}
+    for name in ("2", "-1", "good"):
+        with pytest.raises(InputError, match="is no id of the model, whose 2 labels have the ids 0 to 1"):
+            align(["0", name], ["a", "b"], ids=True)
+
+
 def test_numbers_sort_as_numbers() -> None:
     assert ordered(["10", "9", "-1", "9"]) == ["-1", "9", "10"]
     assert ordered(["10", "9", "b"]) == ["10", "9", "b"]

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kdcli.data import readers
-from kdcli.data.readers import Rows, parse_columns, read
+from kdcli.data import delimited, readers
+from kdcli.data.columns import Columns, parse_columns
+from kdcli.data.readers import Rows, read
 from kdcli.errors import InputError, UsageError
 
 GOOD = Rows(["one, two", "drei\nvier", "fünf"], None, ["x", "y", "x"])
@@ -25,7 +26,7 @@ def put(path: Path, content: str | bytes) -> Path:
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_csv_with_quotes_ends_of_line_and_byte_order_mark(tmp_path: Path, end: str, mark: str) -> None:
     lines = ["id,text,label", '1,"one, two",x', '2,"drei\nvier", y ', "", "3,fünf,x"]
-    found = read(put(tmp_path / "a.csv", mark + end.join(lines) + end), {})
+    found = read(put(tmp_path / "a.csv", mark + end.join(lines) + end), Columns())
     assert found.rows == GOOD
     assert found.place(2) == f"{tmp_path / 'a.csv'}, line 6"
 
@@ -39,39 +40,38 @@ def test_jsonl(tmp_path: Path, end: str, mark: str) -> None:
         for t, x in zip(GOOD.first, GOOD.labels, strict=True)
     ]
     lines.insert(1, "")
-    found = read(put(tmp_path / "a.jsonl", mark + end.join(lines)), {})
+    found = read(put(tmp_path / "a.jsonl", mark + end.join(lines)), Columns())
     assert found.rows == GOOD
     assert list(found.lines) == [1, 3, 4]
 
 
 def test_a_line_separator_inside_json_is_no_end_of_line(tmp_path: Path) -> None:
     record = '{"text": "a\u2028b", "label": "x"}'
-    assert read(put(tmp_path / "a.jsonl", record), {}).rows.first == ["a\u2028b"]
+    assert read(put(tmp_path / "a.jsonl", record), Columns()).rows.first == ["a\u2028b"]
 
 
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a", "b"], "other": [1.0, 2.0], "label": [1, 0]}), path)
-    found = read(path, {})
+    found = read(path, Columns())
     assert found.rows == Rows(["a", "b"], None, ["1", "0"])
     assert found.place(1) == f"{path}, row 2"
-    with pytest.raises(InputError, match="row 1: the label in column 'other' is float"):
-        read(path, {"label": "other"})
+    assert read(path, Columns({"label": "other"})).rows.labels == ["1", "2"]
     with pytest.raises(InputError, match="not a readable parquet"):
-        read(put(path, b"PAR1 nonsense PAR1"), {})
+        read(put(path, b"PAR1 nonsense PAR1"), Columns())
 
 
 def test_pairs_and_other_names(tmp_path: Path) -> None:
     path = put(tmp_path / "a.csv", "text_a,text_b,premise,label,gold\na,b,c,0,yes\n")
-    assert read(path, {}).rows == Rows(["a"], ["b"], ["0"])
+    assert read(path, Columns()).rows == Rows(["a"], ["b"], ["0"])
     assert read(path, parse_columns("text=premise, label=gold")).rows == Rows(["c"], None, ["yes"])
     assert read(path, parse_columns("text_a=premise,text_b=text_a")).rows == Rows(["c"], ["a"], ["0"])
-    assert read(path, {}, labelled=False).rows.labels is None
+    assert read(path, Columns(), labelled=False).rows.labels is None
 
 
 def test_label_types(tmp_path: Path) -> None:
     lines = "\n".join(f'{{"text": "a", "label": {v}}}' for v in ("7", "true", '" no "'))
-    assert read(put(tmp_path / "a.jsonl", lines), {}).rows.labels == ["7", "true", "no"]
+    assert read(put(tmp_path / "a.jsonl", lines), Columns()).rows.labels == ["7", "true", "no"]
 
 
 @pytest.mark.parametrize(
@@ -88,19 +88,19 @@ def test_label_types(tmp_path: Path) -> None:
         ("a.csv", "txt,label\na,x\n", r"no column 'text': did you mean 'txt'\?"),
         ("a.csv", b"text,label\na,x\n\xffb,x\n", r"line 3: not UTF-8 \(byte 0xff at offset 15\)"),
         ("a.csv", b"\xef\xbb\xbftext,label\n\xffb,x\n", r"line 2: not UTF-8 \(byte 0xff at offset 14\)"),
-        ("a.csv", "text,label\na,x\n".encode("utf-16"), "line 1: not UTF-8"),
+        ("a.csv", "text,label\na,x\n".encode("utf-16-le"), "UTF-16 without a byte order mark"),
+        ("a.csv", "text,label\na,x\n".encode("utf-16")[:-1], "line 2: not UTF-16"),
         ("a.jsonl", "\n \n", "has no rows"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"', "line 2: not JSON"),
         ("a.jsonl", "[" * 200_000, "line 1: not JSON"),
         ("a.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}", "line 1: not JSON"),
-        ("a.jsonl", '["a"]', "line 1: list instead of a JSON object"),
+        ("a.jsonl", '["a"]', "entry 1: str instead of a JSON object"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}', "line 2: the label .* is missing"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n\n{"label": "x"}', "line 3: the text .* is missing"),
         ("a.jsonl", '{"text": 5, "label": "x"}', "line 1: the text in column 'text' is int, not text"),
-        ("a.jsonl", '{"text": "a", "label": 0.5}', "line 1: the label in column 'label' is float"),
-        ("a.jsonl", '{"text": "a", "label": ["x"]}', "line 1: the label in column 'label' is list"),
+        ("a.jsonl", '{"text": "a", "label": ["x"]}', "line 1: the label in column 'label' is a list"),
         ("a.jsonl", '{"text": "a\\ud800", "label": "x"}', "line 1: .* half of a surrogate pair"),
-        ("a.tsv", "text\tlabel\n", r"not a data file: did you mean '.csv'\?"),
+        ("a.txt", "text\tlabel\n", r"not a data file: choose one of: .csv, .json"),
     ],
 )
 def test_broken_files_are_named_with_the_line(
@@ -108,7 +108,7 @@ def test_broken_files_are_named_with_the_line(
 ) -> None:
     path = put(tmp_path / name, content)
     with pytest.raises(InputError, match=message) as caught:
-        read(path, {})
+        read(path, Columns())
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -116,11 +116,12 @@ def test_broken_files_are_named_with_the_line(
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_an_endless_text_is_refused(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_CHARACTERS", 50)
+    monkeypatch.setattr(delimited, "MAX_CHARACTERS", 50)
     limit = csv.field_size_limit()
     text = "w" * 51
     content = f"text,label\n{text},x\n" if suffix == ".csv" else json.dumps({"text": text, "label": "x"})
     with pytest.raises(InputError, match=r"line [12]: .*(field larger|51 characters)"):
-        read(put(tmp_path / f"a{suffix}", content), {})
+        read(put(tmp_path / f"a{suffix}", content), Columns())
     assert csv.field_size_limit() == limit
 
 
@@ -129,12 +130,12 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     (tmp_path / "dir.csv").mkdir()
     for name, message in (("pipe", "not a regular"), ("dir", "not a regular"), ("none", "does not exist")):
         with pytest.raises(InputError, match=message):
-            read(tmp_path / f"{name}.csv", {})
+            read(tmp_path / f"{name}.csv", Columns())
 
 
 def test_escapes_in_a_file_do_not_reach_the_message(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        read(put(tmp_path / "a.csv", "\x1b[31mtext,label\na,x\n"), {})
+        read(put(tmp_path / "a.csv", "\x1b[31mtext,label\na,x\n"), Columns())
     assert "\x1b" not in str(caught.value)
 
 

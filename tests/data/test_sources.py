@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.util
 import subprocess
@@ -286,3 +287,61 @@ def test_to_judge_models_neither_train_nor_two_labels_are_needed(tmp_path: Path)
     assert load(str(tmp_path), judging=Judging()).label_names == ["a", "b"]
     with pytest.raises(InputError, match="two labels are needed"):
         load(str(tmp_path))
+
+
+def test_ids_of_the_model_reach_the_data_set(tmp_path: Path) -> None:
+    rows = [(f"t{i}", "0" if i % 2 else "2.0") for i in range(40)]
+    data = load(str(write(tmp_path / "all.csv", rows)), columns="label=label:ids")
+    assert data.ids
+    assert data.label_names == ["0", "1", "2"]  # positions, so none is passed over
+    assert set(data.splits["train"].labels or []) == {"0", "2"}
+    plain = load(str(tmp_path / "all.csv"), columns="text=text")
+    assert not plain.ids
+    assert plain.ids_option == "text=text,label=label:ids"
+
+
+def test_rows_and_splits_without_labels(tmp_path: Path) -> None:
+    train = [(f"t{i}", "-1" if i == 7 else str(i % 2)) for i in range(20)]
+    write(tmp_path / "train.csv", train)
+    write(tmp_path / "validation.csv", [("v0", "0"), ("v1", "1")])
+    data = load(str(tmp_path))
+    assert data.label_names == ["0", "1"]
+    assert len(data.splits["train"]) == 19
+    assert data.warnings == [("rows-without-label", "1 rows of train have no label (-1) and are left out")]
+    file = write(tmp_path / "test.csv", [("x", "-1"), ("y", "-1")])
+    for judging in (None, Judging(), Judging(split="test")):
+        with pytest.raises(InputError, match=r"the test split of data .* has no labels") as caught:
+            load(str(tmp_path), judging=judging)
+        assert str(file) in str(caught.value.hint)
+    data = load(str(tmp_path), judging=Judging(split="validation"))
+    assert sorted(data.splits) == ["train", "validation"]
+    with pytest.raises(InputError, match="has no labels"):
+        load(str(file), judging=Judging())
+    with pytest.raises(InputError, match="has no labels"):
+        load(str(file))
+
+
+def test_a_file_that_has_changed_since_it_made_the_model(tmp_path: Path) -> None:
+    path = write(tmp_path / "all.csv", numbered(40))
+    judging = Judging(made_with=frozenset({"0" * 64}), made_from=frozenset({str(path.resolve())}))
+    data = load(str(path), judging=judging)
+    assert len(data.splits["test"]) == 40
+    assert [code for code, _ in data.warnings] == ["maybe-trained-on"]
+
+
+def test_a_slip_in_a_path_is_not_answered_by_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data" / "reviews" / "train.csv", numbered(6))
+    with pytest.raises(InputError, match="'data' is here, but has no such entry: did you mean 'reviews'"):
+        load("data/reveiws", offline=True)
+    with pytest.raises(UnavailableError):
+        load("elsewhere/reviews", offline=True)
+
+
+def test_unlabelled_files_take_every_form_and_the_columns_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\ntwo\n"))
+    assert load_texts(tmp_path / "a.txt.gz") == Rows(["one", "two"])
+    (tmp_path / "a.tsv").write_text("id\tsentence\n1\tone\n")
+    assert load_texts(tmp_path / "a.tsv", "text=sentence,label=intent") == Rows(["one"])
+    (tmp_path / "b.csv").write_text("text;id\none, two;1\n")
+    assert load_texts(tmp_path / "b.csv", "text=sentence,label=intent") == Rows(["one, two"])

@@ -25,6 +25,8 @@ def test_ratios_are_before_over_after() -> None:
     assert delta.accuracy == pytest.approx(-0.02)
     asked = Gates(min_speedup=3, expressions=("size_ratio>=2.5", "drop<=0.025", "p50_ms<=1"))
     assert [gate.passed for gate in gates.judge(asked, before, after, delta)] == [True] * 4
+    in_torch = [one.model_copy(update={"runtime": "torch"}) for one in before.latency]
+    assert comparing.compare(before.model_copy(update={"latency": in_torch}), after).speedup is None
     back = comparing.compare(after, before)
     assert back.speedup == pytest.approx(1 / 4)
     assert back.size_ratio == pytest.approx(1 / 3)

@@ -240,6 +240,10 @@ def test_a_missed_gate_ends_a_recipe(models: Path, data_dir: Path, tmp_path: Pat
         ("stages: [{prun: {}}]", "did you mean 'prune'"),
         ("model: a\nstages: [{prune: {sparsety: 0.1}}]", "did you mean 'sparsity'"),
         ("model: a\nstages: [{prune: {sparsity: lots}}]", "sparsity"),
+        ("model: a\nstages: [{prune: {max-drop: }}]", "'max-drop' has no value"),
+        ("model: a\nstages: [{prune: {max-drop: true}}]", "'max-drop' is true"),
+        ("model: a\nstages: [{prune: {gate: }}]", "'gate' has no value"),
+        ("model: a\ndata:\nstages: [prune]", "'data' has no value"),
         ("stages: [{distill: {student: tiny}}]", "needs 'teacher'"),
         ("stages: [prune]", "names no 'model'"),
         (

@@ -6,17 +6,22 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from kdcli.errors import UsageError
+from kdcli.export import runtimes
+from kdcli.models import activations
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.compressed import layouts_of
 from kdcli.stages import prune, quantize
 from kdcli.stages.base import Common, PruneOptions, Request
+from kdcli.stages.quantizing import plan as plans
 from kdcli.stages.recovery import zeros_of
+from kdcli.training.batches import torch_runner
 from tests import tiny
 from tests.models.test_small import made as small
 from tests.stages.test_quantize_static import LOGIT_TOLERANCE, answers, batch, context_of, executed, graphs
@@ -66,7 +71,7 @@ def test_int8_qat_gives_a_static_graph_with_the_ranges_of_the_training(tmp_path:
 @pytest.mark.parametrize("scheme", ["ternary", "binary"])
 def test_few_bits_are_packed_on_the_disk_and_in_the_graph(scheme: str, tmp_path: Path) -> None:
     made = on_disk(tmp_path)
-    applied = apply(made, tmp_path, scheme, epochs=1)
+    applied = apply(made, tmp_path, scheme, {"activations": "float"}, epochs=1)
     bits = {"ternary": 2, "binary": 1}[scheme]
     assert applied.method.detail["training"]["methods"] == ["response", "tinybert"]
     inside = {
@@ -100,6 +105,55 @@ def test_few_bits_are_packed_on_the_disk_and_in_the_graph(scheme: str, tmp_path:
         ).logits.numpy()
     assert np.abs(want - answers(target, arrays)).max() < 1e-4
     assert np.abs(want - answers(source, arrays)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("scheme", "family"), [("ternary", "bert"), ("binary", "bert"), ("ternary", "mpnet")]
+)
+def test_few_bits_run_as_8_bit_products_on_rounded_activations(
+    scheme: str, family: str, tmp_path: Path
+) -> None:
+    made = checkpoints.load(tiny.saved(tmp_path / "model", family, by_kdcli=True))
+    applied = apply(made, tmp_path, scheme, epochs=1)
+    log = applied.checkpoint.log.quantised
+    matrices = {name for name, module in made.model.named_modules() if isinstance(module, nn.Linear)}
+    assert log.rounds == "fixed"
+    assert set(log.activations) == matrices  # every one has a range that the training found
+    assert applied.warnings == []
+    _, target, detail = graphs(applied, made, tmp_path)
+    assert detail["float"] == []
+    # Matrices of the encoder keep their bits in the file, and are integers of 8 bits when it is open.
+    inside = sum(made.model.get_parameter(f"{n}.weight").numel() for n in matrices if ".layer." in n)
+    bits = {"ternary": 2, "binary": 1}[scheme]
+    table = 2 if made.model.get_input_embeddings().weight.shape[1] % 4 == 0 else 8
+    packed = sum(n for kind, n in detail["stored"].items() if kind.endswith(", packed"))
+    assert packed == inside + made.model.get_input_embeddings().weight.numel() * (table == 2)
+    assert f"int{bits}, packed" in detail["stored"]
+    assert set(detail["executed"]) == {"fixed ranges, by 8-bit products", "float, looked up"}
+    ran = executed(target, tmp_path)
+    foreign = {node.op_type for node in onnx.load(str(target)).graph.node if node.domain == "com.microsoft"}
+    assert not foreign & {"MatMulNBits", "GatherBlockQuantized"}
+    assert not set(ran) & {"Gemm", "FusedGemm", "DynamicQuantizeMatMul", "MatMulNBits", "DequantizeLinear"}
+    assert runtimes.of_graph(onnx.load(str(target))) == runtimes.of_scheme(scheme, applied_config(scheme))
+    # The reloaded checkpoint rounds as the graph does: only values on the edge of a step differ.
+    arrays = batch(made)
+    loaded = checkpoints.load(tmp_path / "out")
+    rounded = np.concatenate(
+        [
+            torch_runner(loaded)({k: v[i : i + 1, :n] for k, v in arrays.items()})
+            for i, n in enumerate(arrays["attention_mask"].sum(1))
+        ]
+    )
+    got = answers(target, arrays)
+    assert np.median(np.abs(rounded - got).max(1)) < 1e-4
+    assert np.abs(rounded - got).max() < LOGIT_TOLERANCE
+    with activations.paused(loaded.model):
+        unrounded = torch_runner(loaded)({k: v[:, :] for k, v in arrays.items()})
+    assert np.abs(unrounded - got).max() > 1e-3  # and it is a rounding
+
+
+def applied_config(scheme: str):
+    return plans.settle(scheme, {})[1]
 
 
 def with_zeros(work: Path):

@@ -20,6 +20,7 @@ from kdcli.stages import early, quantize
 from kdcli.stages.base import QuantizeOptions
 from kdcli.stages.context import Context
 from kdcli.stages.quantizing import int4, storing
+from kdcli.stages.quantizing import plan as plans
 from kdcli.training.batches import model_inputs
 from tests import tiny
 from tests.stages import contexts
@@ -145,6 +146,27 @@ def test_plain_transformers_reads_the_same_model(case: str, tmp_path: Path) -> N
         found = logits(plain.eval(), "bert")
     # The same numbers in another order.
     assert (found - logits(made.model, "bert")).abs().max() < 1e-5
+
+
+@NEEDS_THE_LIBRARY
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["smoothed", "one bit"])
+def test_plain_transformers_refuses_what_it_would_misread(kind: str, tmp_path: Path) -> None:
+    """Integers read as weights would give answers without a word."""
+    from transformers import AutoModelForSequenceClassification
+
+    made = tiny.checkpoint("bert")
+    if kind == "smoothed":
+        _, out = stored(made, tmp_path, {}, {"smooth": "0.5"})
+    else:
+        context = context_of(made, tmp_path, {"scheme": "binary"}, {})
+        plan = plans.of(context)
+        few = storing.quantise(plan, lambda name, layer: plan.module.quantise(layer.weight, plan.config))
+        (out := tmp_path / "out").mkdir()
+        checkpoints.save(made, out, integers=storing.finish(context, plan, few).integers)
+    assert torch.equal(logits(checkpoints.load(out).model, "bert"), logits(made.model, "bert"))
+    with checkpoints.quiet(), pytest.raises(ValueError, match="format"):
+        AutoModelForSequenceClassification.from_pretrained(out)
 
 
 def test_half_precision_is_dense_and_half_as_large(tmp_path: Path) -> None:

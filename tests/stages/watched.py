@@ -17,9 +17,9 @@ import pytest
 from kdcli.data import batching
 from kdcli.data.sources import Rows
 from kdcli.data.text import Encoded
-from kdcli.stages import rows as picked_rows
 from kdcli.stages.context import Applied, Context
 from kdcli.stages.pruning import vocab
+from kdcli.stages.rows import pick
 from kdcli.stages.runner import Splits
 from kdcli.stages.strategies import control
 from tests.stages import contexts
@@ -112,12 +112,20 @@ class _Watched(Mapping[str, Any]):
         return split in self.inner
 
 
+class _Picked:
+    """What ``pick`` gives to those that only report on test rows."""
+
+    def __init__(self, opened: Callable[[Any], Any], *given: Any) -> None:
+        picked = opened(pick)(*given)
+        self.split, self.of = picked.split, opened(picked.of)
+
+
 @contextmanager
 def watching(context: Context) -> Iterator[Watch]:
     """Inside the block the test rows are closed, and what is read of the others is noted and checked at the end.
 
-    Two places may read test rows, because they only report on them: the tokens of a smaller vocabulary, and the
-    accuracy of the control beside the student's.
+    Three places may read test rows, because they only report on them: the tokens of a smaller vocabulary, the
+    student beside its controls, and the ensemble of the strategy ``layerwise``.
     """
     watch = Watch()
 
@@ -147,8 +155,8 @@ def watching(context: Context) -> Iterator[Watch]:
         patch.setattr(Encoded, "take", noted_take)
         patch.setattr(batching, "collate", noted_collate)
         patch.setattr(Splits, "__getitem__", lambda self, split: watch.give(split, lambda: own(self, split)))
-        patch.setattr(vocab, "pick", opened(vocab.pick))
-        patch.setattr(picked_rows.Picked, "of", opened(picked_rows.Picked.of))
+        for reporting in (vocab, control):
+            patch.setattr(reporting, "pick", lambda *given: _Picked(opened, *given))
         patch.setattr(control, "accuracy", opened(control.accuracy))
         context.encoded = _Watched(context.encoded, watch)
         context.dataset = replace(context.dataset, splits=_Watched(context.dataset.splits, watch))  # type: ignore[arg-type]

@@ -27,7 +27,8 @@ from kdcli.methods.layer_map import need_layers
 from kdcli.methods.signals import Needs, Setting, Signals, Step
 
 KIND = "feature"
-WEIGHT = 0.01  # with 1 a student of two layers loses 11 points on CLINC150, with 0.1 two
+# A student of two layers on validation rows of CLINC150: 90.7% without this term, 90.5 with 0.01, 89.2 with 0.1.
+WEIGHT = 0.01
 
 
 class Config(BaseModel):

@@ -29,7 +29,8 @@ from kdcli.methods.layer_map import need_layers
 from kdcli.methods.signals import Needs, Setting, Signals, Step
 
 KIND = "feature"
-WEIGHT = 0.001  # with 1 a student of two layers loses 17 points on CLINC150, with 0.01 five
+# A student of two layers on validation rows of CLINC150: 90.7% without this term, 89.9 with 0.001, 85.8 with 0.01.
+WEIGHT = 0.001
 
 
 class Config(BaseModel):

@@ -1,6 +1,6 @@
 """ASVD: inputs with large activations count more, each feature by itself.
 
-    minimise  |(W - W') S|_F^2,    S = diag(mean |x_j|^alpha),    W' = [W S]_r S^-1,
+    minimise  |(W - W') S|_F^2,    S = diag((mean |x_j|)^alpha),    W' = [W S]_r S^-1,
 
 [.]_r the truncated SVD. In the terms of ``kdcli.methods.factors``: M = P^T P and K = Q S^2 Q^T.
 

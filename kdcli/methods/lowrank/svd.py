@@ -1,11 +1,11 @@
 """Plain truncated SVD: the matrix closest to the weights, whatever flows through them.
 
 W' = U_r D_r V_r^T, the leading singular values and vectors of W, minimises |W - W'|_F. In the terms of
-``kdcli.methods.factors``: M = P^T P and K = Q Q^T. No data decide anything; where inputs were seen, the mean of
-what is dropped still moves into the bias unless ``centred`` is off.
+``kdcli.methods.factors``: M = P^T P and K = Q Q^T. No data decide anything. With ``centred``, which is off by
+default, the mean output of what is dropped moves into the bias.
 
 Source: Eckart and Young 1936, "The approximation of one matrix by another of lower rank", Psychometrika 1, 211.
-Differs: the mean output of the dropped directions is kept in the bias, which the weights alone do not give.
+Differs: nothing without ``centred``, which takes a mean that the weights alone do not give.
 """
 
 from __future__ import annotations

@@ -3,14 +3,16 @@
     minimise  E (x - mu)^T (W - W')^T G (W - W') (x - mu) = |G^(1/2) (W - W') S|_F^2,
 
 S S^T = C the covariance of the inputs and G the Gauss-Newton matrix of the divergence KL(model || factorised
-model) for the layer's outputs, by gradients of the outputs (``kdcli.methods.curvature``). Half the minimum is
-the divergence that is lost, to second order. In the terms of ``kdcli.methods.factors``: M = P^T G P with a share
+model) for the layer's outputs, by gradients of the outputs (``kdcli.methods.curvature``). In mu and C a token counts
+as much as the squared gradient of its output to the power ``token_power``. With the power 0 half the minimum is the
+divergence that is lost, to second order. In the terms of ``kdcli.methods.factors``: M = P^T G P with a share
 of P^T P, K = Cov(Q x).
 
 Source: the closed form of the Kronecker-factored quadratic model of Martens and Grosse 2015,
 arXiv:1503.05671, section 3, solved under a rank constraint; DRONE and SVD-LLM (see ``whitening``) are the case
 G = 1, and FWSVD (see ``fwsvd``) is G diagonal and C = 1.
-Differs: labels play no part, gradients are those of answers sampled from the model. Directions that the sample
+Differs: labels play no part; gradients are those of random combinations of the logits whose covariance is that of
+an answer drawn from the model. Tokens are weighed. Directions that the sample
 did not reach count by ``floor`` of the mean.
 """
 

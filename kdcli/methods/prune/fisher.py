@@ -17,7 +17,8 @@ mask m is to second order, at a trained model,
 
     min_m  sum_t | W diag(m) h_t + b - y_t |^2 + damp * mean(diag A) * | m - 1 |^2,    A = (W^T W) * (sum h h^T),
 
-   summed over the features of a head. It is folded into the columns of W, so that it costs nothing afterwards.
+   summed over the features of a head; in the last layer tokens behind the first count a tenth, because the head reads
+   the first alone. m is folded into the columns of W, so that it costs nothing afterwards.
 
 Source: Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", arXiv:2204.09656, sections
 4.1 to 4.3 and algorithm 1.
@@ -41,6 +42,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from kdcli.methods import definite
 from kdcli.methods.layerwise_stream import PARTS, Moments, Pair
 from kdcli.methods.prune import taylor
 from kdcli.methods.prune_budget import search
@@ -163,7 +165,7 @@ def solve(gram: Tensor, right: Tensor, damp: float) -> Tensor:
     """
     ridge = damp * max(float(gram.diagonal().mean()), 1e-30)
     system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return 1 + torch.linalg.solve(system, right - gram.sum(1))
+    return 1 + definite.solve(system, right - gram.sum(1))
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ is now. For head or neuron u with gate m_u, features h_u and columns W_u of its 
     representational  R_u = mean over tokens of ||W_u h_u||^2
     knowledge         K_u = P_u + representational * R_u
 
-P is the rise of T^2 KL(dense || u gone) to second order. The units with the most knowledge per cost are kept under
+To second order P is T^2 times the rise of T^2 KL(dense_T || u gone), both with answers softened by T: a factor that
+all units share. The units with the most knowledge per cost are kept under
 what is left of the budget; only those of the sub-layer at hand are cut, and its output matrix is refitted by least
 squares to the dense model's outputs. No labels are used.
 

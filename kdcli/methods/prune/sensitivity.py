@@ -4,8 +4,9 @@
    optimal brain surgeon, until none is left; what stays is refitted at each step (:mod:`kdcli.methods.output_refit`).
    That gives the reconstruction error e(k) of the sub-layer with k units gone.
 2. Sensitivity. Each sub-layer alone is pruned at several shares of its units and the model's answers are compared
-   with the dense ones: KL(dense || pruned) in nats, mean over the rows. Between the shares the rise is interpolated
-   linearly in e, which is known at every k.
+   with the dense ones: KL(dense || pruned) in nats, mean over the rows. Between the shares the rise is a power of e,
+   which is known at every k: log KL is interpolated linearly in log e; below the first share it is proportional to e.
+   It never falls with k.
 3. Shares. The numbers of units k_l that minimise the sum over sub-layers of the interpolated rise, under the budget:
    with a price L of one unit of cost, every sub-layer takes its own minimum of rise + L * cost on the lower convex
    hull of its curve; L is bisected until the budget is met.
@@ -212,7 +213,7 @@ def _eliminate(
     units = len(covariance) // width
     before, _ = sublayer_refit.matrix(layer, part)
     full, _ = output_refit.refit(moments, range(units), before, width, ridge=config.ridge)
-    ridge = output_refit.ridge_of(covariance, config.ridge)
+    ridge = config.ridge * moments.scale()
     return output_refit.eliminate(covariance, full, width, ridge=ridge, at=levels)
 
 

@@ -27,6 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from kdcli.methods import definite
 from kdcli.methods.prune_masks import largest, rows
 from kdcli.methods.prune_statistics import sequentially
 from kdcli.methods.pruning import Pattern, WeightJob
@@ -98,10 +99,10 @@ def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """U with H^-1 = U^T U, and which inputs are always zero."""
     hessian = 2 * moment
     dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1.0  # any positive number: nothing else is tied to them
-    hessian.diagonal().add_(damping * hessian.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True), dead
+    size = float(hessian.diagonal()[~dead].mean()) if not bool(dead.all()) else 1.0
+    hessian.diagonal()[dead] = size  # any positive number: nothing else is tied to them
+    hessian.diagonal().add_(damping * size)
+    return definite.cholesky(definite.inverse(hessian), upper=True), dead
 
 
 def _costs(weight: Tensor, diagonal: Tensor, zero: Tensor, dead: Tensor) -> Tensor:

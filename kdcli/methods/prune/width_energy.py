@@ -21,8 +21,10 @@ Models", arXiv:2204.00408, section 3.1; the energy of normalised activations as 
 al. 2024, "Compact Language Models via Pruning and Knowledge Distillation", arXiv:2407.14679, section 2.2; the refit
 of W is the closed form of removing inputs from a least-squares layer, as in Frantar and Alistarh 2022,
 arXiv:2208.11580.
-Differs: no mask is learned. Sites weigh alike. The fits are of the dense model's activations, layer by layer
-independent of each other; without ``--epochs`` the result is a starting point, not a model to ship.
+Differs: no mask is learned. Sites weigh alike; at the last one only first tokens count, which the head reads.
+ELECTRA's projection of the embeddings has no beta and no gamma: the energy of its output counts. The fits are of the
+dense model's activations, layer by layer independent of each other; without ``--epochs`` the result is a starting
+point, not a model to ship.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from kdcli.methods import definite
 from kdcli.methods.pruning import Chosen, WidthJob
 from kdcli.models import families, transforms
 from kdcli.models.layers import LowRankLinear, Projection
@@ -112,10 +115,10 @@ def regression(covariance: Tensor, mean: Tensor, kept: Tensor, ridge: float) -> 
     """
     gone = _others(kept, len(mean))
     inner = covariance[kept][:, kept]
-    damped = inner + (ridge * inner.diagonal().mean() + 1e-12) * torch.eye(
-        len(kept), dtype=inner.dtype, device=inner.device
-    )
-    matrix = torch.linalg.solve(damped, covariance[kept][:, gone]).T
+    # At least what rounding makes of constant features: they tell nothing of the others.
+    damping = max(ridge, definite.ROUNDING) * definite.scale_of(inner, mean[kept])
+    damped = inner + damping * torch.eye(len(kept), dtype=inner.dtype, device=inner.device)
+    matrix = definite.solve(damped, covariance[kept][:, gone]).T
     return matrix, mean[gone] - matrix @ mean[kept]
 
 
@@ -139,7 +142,8 @@ def narrow(job: WidthJob, config: Config) -> Chosen:
             if isinstance(place.writer, nn.LayerNorm):  # of y - beta
                 beta = place.writer.bias.detach().double()
                 energy = energy - 2 * beta * moments.mean() + beta.square()
-            scores += energy / energy.sum()
+            energy = energy.clamp(min=0)
+            scores += energy / (float(energy.sum()) or 1.0)
         kept = scores.argsort(descending=True, stable=True)[: job.keep].sort().values
         updates = _refit(job, config, places, found, kept, task.advance) if config.refit else []
     cut = Width(keep=kept.tolist())
@@ -147,7 +151,7 @@ def narrow(job: WidthJob, config: Config) -> Chosen:
     with torch.no_grad():
         for module, name, values in updates:  # the modules outlive the cut, their parameters do not
             getattr(module, name).copy_(values)
-    return Chosen(cut.keep, detail={"energy_kept": float(scores[kept].sum() / scores.sum())})
+    return Chosen(cut.keep, detail={"energy_kept": float(scores[kept].sum() / (float(scores.sum()) or 1.0))})
 
 
 def _refit(
@@ -177,7 +181,11 @@ def _refit(
     for place, moments, total, count in zip(places, found, sums, tokens, strict=True):
         if isinstance(place.writer, nn.LayerNorm):
             n, y, squares, products = total / count
-            gamma = (products - n * y) / (squares - n * n).clamp(min=1e-12)
+            variance = squares - n * n
+            # A feature that does not vary tells nothing of its scale: it keeps its own.
+            own = place.writer.weight.detach().double()[kept]
+            varies = variance > definite.ROUNDING * squares
+            gamma = torch.where(varies, (products - n * y) / variance, own)
             updates += [(place.writer, "weight", gamma), (place.writer, "bias", y - gamma * n)]
         matrix, offset = regression(moments.covariance(), moments.mean(), kept, config.ridge)
         gone = _others(kept, len(moments.sums) - 1)

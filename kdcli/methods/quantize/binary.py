@@ -9,7 +9,8 @@ Source: Rastegari et al. 2016, "XNOR-Net", ECCV, arXiv:1603.05279, section 3.1 (
 "BinaryBERT: Pushing the Limit of BERT Quantization", ACL, arXiv:2012.15701 (the loss and what is left out).
 Differs: BinaryBERT trains a ternary model of half the width and splits its weights into two binary ones; here
 the model keeps its size and its signs are trained directly, which the paper finds worse. A scale a row in place
-of one a matrix gives part of that back. The token table is ternary or as --embeddings says.
+of one a matrix gives part of that back. The token table is ternary or as --embeddings says. Activations are those of
+``ternary``.
 """
 
 from __future__ import annotations

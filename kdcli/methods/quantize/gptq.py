@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from kdcli.methods import rounding
+from kdcli.methods import definite, rounding
 from kdcli.models.integers import Integers
 
 
@@ -73,8 +73,9 @@ def quantise(
         w, h, block_of = w[:, order], h[order][:, order], block_of[order]
         pruned = pruned[:, order]
     h.diagonal().add_(config.damp)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    # In float32 the rounding of a wide layer's Hessian is as large as its smallest eigenvalues.
+    h = h.to("cpu" if h.device.type == "mps" else h.device, torch.float64)
+    upper = definite.cholesky(definite.inverse(h), upper=True).to(w)
     values = torch.empty_like(w)
     blocks = block_of.tolist()
     for begin in range(0, columns, config.block):

@@ -3,13 +3,16 @@
     d = 0.7 mean|w|,    q_i = sign(w_i) if |w_i| > d else 0,    a = mean of |w_i| where |w_i| > d
 
 with one a for a matrix and one for each row of the token table. The float weights are trained and rounded anew at
-every step; gradients go through the rounding as if it were not there. The loss is the cross entropy with the
-teacher's answers, plus the squared differences of attention scores and hidden states of every layer.
+every step; gradients go through the rounding as if it were not there. The loss is the divergence from the teacher's
+answers, plus the squared differences of attention scores and hidden states of every layer (``tinybert``).
 
 Source: Li and Liu 2016, "Ternary Weight Networks", arXiv:1605.04711, equations 5 and 6; Zhang et al. 2020,
 "TernaryBERT: Distillation-aware Ultra-low Bit BERT", EMNLP, arXiv:2009.12812, sections 3.1 and 3.2.
-Differs: activations stay float, because onnxruntime multiplies packed weights by
-floats. Matrices outside the encoder, the classifier among them, have 8 bits with a scale a row.
+Differs: what matrices read is rounded to 8 bits as in int8-qat, with a range that follows the batches of the
+training and is fixed afterwards, where the source takes the least and the largest value of each input
+(``activations=float`` rounds nothing). The two products inside attention, which the source rounds too, stay float.
+Matrices outside the encoder, the classifier among them, have 8 bits with a scale a row. The divergence from the
+teacher's answers has the gradient of the source's cross entropy.
 """
 
 from __future__ import annotations
@@ -37,6 +40,12 @@ class Config(BaseModel):
     alpha: float = Field(1.0, ge=0, le=1, description="weight of the teacher's answers; labels have the rest")
     temperature: float = Field(1.0, gt=0, description="T of the answers")
     hidden: float = Field(1.0, ge=0, description="weight of the attention scores and hidden states")
+    activations: Literal["float", "8"] = Field(
+        "8", description="what matrices read: 8-bit integers with ranges found in training, or floats"
+    )
+    momentum: float = Field(
+        0.05, gt=0, le=1, description="activations=8: share of a batch in the average of the ranges"
+    )
 
 
 def quantise(weight: Tensor, config: Config, *, table: bool = False) -> Integers:

@@ -31,6 +31,7 @@ from kdcli.training.objective import Chosen, Objective
 from kdcli.training.resume import ResumePoint
 
 BATCH_SIZE = 32
+_SAFE = 64  # no product of two such integers saturates anywhere, see kdcli.methods.quantize.dynamic_int8
 _CACHE = 4 << 30  # bytes of the teacher's hidden states on disk
 
 
@@ -50,10 +51,12 @@ def check(context: Context, plan: Plan) -> None:
 def apply(context: Context, plan: Plan) -> Applied:
     """Train, round once more, and hand back integers and how to write the graph."""
     module, config = plan.module, plan.config
-    fixed = getattr(module, "ACTIVATIONS", False)
+    fixed = _rounds_activations(plan)
     trained = _trained(context, plan)
     model = context.checkpoint.model
     layers = {name: _rounding(plan, table=name in plan.tables) for name in trained}
+    if fixed:
+        layers |= {name: _eight_bits for name in plan.matrices if name not in trained}
     ranges: dict[str, Affine] = {}
     with fake_quant.rounded(model, layers, momentum=config.momentum if fixed else None):
         detail = _distil(context, plan)
@@ -62,7 +65,7 @@ def apply(context: Context, plan: Plan) -> Applied:
     def matrix(name: str, layer: nn.Linear) -> Integers:
         if name in trained:
             return module.quantise(layer.weight, config)
-        return rounds.symmetric(layer.weight, 8)
+        return _other(layer.weight) if fixed else rounds.symmetric(layer.weight, 8)
 
     integers = storing.quantise(plan, matrix)
     for name in trained & set(plan.tables):
@@ -70,11 +73,25 @@ def apply(context: Context, plan: Plan) -> Applied:
     if fixed:
         largest = largest_of(integers, plan)
         detail |= {"largest": largest, "largest_pair_sum": 2 * 255 * largest}
-        warnings = [] if config.unsigned else saturation(largest)
+        warnings = [] if getattr(config, "unsigned", False) else saturation(largest)
         return static.finish(context, plan, integers, ranges, {}, detail=detail, warnings=warnings)
     return storing.finish(
         context, plan, integers, kernel="blocks", fusion="separate", exact=True, detail=detail
     )
+
+
+def _rounds_activations(plan: Plan) -> bool:
+    """Whether what matrices read is rounded to 8 bits, with ranges that the training finds."""
+    return getattr(plan.module, "ACTIVATIONS", False) or getattr(plan.config, "activations", "float") == "8"
+
+
+def _other(weight: Tensor) -> Integers:
+    """Integers of a matrix outside the encoder; the bound keeps products from saturating, as in dynamic-int8."""
+    return rounds.symmetric(weight, 8, limit=_SAFE)
+
+
+def _eight_bits(weight: Tensor) -> Tensor:
+    return _other(weight).dense()
 
 
 def _trained(context: Context, plan: Plan) -> set[str]:
@@ -123,6 +140,7 @@ def _distil(context: Context, plan: Plan) -> dict[str, Any]:
         batch_size=BATCH_SIZE,
         lr=config.lr,
         seed=context.seed,
+        rate_option="--set lr=RATE",
     )
     chosen = [Chosen("response", response, response.Config(temperature=config.temperature), config.alpha)]
     shape = shape_of(student)

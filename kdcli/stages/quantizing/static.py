@@ -22,6 +22,8 @@ from kdcli.stages.quantizing.plan import Plan, refuse_training
 
 RULES: tuple[str, ...] = get_args(Rule)
 RULE = "minmax"
+FEW_BITS = ("ternary", "binary")
+"""Schemes whose matrices stay packed in a graph of 8-bit products."""
 ROUNDS = "fixed"
 
 
@@ -93,9 +95,10 @@ def finish(
             stored,
             {f"{name}.weight": pair for name, pair in _pairs(ranges).items()},
             outputs={f"{name}.weight": pair for name, pair in _pairs(outputs).items()},
-            unsigned=plan.config.unsigned,
+            unsigned=getattr(plan.config, "unsigned", False),
             smooth=smooth,
             tensors=_pairs(_tensors(context, plan, source)),
+            pack=plan.scheme in FEW_BITS,
         )
 
     applied.rewrite_onnx = rewrite

@@ -1,9 +1,9 @@
 """The same student trained without its teacher, so that nobody mistakes training for distillation.
 
-What helps a student is not the teacher alone: it reads further texts, which only a teacher can answer but which
-carry the labels of the rows they were made from, too. So there are two controls, from the same first weights and for as
-many steps: the labels alone; and the labels of the rows and of the same further texts, with dropout, which a
-training on labels wants and one on a teacher's answers does not. The student is compared with the better one.
+What helps a student is not the teacher alone: it reads further texts, which the teacher answers but which carry the
+labels of the rows they were made from, too. So there are several controls, from the same first weights and for as many
+steps: the labels alone; the labels of the rows and of the same further texts; and, where the student has no dropout
+because the teacher's answers regularise it enough, the latter with dropout. The student is compared with the best.
 
 What the controls share with the student: its first weights, which come from the teacher unless ``--init`` says
 otherwise, and the texts, whose substitutes for a word are the teacher's. A text made of two rows has both labels, each
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.facts import SIGNIFICANT, control_words
 from kdcli.report.schema import Warning_
 from kdcli.stages.context import Context
+from kdcli.stages.rows import pick
 from kdcli.stages.strategies.fitting import run_fit
 from kdcli.stages.strategies.student import Taught, Texts, set_dropout
 from kdcli.training.batches import torch_runner
@@ -55,7 +56,7 @@ class Lesson:
 
 
 def lessons(context: Context, taught: Taught, texts: Texts) -> list[Lesson]:
-    """The controls of a student: labels alone, and labels with the same further texts and dropout.
+    """The controls of a student: the labels alone, with the same further texts, and with dropout where it has none.
 
     Raises:
         UsageError: No training row has a label.
@@ -70,36 +71,43 @@ def lessons(context: Context, taught: Taught, texts: Texts) -> list[Lesson]:
     # Few rows are repeated until an epoch has some steps: an epoch ends with a validation.
     rows = train.take(np.tile(known, _repeats(len(known), size)))
     assert rows.labels is not None
-    found = [Lesson("labels", rows, cross_entropy(rows.labels, context.device), 0, usual)]
-    dropout = usual or CONTROL_DROPOUT
-    labels, origins = train.labels, texts.origins
-    if origins is not None:
-        # A text counts when every row that left a token in it has a label.
-        first, second = labels[origins.first], labels[origins.second]
-        usable = ((first >= 0) | (origins.share == 0)) & ((second >= 0) | (origins.share == 1))
-        more = np.flatnonzero(usable)
-    else:
-        more = np.zeros(0, dtype=np.int64)
-    if len(more):
-        assert origins is not None
-        at = np.concatenate([known, len(train) + more])
-        own = np.concatenate([labels[known], np.where(origins.share[more] > 0, first[more], second[more])])
-        other = np.concatenate([labels[known], np.where(origins.share[more] < 1, second[more], first[more])])
-        share = np.concatenate([np.ones(len(known)), origins.share[more]])
-        repeated = np.tile(np.arange(len(at)), _repeats(len(at), size))
-        both = texts.rows.take(at[repeated])
-        both = Encoded(both.ids, both.type_ids, both.offsets, own[repeated])
-        loss = mixed_cross_entropy(own[repeated], other[repeated], share[repeated], context.device)
-        found.append(Lesson("labels+texts+dropout", both, loss, len(more), dropout))
-    elif dropout != usual:
-        found.append(Lesson("labels+dropout", rows, found[0].loss, 0, dropout))
+    alone = Lesson("labels", rows, cross_entropy(rows.labels, context.device), 0, usual)
+    found = [alone]
+    if (more := _with_texts(context, texts, known, size, usual)) is not None:
+        found.append(more)
+    if not usual:
+        last = found[-1]
+        found.append(replace(last, name=f"{last.name}+dropout", dropout=CONTROL_DROPOUT))
     return found
+
+
+def _with_texts(
+    context: Context, texts: Texts, known: np.ndarray, size: int, dropout: float
+) -> Lesson | None:
+    """The labelled rows and the texts that were made from them alone; None when there are none."""
+    labels, origins = context.encoded["train"].labels, texts.origins
+    if labels is None or origins is None:
+        return None
+    first, second, share = labels[origins.first], labels[origins.second], origins.share
+    # A text counts when every row that left a token in it has a label.
+    more = np.flatnonzero(((first >= 0) | (share == 0)) & ((second >= 0) | (share == 1)))
+    if not len(more):
+        return None
+    first, second, share = first[more], second[more], share[more]
+    at = np.concatenate([known, len(labels) + more])
+    own = np.concatenate([labels[known], np.where(share > 0, first, second)])
+    other = np.concatenate([labels[known], np.where(share < 1, second, first)])
+    whole = np.concatenate([np.ones(len(known)), share])
+    every = np.tile(np.arange(len(at)), _repeats(len(at), size))
+    rows = texts.rows.take(at[every])
+    loss = mixed_cross_entropy(own[every], other[every], whole[every], context.device)
+    return Lesson("labels+texts", replace(rows, labels=own[every]), loss, len(more), dropout)
 
 
 def control(
     context: Context, taught: Taught, weights: dict[str, Tensor], texts: Texts, *, steps: int | None = None
 ) -> tuple[dict[str, Any], list[Warning_]]:
-    """Train the student's controls and compare it with the better one.
+    """Train the student's controls and compare it with the best of them.
 
     Args:
         context: Of the stage.
@@ -108,8 +116,8 @@ def control(
         texts: What it read.
         steps: That went into its weights; by default those of its training.
     """
-    split = "test" if "test" in context.encoded else "validation"
-    measured = context.encoded[split]
+    picked = pick(context.dataset, None, None)
+    split, measured = picked.split, picked.of(context.encoded)
     runs, given = [], []
     for lesson in lessons(context, taught, texts):
         other = copy.copy(taught.checkpoint)

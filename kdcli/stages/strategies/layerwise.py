@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,7 @@ def _tune(context: Context, plan: Plan, teacher: Checkpoint) -> tuple[list[nn.Li
             batch_size=settings.teacher_batch_size,
             lr=settings.teacher_lr or (2e-4 if int(teacher.config.hidden_size) <= 384 else 5e-5),
             seed=context.seed,
+            rate_option="--set teacher_lr=RATE",
         )
         loss = cross_entropy(labelled.labels, context.device)
         title = f"teacher layer {layer.index + 1} of {len(layers)}"
@@ -187,38 +189,32 @@ def _tune(context: Context, plan: Plan, teacher: Checkpoint) -> tuple[list[nn.Li
 def _answers(context: Context, teacher: Checkpoint, heads: list[nn.Linear], rows: Encoded) -> np.ndarray:
     """Logits (N, L, C) of every layer for every row, on disk beside the resume points."""
     classes = heads[0].out_features
-    path = context.resume_dir / "layer-answers.npy"
-    key = cache.key(
-        rows=text.fingerprint(rows),
-        model=[float(p.double().sum()) for p in (*teacher.model.parameters(), *(h.weight for h in heads))],
-    )
-    stamp = path.with_suffix(".key")
+    weights = hashlib.sha256()
+    for tensor in (*teacher.model.parameters(), *(h.weight for h in heads)):
+        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    key = cache.key(rows=text.fingerprint(rows), model=weights.hexdigest())
+    path = context.resume_dir / f"layer-answers-{key}.npy"
+    shape = (len(rows), len(heads), classes)
     with distributed.first_then_others():
-        if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == key):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            made = np.lib.format.open_memmap(
-                path, mode="w+", dtype=np.float32, shape=(len(rows), len(heads), classes)
-            )
-            teacher.model.eval()
-            needs = Needs(hidden=frozenset(range(1, len(heads) + 1)))
-            batches = batching.inference_batches(rows.lengths, 128)
-            with (
-                Capture(teacher, needs) as capture,
-                context.progress.task("layers' answers", len(rows)) as task,
-            ):
-                for at in batches:
-                    batch = batching.collate(rows, at, teacher.pad_id)
-                    output = teacher.model(**model_inputs(teacher.model, batch, context.device))
-                    mask = torch.from_numpy(batch["attention_mask"]).to(context.device).bool()
-                    hidden = capture.signals(output.logits, mask).hidden
-                    answers = [head(mean_of(hidden[n], mask)) for n, head in enumerate(heads, start=1)]
-                    made[at] = torch.stack(answers, 1).float().cpu().numpy()
-                    task.advance(len(at))
-            made.flush()
-            del made
-            stamp.write_text(key, encoding="utf-8")
-    found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    return found
+        if (known := cache.load_array(path, shape=shape, mapped=True)) is not None:
+            return known
+        teacher.model.eval()
+        needs = Needs(hidden=frozenset(range(1, len(heads) + 1)))
+        batches = batching.inference_batches(rows.lengths, 128)
+        with (
+            cache.filling(path, np.float32, shape) as made,
+            Capture(teacher, needs) as capture,
+            context.progress.task("layers' answers", len(rows)) as task,
+        ):
+            for at in batches:
+                batch = batching.collate(rows, at, teacher.pad_id)
+                output = teacher.model(**model_inputs(teacher.model, batch, context.device))
+                mask = torch.from_numpy(batch["attention_mask"]).to(context.device).bool()
+                hidden = capture.signals(output.logits, mask).hidden
+                answers = [head(mean_of(hidden[n], mask)) for n, head in enumerate(heads, start=1)]
+                made[at] = torch.stack(answers, 1).float().cpu().numpy()
+                task.advance(len(at))
+    return made
 
 
 def _loss(context: Context, plan: Plan, rows: Encoded, targets: np.ndarray) -> Any:

@@ -1,0 +1,78 @@
+"""A training that blew up, told as that, before anybody exports or measures what is left of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdcli.errors import InputError
+
+GROWN = 2.0
+"""How many times its first value a training loss reaches in a training that diverged, at least."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Looks at the losses of one training.
+
+    Args:
+        title: What the training is called.
+        rate: Its peak learning rate.
+        option: The option that sets the rate.
+        labels: Of the validation rows.
+    """
+
+    title: str
+    rate: float
+    option: str
+    labels: np.ndarray | None
+
+    def of_step(self, loss: float, epoch: int, step: int | None = None, *, what: str = "loss") -> None:
+        """Stop at a loss that is no number.
+
+        Raises:
+            InputError: It is NaN or infinite.
+        """
+        if not math.isfinite(loss):
+            where = f"epoch {epoch}" if step is None else f"epoch {epoch}, step {step}"
+            raise self._error(f"the {what} became {loss} in {where}")
+
+    def of_result(self, first: float | None, epoch: Mapping[str, float]) -> None:
+        """Stop at a result that is worse than none.
+
+        That is one whose training loss is a > :data:`GROWN` times that of the first step, whose validation loss is
+        b > 1 times log C, that of C equal probabilities, with a * b > :data:`GROWN` squared, and which is no oftener
+        right than one label for all rows. A model that overfits has a low training loss, one that learns nothing
+        keeps the first one, and one that is sure of itself is right oftener.
+
+        Args:
+            first: Loss of the first step; None when it is not known.
+            epoch: ``epoch``, ``loss``, ``validation_loss`` and ``validation_accuracy`` of the epoch that is kept.
+
+        Raises:
+            InputError: It has diverged.
+        """
+        if first is None or self.labels is None or not len(self.labels):
+            return
+        counts = np.bincount(self.labels[self.labels >= 0])
+        if (counts > 0).sum() < 2:
+            return
+        share = float(counts.max() / len(self.labels))
+        accuracy = epoch["validation_accuracy"]
+        even = math.log((counts > 0).sum())
+        noise = 2 * math.sqrt(share * (1 - share) / len(self.labels))
+        grown, worse = epoch["loss"] / max(first, 1e-12), epoch["validation_loss"] / even
+        if grown > GROWN and worse > 1 and grown * worse > GROWN**2 and accuracy <= share + noise:
+            raise self._error(
+                f"the loss was {first:.4g} at the first step and {epoch['loss']:.4g} in epoch {epoch['epoch']:.0f}, "
+                f"and validation accuracy is {accuracy:.1%} (always the most frequent label: {share:.1%})"
+            )
+
+    def _error(self, text: str) -> InputError:
+        return InputError(
+            f"{self.title} diverged: {text}",
+            f"the peak learning rate was {self.rate:g}; give a lower one with {self.option}, or check the data",
+        )

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kdcli.data.columns import Columns, named, parse_columns
+from kdcli.data.readers import extract
+from kdcli.data.tables import Table
+from kdcli.errors import InputError, UsageError
+
+
+def table(**columns: list[Any]) -> Table:
+    return Table("a.csv", list(columns), range(len(next(iter(columns.values())))), lambda name: columns[name])
+
+
+TEXT = ["a film of some length", "another film of some length"]
+
+
+@pytest.mark.parametrize(
+    ("given", "offer"),
+    [
+        ({"sentence": TEXT, "label": [0, 1]}, "text=sentence"),
+        ({"idx": [0, 1], "Review": TEXT, "Sentiment": ["a", "b"]}, "text=Review,label=Sentiment"),
+        (
+            {"premise": TEXT, "hypothesis": TEXT, "gold_label": ["a", "b"]},
+            "text_a=premise,text_b=hypothesis,label=gold_label",
+        ),
+        (
+            {"question1": TEXT, "question2": TEXT, "is_duplicate": [0, 1]},
+            "text_a=question1,text_b=question2,label=is_duplicate",
+        ),
+        ({"phrase": TEXT, "grade": ["a", "b"]}, "text=phrase,label=grade"),
+        ({"text": TEXT, "target": [0, 1]}, "label=target"),
+        ({"text": TEXT, "toxic": [0, 1]}, "label=toxic"),
+    ],
+)
+def test_the_likely_columns_are_offered(given: dict[str, list[Any]], offer: str) -> None:
+    with pytest.raises(InputError, match="has no column") as caught:
+        extract(table(**given), Columns())
+    assert f"--columns {offer}" in str(caught.value.hint)
+    assert len(extract(table(**given), parse_columns(offer)).rows) == 2
+
+
+def test_nothing_is_offered_where_the_names_say_too_little() -> None:
+    with pytest.raises(InputError) as caught:
+        extract(table(a=TEXT, b=TEXT, c=["x", "y"]), Columns())
+    assert "name the columns with --columns text=NAME" in str(caught.value.hint)
+
+
+def test_one_column_a_label_is_said_to_be_several_labels() -> None:
+    with pytest.raises(InputError, match="columns of 0 and 1: toxic, insult; kdcli learns one label a row"):
+        extract(table(text=TEXT, toxic=["0", "1"], insult=["1", "0"]), Columns())
+
+
+def test_names_that_differ_in_case_alone() -> None:
+    assert named(table(Text=TEXT, LABEL=["a", "b"]), "text", Columns()) == "Text"
+    with pytest.raises(InputError, match="no column 'text'"):
+        named(table(Text=TEXT, TEXT=TEXT), "text", Columns())
+
+
+def test_ids() -> None:
+    assert parse_columns("text=s, label=l:ids") == Columns({"text": "s", "label": "l"}, ids=True)
+    assert parse_columns("label=l").ids is False
+    assert parse_columns("text=a:ids") == Columns({"text": "a:ids"})
+    assert parse_columns("label=l,text=s").with_ids() == "text=s,label=l:ids"
+    assert Columns().with_ids() == "label=label:ids"
+    with pytest.raises(UsageError, match="not ROLE=NAME"):
+        parse_columns("label=:ids")
