@@ -52,6 +52,8 @@ LINES: dict[str, list[str]] = {
     "int8-qat": ["--scheme", "int8-qat"],
     "ternary": ["--scheme", "ternary"],
     "binary": ["--scheme", "binary"],
+    "ternary, activations=float": ["--scheme", "ternary", "--set", "activations=float"],
+    "binary, activations=float": ["--scheme", "binary", "--set", "activations=float"],
     "auto": ["--scheme", "auto"],
 }
 PEERS = ("onnxruntime-dynamic", "nncf-transformer", "olive-dynamic")

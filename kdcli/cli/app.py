@@ -108,7 +108,10 @@ def _run(words: list[str]) -> Any:
     try:
         code = make().main(args=words, prog_name="kdcli", standalone_mode=False, obj={"words": words})
     except SystemExit as stop:
-        code = stop.code
+        gone = isinstance(
+            stop.__context__, BrokenPipeError
+        )  # typer's 1 for a reader of help that has seen enough
+        code = ExitCode.OK if gone else stop.code
     except BaseException as raised:
         error = raised
     with interrupts.held():

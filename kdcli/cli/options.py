@@ -394,7 +394,12 @@ DataOpt = Annotated[
     ),
 ]
 ColumnsOpt = Annotated[
-    str | None, _option("--columns", help="Column names, such as text=body,label=topic.", metavar="MAP")
+    str | None,
+    _option(
+        "--columns",
+        help="Column names, such as text=body,label=topic; label=topic:ids for numbers of the model's labels.",
+        metavar="MAP",
+    ),
 ]
 DeviceOpt = Annotated[
     str,

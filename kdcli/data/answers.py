@@ -27,7 +27,7 @@ _SEPARATORS = (";", "|", ",")
 _MULTI = "kdcli learns one label a row, not several at once: write a column with one label in every row"
 
 
-def read_labels(table: Table, name: str, *, ids: bool) -> tuple[list[str | None], bool]:
+def read_labels(table: Table, name: str, *, ids: bool) -> list[str | None]:
     """The label names of a column, None for a row without a label.
 
     Args:
@@ -36,8 +36,7 @@ def read_labels(table: Table, name: str, *, ids: bool) -> tuple[list[str | None]
         ids: The labels are numbers of the model's own list.
 
     Returns:
-        The labels, and whether they are numbers that could be such ids. Where no row at all has a label,
-        all are None.
+        The labels. Where no row at all has one, all are None.
 
     Raises:
         InputError: A label is missing or of no kind that a label can have; the column holds scores, or
@@ -46,7 +45,7 @@ def read_labels(table: Table, name: str, *, ids: bool) -> tuple[list[str | None]
     values = table.column(name)
     classes = None if ids else table.classes.get(name)
     if classes is not None:
-        return _of_classes(table, name, values, classes), True
+        return _of_classes(table, name, values, classes)
     try:
         found = Counter(zip(map(type, values), values, strict=True))
     except TypeError as error:  # a list is not hashable
@@ -58,7 +57,7 @@ def read_labels(table: Table, name: str, *, ids: bool) -> tuple[list[str | None]
         ) from error
     spelled = {key: _spelled(table, name, values, *key) for key in found}
     if all(label is None for label in spelled.values()):
-        return [None] * len(values), False
+        return [None] * len(values)
     missing = [key for key, label in spelled.items() if label is None]
     if missing:
         count = sum(found[key] for key in missing)
@@ -73,8 +72,7 @@ def read_labels(table: Table, name: str, *, ids: bool) -> tuple[list[str | None]
         counts[str(label)] += found[key]
     final = _settled(table, name, counts, ids)
     result = {key: final[str(label)] for key, label in spelled.items()}
-    numbers = all(number_of(label) is not None for label in final.values() if label is not None)
-    return [result[key] for key in zip(map(type, values), values, strict=True)], numbers
+    return [result[key] for key in zip(map(type, values), values, strict=True)]
 
 
 def _first_nan(values: list[Any]) -> int:
@@ -129,6 +127,9 @@ def _settled(table: Table, name: str, counts: Counter[str], ids: bool) -> Mappin
     else:
         whole = {label: label for label in counts}
         _refuse_several(where, counts)
+        points = Counter({label.replace(",", "."): count for label, count in counts.items()})
+        if all(_NUMBER.fullmatch(label) for label in points):
+            _refuse_scores(where, points)  # with the comma of other countries
     if ids:
         for label in whole.values():
             if label != _NONE and not 0 <= (-1 if (n := number_of(label)) is None else n) < MAX_IDS:
@@ -145,7 +146,8 @@ def _settled(table: Table, name: str, counts: Counter[str], ids: bool) -> Mappin
             raise InputError(
                 f"{where} has -1 in {without} of {rows} rows beside {listed(sorted(others))}: it may be a "
                 "class, or stand for no label",
-                "write the classes as names, or take the rows without a label out",
+                "write the classes as names; or, where -1 is no label and the others are the model's ids: "
+                f"--columns label={printable(name)}:ids",
             )
         return {label: None if other == _NONE else other for label, other in whole.items()}
     return whole

@@ -126,7 +126,7 @@ def named(table: Table, role: str, columns: Columns) -> str:
         offer = _offer(table, columns)
         raise InputError(
             f"'{table.source}' has no column '{printable(wanted)}': {suggest(wanted, table.names)}",
-            f"is it --columns {offer}? "
+            f"if these are the right ones: --columns {offer}"
             if offer
             else "name the columns with --columns text=NAME,label=NAME (or text_a=NAME,text_b=NAME,label=NAME)",
         )
@@ -158,10 +158,9 @@ def _offer(table: Table, columns: Columns) -> str | None:
         rest = [name for name in left if name not in texts]
         label = first(name for name in _LABELS if folded.get(name) in rest)
         label = label or (rest[0] if len(rest) == 1 else None)
-        if label is None:
-            return None
-        chosen["label"] = label
-    return ",".join(f"{role}={chosen[role]}" for role in ROLES if role in chosen)
+        if label is not None:
+            chosen["label"] = label
+    return ",".join(f"{role}={chosen[role]}" for role in ROLES if role in chosen) or None
 
 
 def _only_prose(table: Table, names: Sequence[str]) -> str | None:

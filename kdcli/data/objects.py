@@ -102,8 +102,13 @@ def _whole(record: dict[str, Any], path: Path) -> Table | None:
     """An object that holds a whole file; None for one that is a row.
 
     It holds the rows in one of its lists, or it is of columns: lists of equal length, or, as pandas writes
-    them by default, objects with equal keys.
+    them by default, objects with equal keys; or, as pandas splits them, the names apart from the values.
     """
+    names, values = record.get("columns"), record.get("data")
+    if isinstance(names, list) and isinstance(values, list):
+        split = [dict(zip(map(str, names), x, strict=False)) for x in values if isinstance(x, list)]
+        if split and all(isinstance(x, list) and len(x) == len(names) for x in values):
+            return _array(split, path)
     rows = [v for v in record.values() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)]
     if len(rows) == 1:
         return _array(rows[0], path)

@@ -55,15 +55,13 @@ def extract(table: Table, columns: Columns, *, labelled: bool = True) -> Located
     if not labelled:
         return Located(rows, table.source, table.lines, table.unit)
     name = named(table, "label", columns)
-    labels, numbers = read_labels(table, name, ids=columns.ids)
+    labels = read_labels(table, name, ids=columns.ids)
     if all(label is None for label in labels):
         return Located(rows, table.source, table.lines, table.unit, without_label=len(rows))
     names = [label or "" for label in labels]
     for label in dict.fromkeys(names):
         _check(label, table, names.index(label), name)
-    part = Located(
-        Rows(rows.first, rows.second, names), table.source, table.lines, table.unit, numbers=numbers
-    )
+    part = Located(Rows(rows.first, rows.second, names), table.source, table.lines, table.unit)
     kept = np.flatnonzero([label is not None for label in labels])
     if len(kept) == len(labels):
         return part

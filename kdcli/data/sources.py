@@ -316,10 +316,13 @@ def _one(part: Located, found: _Found) -> dict[str, Located]:
             f"'{ref}' is one file: train, validation and test are 80/10/10 of it, seed {found.seed}"
         )
         if again := len(keys) - len(set(keys)):
-            found.notes.append(f"{again} rows repeat the text of another one: equal texts are in one split")
+            found.notes.append(
+                f"{again} rows repeat the text of another one: equal texts are in one split, so the shares are "
+                "of the distinct texts"
+            )
         return split
     made = _fingerprint({name: part.rows for name, part in split.items()}) in judging.made_with
-    if not made and (judging.as_made or os.path.realpath(ref) in judging.made_from):
+    if not (made or judging.as_made) and os.path.realpath(ref) in judging.made_from:
         message = f"the model was made with '{ref}' as it was then: rows judged now may have been trained on"
         found.warnings.append(("maybe-trained-on", message))
     if made or judging.as_made:

@@ -42,8 +42,6 @@ class Located:
     unit: str = "line"
     #: Rows left out because they have no label.
     without_label: int = 0
-    #: The labels are numbers, so they may be meant as the model's ids.
-    numbers: bool = False
 
     def place(self, i: int) -> str:
         return f"{self.source}, {self.unit} {self.lines[i]}"

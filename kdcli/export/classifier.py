@@ -147,7 +147,9 @@ def running(
         how = signature(held[0], path)
 
         def run(batch: Batch) -> np.ndarray:
-            fed = {name: batch[name].astype(kind, copy=False) for name, kind in how.inputs.items()}
+            # Models take segment ids of zero when their tokenizer gives none.
+            none = np.zeros_like(batch["input_ids"])
+            fed = {name: batch.get(name, none).astype(kind, copy=False) for name, kind in how.inputs.items()}
             try:
                 scores: np.ndarray = held[0].run([how.output], fed)[0]
             except KdcliError:

@@ -27,6 +27,7 @@ NEEDS = {
     "MatMulNBits, 8 bits": "1.23",
     "MatMulNBits, 2 bits": "1.24",
     "GatherBlockQuantized, 4 bits": "1.23",
+    "GatherBlockQuantized, 2 bits": "1.28",
     "MultiHeadAttention with a mask to add": "1.20",
 }
 """Operator -> the oldest version that runs it; all others that kdcli writes run in :data:`OLDEST`."""

@@ -163,12 +163,18 @@ def load_data(request: Request, models: Sequence[Path]) -> Dataset:
     assert common.data is not None
     judging = None
     if isinstance(options, EvaluateOptions):
-        made = [info for path in models if (info := _made_with(path)) is not None]
+        made = {path: info for path in models if (info := _made_with(path)) is not None}
         judging = Judging(
             split=options.split,
-            made_with=frozenset(info.fingerprint for info in made),
-            made_from=frozenset(os.path.realpath(info.ref) for info in made if "train" in info.rows),
-            as_made=request.origins.get("data") == "model" and bool(made) and "train" in made[0].rows,
+            made_with=frozenset(info.fingerprint for info in made.values()),
+            made_from=frozenset(
+                os.path.realpath(info.ref if info.path is None else path / info.path)
+                for path, info in made.items()
+                if "train" in info.rows
+            ),
+            as_made=request.origins.get("data") == "model"
+            and models[0] in made
+            and "train" in made[models[0]].rows,
         )
     dataset = sources.load(
         common.data, columns=common.columns, seed=SPLIT_SEED, offline=common.offline, judging=judging

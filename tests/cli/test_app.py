@@ -169,6 +169,17 @@ def test_secrets_do_not_reach_the_terminal_or_the_report(call: Call, recorder: R
     assert recorder.request.argv[:3] == ("kdcli", "prune", "model")
 
 
+@pytest.mark.parametrize("words", [["--help"], ["prune", "--help"], ["list", "models"], ["--version"]])
+def test_a_reader_that_has_gone_is_no_error(words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "kdcli", *words], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_sigterm_ends_a_stage_with_143() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.cli.fakes", "prune", "x/y"],

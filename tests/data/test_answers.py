@@ -13,7 +13,7 @@ from kdcli.errors import InputError
 
 def labels(values: list[Any], *, ids: bool = False) -> list[str | None]:
     table = Table("a.csv", ["label"], range(2, len(values) + 2), lambda name: values)
-    return read_labels(table, "label", ids=ids)[0]
+    return read_labels(table, "label", ids=ids)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_minus_one_is_no_label() -> None:
     # negative, neutral, positive: -1 is too frequent to be left out without a question
     with pytest.raises(InputError, match=r"-1 in 2 of 6 rows beside 0, 1: it may be a class") as caught:
         labels(["-1", "0", "1"] * 2)
-    assert "names" in str(caught.value.hint)
+    assert "--columns label=label:ids" in str(caught.value.hint)
 
 
 def test_nothing_at_all_is_no_label_but_a_hole_is_an_error() -> None:
@@ -65,6 +65,7 @@ def test_nothing_at_all_is_no_label_but_a_hole_is_an_error() -> None:
         ["0.5"] * 4,
         [str(i * i) for i in range(40)],
         [7.1, 8],
+        ["0,0", "0,5", "1,0", "1,5", "3"],
     ],
 )
 def test_scores_are_no_classes(values: list[Any]) -> None:
@@ -114,12 +115,3 @@ def test_ids_are_numbers() -> None:
     for value in ("good", "-2", "99999999"):
         with pytest.raises(InputError, match="no id that a model's label can have"):
             labels(["0", value], ids=True)
-
-
-def test_numbers_are_told_from_names() -> None:
-    def numbers(values: list[Any]) -> bool:
-        return read_labels(Table("a", ["l"], range(len(values)), lambda name: values), "l", ids=False)[1]
-
-    assert numbers(["0", "1"])
-    assert numbers([True, False])
-    assert not numbers(["0", "good"])

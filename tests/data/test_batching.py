@@ -90,3 +90,14 @@ def test_equal_length_batches_need_no_padding_and_no_more_batches_than_that_take
 
 def test_padding_share_by_hand() -> None:
     assert padding_share(np.array([4, 2, 3]), [np.array([0, 1]), np.array([2])]) == pytest.approx(2 / 11)
+
+
+def test_padding_goes_to_the_left_where_its_id_says_so_and_segments_only_where_there_are_some() -> None:
+    class Left(int):
+        left = True
+
+    rows = Encoded(np.array([7, 8, 9], np.int32), None, np.array([0, 1, 3]), None)
+    batch = collate(rows, [0, 1], Left(5), width=3)
+    assert batch["input_ids"].tolist() == [[5, 5, 7], [5, 8, 9]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 1], [0, 1, 1]]
+    assert batch.keys() == {"input_ids", "attention_mask"}

@@ -124,6 +124,9 @@ JSON: dict[str, Callable[[], str]] = {
     "one after the other": lambda: "{\n" + " ".join(json.dumps(x) for x in OBJECTS)[1:],
     "under a key": lambda: json.dumps({"version": 1, "data": OBJECTS}),
     "pretty under a key": lambda: json.dumps({"version": 1, "data": OBJECTS}, indent=1),
+    "names apart from values": lambda: json.dumps(
+        {"columns": ["text", "label"], "index": [0], "data": [list(x.values()) for x in OBJECTS]}
+    ),
     "columns": lambda: json.dumps({"text": TEXTS, "label": LABELS}),
     "columns of pandas": lambda: json.dumps(
         {k: {str(i): x[k] for i, x in enumerate(OBJECTS)} for k in ("text", "label")}

@@ -138,3 +138,28 @@ def test_fingerprint_sees_ids_borders_and_labels() -> None:
     ]
     assert len({fingerprint(x) for x in (base, *others)}) == 6
     assert fingerprint(base.take(np.arange(2))) == fingerprint(base)
+
+
+def test_rows_that_are_cut_are_counted() -> None:
+    rows = Rows(["a b c", "a b c d e f g h", "a b c d e", "a"])
+    encoded = encode(rows, make_tokenizer(preset=True), 7, None)
+    assert encoded.lengths.tolist() == [5, 7, 7, 3]
+    assert encoded.cut == 1  # five words with both special tokens fit exactly
+
+
+def test_a_tokenizer_that_gives_no_segment_ids_is_not_made_to() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    rows = Rows(["a b", "c"], ["d", "e"])
+    encoded = encode(rows, tokenizer, 8, None)
+    assert encoded.type_ids is None
+    assert encoded.take([1, 0]).type_ids is None
+    assert concatenate(encoded, encoded, -1).type_ids is None
+    assert encode(Rows([]), tokenizer, 8, None).type_ids is None
+
+
+def test_a_row_without_a_token_is_named() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", "$A $B", [])
+    with pytest.raises(InputError, match=r"row 3 of test has no tokens: its text is '  '"):
+        encode(Rows(["a", "b", "  "]), tokenizer, 8, None, "test")

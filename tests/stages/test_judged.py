@@ -48,7 +48,8 @@ def judge(*names: Path, data: Path, out: Path | None = None, **options) -> runne
 
 
 def codes(report: Report) -> set[str]:
-    return {w.code for w in report.warnings}
+    """Without what a model of random weights is told of its answers."""
+    return {w.code for w in report.warnings} - {"majority", "one-answer"}
 
 
 def copied(source: Path, target: Path, *, weights: bool = True) -> Path:
@@ -115,7 +116,7 @@ def test_the_graph_that_is_there_is_judged(plain: Path, graph: Path, data_dir: P
     assert accuracy(torch_report) == accuracy(exported)
     assert torch_report.after.files is not None
     assert torch_report.after.files.quality == "torch"
-    assert "quality here is that of the checkpoint" in torch_report.warnings[0].message
+    assert any("quality here is that of the checkpoint" in w.message for w in torch_report.warnings)
     out = judge(place, data=data_dir, out=tmp_path / "out").path
     assert (out / "model.onnx").read_bytes() == bad.read_bytes()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -12,15 +13,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kdcli.errors import InputError, UsageError
+from kdcli.export import sessions
 from kdcli.models import activations
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.compressed import layouts_of
 from kdcli.models.transforms import read_log
-from kdcli.stages import early, quantize
+from kdcli.progress import Progress
+from kdcli.stages import early, plan, quantize
+from kdcli.stages import graph as graphs
 from kdcli.stages.base import QuantizeOptions
 from kdcli.stages.context import Context
 from kdcli.stages.quantizing import int4, storing
 from kdcli.stages.quantizing import plan as plans
+from kdcli.stages.timing import Timings
 from kdcli.training.batches import model_inputs
 from tests import tiny
 from tests.stages import contexts
@@ -246,6 +251,41 @@ def test_gptq_sees_every_layer_behind_the_rounded_ones(
         old = dense[f"{row['name']}.weight"]
         now = applied.integers[f"{row['name']}.weight"].dense()
         assert row["relative_error"] == pytest.approx(float((old - now).norm() / old.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize(("embeddings", "version"), [(None, "1.23"), ("int8", "1.17")])
+def test_plan_report_and_graph_name_the_oldest_onnxruntime(
+    embeddings: str | None, version: str, tmp_path: Path
+) -> None:
+    made = checkpoints.load(tiny.saved(tmp_path / "model", by_kdcli=True))
+    options = {"scheme": "int4", "embeddings": embeddings}
+    context = context_of(made, tmp_path, options, {"rounding": "rtn"})
+    request = dataclasses.replace(
+        context.request,
+        model=str(tmp_path / "model"),
+        common=dataclasses.replace(
+            context.request.common, data=str(tmp_path / "data"), out=tmp_path / "not-made"
+        ),
+    )
+    planned = plan.plan(request, Progress())
+    assert planned.facts["onnxruntime"] == f"{version} or newer for model.onnx"
+    applied = quantize.apply(context)
+    (out := tmp_path / "out").mkdir()
+    checkpoints.save(applied.checkpoint, out, integers=applied.integers)
+    built = graphs.build(
+        checkpoints.load(out),
+        out / "model.onnx",
+        context.encoded["test"],
+        threads=1,
+        timings=Timings(),
+        progress=Progress(),
+        rewrite=applied.rewrite_onnx,
+        attention=applied.fusion,
+        exact=applied.exact,
+    )
+    assert built.detail["oldest_onnxruntime"] == version
+    about = sessions.open_session(out / "model.onnx", threads=1).get_modelmeta().custom_metadata_map
+    assert about["oldest_onnxruntime"] == version
 
 
 def test_layers_kept_in_float_stay(tmp_path: Path) -> None:
