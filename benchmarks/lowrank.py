@@ -10,7 +10,8 @@ prints one Markdown table a data set. Nothing is trained, except in the line tha
     python benchmarks/lowrank.py cost                    # seconds and memory for a BERT-base-shaped model
 
 Defaults are chosen on validation rows and measured on test rows, in that order: `choose` factorises with every line of
-CHOICES, judges all by onnxruntime alone on the validation split, and the best of them, and no other, on the test split.
+CHOICES, judges all by onnxruntime alone on the validation split, and what is taken (the default, but for a clearly
+better one), and no other, on the test split.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ CHOICES: dict[str, list[str]] = {
         )
     },
 }
+
+PRESENT = "two-sided, floor 0.1, ridge 0.3"
+MATTERS = 0.95  # another choice is taken when its divergence is below so much of the present one's
 
 TITLES = [
     *("", "accuracy", "loss", "onnxruntime alone", "parameters of the encoder", "model.onnx", "MACs"),
@@ -150,6 +154,8 @@ def choose(given: argparse.Namespace) -> None:
                 logits = common.logits(graph, rows)
                 found[name] = divergence(dense, logits), float((logits.argmax(1) == truth).mean())
         best = min(found, key=lambda name: found[name][0])
+        if found[best][0] > MATTERS * found.get(PRESENT, found[best])[0]:
+            best = PRESENT
         print(f"\n### {source}: {len(rows)} validation rows, 60%\n")
         print(common.header(["", "divergence, nats a row", "accuracy", "accuracy on the test split"]))
         own = float((dense.argmax(1) == truth).mean())
