@@ -25,19 +25,20 @@ from kdcli.report.schema import Warning_
 _UNREAD = (
     # indices and counters that older versions stored: they are computed, or count batches of training
     r"(^|\.)(position_ids|token_type_ids|num_batches_tracked)$",
+    r"\.attn\.masked_bias$",  # GPT-2's causal mask
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$",
     # heads of pretraining, which some fine-tunings keep in the file: masked words, next sentence, replaced words
     r"^cls\.(predictions|seq_relationship)\.",
-    r"^(lm_head|lm_predictions|mask_predictions|mlm_head|generator_lm_head|generator_predictions)\.",
+    r"^(lm_head|lm_loss|pred_layer|lm_predictions|mask_predictions|mlm_head|generator_lm_head|generator_predictions)\.",
     r"^(discriminator_predictions|vocab_transform|vocab_layer_norm|vocab_projector)\.",
     r"^predictions\.",  # ALBERT's
     r"^sop_classifier\.",  # ALBERT's order of sentences
     r"^decoder\.(weight|bias)$",  # ModernBERT's, the projection to the vocabulary
     r"^final_logits_bias$",  # BART's
-    # RoBERTa and its relatives classify from the first token: transformers 2 stored a pooler that nothing reads.
-    # Where the classifier reads a pooler (BERT, ALBERT), it has a place for it.
-    r"(^|\.)pooler\.dense\.(weight|bias)$",
 )
+# RoBERTa and its relatives classify from the first token: transformers 2 stored a pooler that nothing reads. Where the
+# classifier reads a pooler (BERT, ALBERT), it has a place for it. A class of the owner's own may read it.
+_UNREAD_POOLER = (r"(^|\.)pooler\.dense\.(weight|bias)$",)
 # Heads of another task: without a head for classification, what is taken is the encoder below them.
 _UNREAD_OF_ENCODER = (r"^qa_outputs\.",)
 _WRAPPERS = {
@@ -91,7 +92,7 @@ def judge(path: Path, files: CheckpointFiles, labels: list[str] | None = None) -
     _refuse_wrapped(path, info)
     _refuse_missing(path, info, has_head, model.base_model_prefix)
     _refuse_misfits(path, info, sized, own, files.config)
-    _refuse_unused(path, info, has_head)
+    _refuse_unused(path, info, has_head, files.config)
     if names is None:
         names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
     if has_head:
@@ -256,8 +257,12 @@ def _refuse_misfits(
         )
 
 
-def _refuse_unused(path: Path, info: Mapping[str, Any], has_head: bool) -> None:
-    harmless = "|".join(_UNREAD if has_head else (*_UNREAD, *_UNREAD_OF_ENCODER))
+def _refuse_unused(
+    path: Path, info: Mapping[str, Any], has_head: bool, config_json: Mapping[str, Any]
+) -> None:
+    plain = not has_head or not _unknown_class(config_json, "")
+    names = (*_UNREAD, *(_UNREAD_POOLER if plain else ()), *(() if has_head else _UNREAD_OF_ENCODER))
+    harmless = "|".join(names)
     unused = sorted(name for name in info["unexpected_keys"] if not re.search(harmless, name))
     if not unused:
         return

@@ -80,7 +80,10 @@ def plan(request: Request, progress: Progress) -> Plan:
     found = early.check(request)
     names = [one.ref for one in found]
     first = found[0].path
-    files = safety.check_checkpoint(first)
+    # A graph is judged without weights.
+    files = safety.check_checkpoint(
+        first, weights=request.stage != "evaluate" or any(first.glob("*.safetensors"))
+    )
     for expression in common.gates.expressions:
         gates.parse_expression(expression)
     request = early.settle_data(request, first)

@@ -11,7 +11,10 @@ import numpy as np
 from kdcli.errors import InputError
 
 GROWN = 2.0
-"""How many times its first value a training loss reaches in a training that diverged, at least."""
+"""How many times its first value a loss reaches in a training that diverged, at least."""
+
+FEW = 20
+"""Steps of a training whose losses, each of them from before its step, may say nothing of what the last ones did."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,11 @@ class Divergence:
             where = f"epoch {epoch}" if step is None else f"epoch {epoch}, step {step}"
             raise self._error(f"the {what} became {loss} in {where}")
 
-    def of_result(self, first: float | None, epoch: Mapping[str, float]) -> None:
+    def of_result(self, first: float | None, epoch: Mapping[str, float], before: float | None = None) -> None:
         """Stop at a result that is worse than none.
 
-        That is one whose training loss is a > :data:`GROWN` times that of the first step, whose validation loss is
+        That is one whose training loss is a > :data:`GROWN` times that of the first step, or its validation loss as
+        much more than it was, in a training of :data:`FEW` steps; whose validation loss is
         b > 1 times log C, that of C equal probabilities, with a * b > :data:`GROWN` squared, and which is no oftener
         right than one label for all rows. A model that overfits has a low training loss, one that learns nothing
         keeps the first one, and one that is sure of itself is right oftener.
@@ -51,6 +55,7 @@ class Divergence:
         Args:
             first: Loss of the first step; None when it is not known.
             epoch: ``epoch``, ``loss``, ``validation_loss`` and ``validation_accuracy`` of the epoch that is kept.
+            before: Validation loss before the training, where it is short.
 
         Raises:
             InputError: It has diverged.
@@ -65,10 +70,13 @@ class Divergence:
         even = math.log((counts > 0).sum())
         noise = 2 * math.sqrt(share * (1 - share) / len(self.labels))
         grown, worse = epoch["loss"] / max(first, 1e-12), epoch["validation_loss"] / even
+        if before is not None:
+            grown = max(grown, epoch["validation_loss"] / max(before, 1e-12))
         if grown > GROWN and worse > 1 and grown * worse > GROWN**2 and accuracy <= share + noise:
             raise self._error(
                 f"the loss was {first:.4g} at the first step and {epoch['loss']:.4g} in epoch {epoch['epoch']:.0f}, "
-                f"and validation accuracy is {accuracy:.1%} (always the most frequent label: {share:.1%})"
+                f"and on validation it is {epoch['validation_loss']:.4g} (without an opinion: {even:.4g}) at an "
+                f"accuracy of {accuracy:.1%} (always the most frequent label: {share:.1%})"
             )
 
     def _error(self, text: str) -> InputError:

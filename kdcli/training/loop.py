@@ -21,7 +21,7 @@ from kdcli.progress import Progress
 from kdcli.training import distributed
 from kdcli.training.batches import model_inputs
 from kdcli.training.compact import compacted
-from kdcli.training.divergence import Divergence
+from kdcli.training.divergence import FEW, Divergence
 from kdcli.training.resume import ResumePoint, pack_optimizer, unpack_optimizer
 
 
@@ -188,6 +188,9 @@ class _Run:
         lengths = train.lengths
         checking = inference(validation, options.batch_size * 4, self.pad_id)
         divergence = Divergence(self.title, options.lr, options.rate_option, validation.labels)
+        before = None
+        if state.fresh and per_epoch * options.epochs <= FEW:
+            before = evaluate(self.model, validation, checking, self.device)[1]
         with (
             interrupts.stepping() as interrupt,
             progress.task(self.title, per_epoch * options.epochs) as task,
@@ -218,7 +221,7 @@ class _Run:
                 divergence.of_step(validation_loss, state.epoch, what="validation loss")
                 state.judge(self.model, accuracy, validation_loss, mean, options)
                 if state.done:
-                    divergence.of_result(state.first_loss, state.history[state.best_epoch - 1])
+                    divergence.of_result(state.first_loss, state.history[state.best_epoch - 1], before)
                 reading = f"epoch {state.epoch}/{options.epochs} loss {mean:.3f} validation {accuracy:.3f}"
                 task.advance(0, reading)
                 # Several processes agree on it, as after a step.

@@ -130,6 +130,13 @@ def test_what_no_classifier_reads_is_harmless(tmp_path: Path, case: str) -> None
     assert torch.allclose(ours(path, **batch), plain(path, **batch), atol=1e-5)
 
 
+def test_a_pooler_that_a_class_of_the_owner_may_read_is_named(tmp_path: Path) -> None:
+    path = edit(
+        tiny.saved(tmp_path, "roberta"), add(roberta__pooler__dense__weight=SOME), architectures=["Mine"]
+    )
+    refuse(path, "no place for: 'roberta.pooler.dense.weight'")
+
+
 def test_names_of_a_wrapper_are_refused(tmp_path: Path) -> None:
     for i, prefix in enumerate(("module.", "_orig_mod.", "model.")):
         path = edit(
@@ -271,6 +278,7 @@ def test_label_names_that_contradict(tmp_path: Path, config: dict[str, Any], wor
             "several labels",
         ),
         ({"sbert_ce_default_activation_function": "torch.nn.modules.activation.Sigmoid"}, "several labels"),
+        ({"architectures": ["BertForMultiLabelSequenceClassification"]}, "several labels at once"),
         ({"problem_type": "regression"}, "predicts numbers"),
         ({"architectures": ["BertForTokenClassification"]}, "tags single words"),
     ],

@@ -64,6 +64,14 @@ def test_every_training_says_so_in_its_first_epoch(
     assert f"the peak learning rate was {rate:g}; give a lower one with {option}" in str(found.value.hint)
 
 
+def test_a_single_step_says_so_too(tmp_path: Path) -> None:
+    options = {"lr": 5.0, "batch_size": 128}
+    context = distillation(tiny.saved(tmp_path / "teacher"), tmp_path, options, {"phases": "one"})
+    distill.prepare(context)
+    with pytest.raises(InputError, match="diverged"):
+        distill.apply(context)
+
+
 @pytest.mark.parametrize("rate", [0.5, 5.0, 1e3])
 def test_later_epochs_say_so_too(rate: float, tmp_path: Path) -> None:
     options = {"lr": rate, "batch_size": 8, "epochs": 3}

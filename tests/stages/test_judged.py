@@ -20,7 +20,7 @@ from kdcli.export import onnx as exporter
 from kdcli.progress import Progress
 from kdcli.report import facts, html, markdown
 from kdcli.report.schema import Report
-from kdcli.stages import evaluate, runner
+from kdcli.stages import evaluate, plan, runner
 from kdcli.stages.base import Common, EvaluateOptions, PruneOptions, Request
 from tests import tiny
 
@@ -145,6 +145,9 @@ def test_no_weights_are_needed(plain: Path, graph: Path, data_dir: Path, tmp_pat
     assert size.parameters is size.nonzero_parameters is size.checkpoint_bytes is None
     assert report.after.compute.macs is None
     assert codes(report) == set()
+    options = EvaluateOptions(models=(str(place),))
+    request = Request(stage="evaluate", model=None, options=options, common=Common(data=str(data_dir)))
+    assert plan.plan(request, Progress()).facts["labels"] == 2
     with pytest.raises(UsageError, match="by its graph alone"):
         judge(place, data=data_dir, runtime="both")
     out = judge(place, data=data_dir, out=tmp_path / "out").path

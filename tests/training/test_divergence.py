@@ -45,8 +45,21 @@ def test_without_labels_to_compare_nothing_is_said() -> None:
 def test_a_result_worse_than_none_is(loss: float, validation: float) -> None:
     with pytest.raises(InputError, match=r"training diverged: the loss was 0.6 at the first step") as found:
         judge(0.6, loss, validation, 0.62)
-    assert "validation accuracy is 62.0% (always the most frequent label: 60.0%)" in str(found.value)
+    said = (
+        f"on validation it is {validation:.4g} (without an opinion: 0.6931) at an accuracy of 62.0% (always"
+    )
+    assert said in str(found.value)
     assert found.value.hint == "the peak learning rate was 5; give a lower one with --lr, or check the data"
+
+
+def test_a_short_training_is_judged_by_validation_before_and_after() -> None:
+    """Of a single step the loss is known before it only."""
+    epoch = {"epoch": 1, "loss": 0.6, "validation_loss": 5.0, "validation_accuracy": 0.6}
+    one = Divergence("training", 5.0, "--lr", LABELS)
+    one.of_result(0.6, epoch)
+    one.of_result(0.6, epoch, 4.9)  # it came so
+    with pytest.raises(InputError, match="on validation it is 5"):
+        one.of_result(0.6, epoch, 0.7)
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
