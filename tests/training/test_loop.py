@@ -316,3 +316,16 @@ def test_a_crash_while_a_point_is_replaced_leaves_the_previous_one(
     assert stored[1] == {"step": 1}
     point.save({"a": torch.ones(1)}, {"step": 3})
     assert point.load()[1] == {"step": 3}
+
+
+def test_the_seed_draws_the_batches(rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = loop.batching.train_batches
+
+    def train_batches(lengths, size, seed, epoch):
+        asked.append((seed, epoch))
+        return real(lengths, size, seed, epoch)
+
+    monkeypatch.setattr(loop.batching, "train_batches", train_batches)
+    train(tiny.checkpoint(), rows, FitOptions(epochs=2, batch_size=48, lr=1e-4, seed=7))
+    assert asked == [(7, 0), (7, 1)]
