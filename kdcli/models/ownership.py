@@ -169,6 +169,8 @@ def _from_pretrained(
         *(SafetensorError, StrictDataclassError),
     ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, KeyError):  # whose words are the key alone
+            reason = f"transformers knows nothing named {error}; see the names in its config.json, such as hidden_act"
         if "above report" in reason:  # it went to a log that nobody sees
             reason = "its weights cannot be brought into the form that this transformers uses"
         raise InputError(
@@ -253,7 +255,7 @@ def _refuse_misfits(
             )
         raise InputError(
             f"{shapes}: another tool has cut it, or config.json belongs to another model",
-            "give the model from before the cut and let kdcli prune it, or correct config.json",
+            "correct config.json, or give the model from before the cut and let kdcli prune it",
         )
 
 

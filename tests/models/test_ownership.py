@@ -394,3 +394,9 @@ def test_kdclis_own_weights_are_as_strict(tmp_path: Path) -> None:
     rounded = edit(tiny.saved(tmp_path / "integers", by_kdcli=True), integers)
     with pytest.raises(InputError, match=f"'{WEIGHT}' holds int8"):
         checkpoint.load(rounded)
+
+
+def test_an_unknown_name_in_the_configuration_is_said_with_where_to_look(tmp_path: Path) -> None:
+    path = edit(tiny.saved(tmp_path), hidden_act="nosuch")
+    with pytest.raises(InputError, match=r"nothing named 'nosuch'.*hidden_act"):
+        checkpoint.load(path)
