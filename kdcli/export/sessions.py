@@ -85,19 +85,20 @@ def running(
 
 
 def runner(session: ort.InferenceSession) -> Callable[[Batch], np.ndarray]:
-    """A function from a batch of (B, T) arrays to logits (B, C) that feeds only what the graph takes.
+    """A function from a batch of (B, T) arrays to logits (B, C) that feeds only what the graph takes."""
+    return lambda batch: session.run(None, fed(session, batch))[0]
 
-    Segment ids that a graph asks for and its tokenizer does not give are zeros, as a model takes them to be.
+
+def fed(session: ort.InferenceSession, batch: Batch) -> dict[str, np.ndarray]:
+    """What a graph takes of a batch of (B, T) arrays.
+
+    Segment ids that it asks for and its tokenizer does not give are zeros, as a model takes them to be.
     """
     names = [i.name for i in session.get_inputs()]
-
-    def run(batch: Batch) -> np.ndarray:
-        given = {name: batch[name] for name in names if name in batch}
-        if "token_type_ids" in names and "token_type_ids" not in batch:
-            given["token_type_ids"] = np.zeros_like(batch["input_ids"])
-        return session.run(None, given)[0]
-
-    return run
+    given = {name: batch[name] for name in names if name in batch}
+    if "token_type_ids" in names and "token_type_ids" not in batch:
+        given["token_type_ids"] = np.zeros_like(batch["input_ids"])
+    return given
 
 
 def predict(run: Callable[[Batch], np.ndarray], batches: Sequence[tuple[np.ndarray, Batch]]) -> np.ndarray:

@@ -88,7 +88,7 @@ def test_the_simulation_gives_the_answers_of_the_graph(tmp_path: Path) -> None:
     applied = quantize.apply(context)
     exporter.export(
         made.model,
-        exporter.example(made.config.vocab_size, ["input_ids", "attention_mask", "token_type_ids"], "cpu"),
+        exporter.example(made.config.vocab_size, ["input_ids", "attention_mask"], "cpu"),
         tmp_path / "float.onnx",
     )
     applied.rewrite_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx")

@@ -257,8 +257,8 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert len(found) == len(layers)
-    # 1140 more rows of 9 tokens with 6 inputs of 32 floats would be 7 MB
-    assert peaks[1] < peaks[0] + 200_000
+    # 1140 more rows of 9 tokens with 6 inputs of 32 floats would be 7 MB; drawing them and their tokens are 0.3 MB.
+    assert peaks[1] < peaks[0] + 700_000
 
 
 SURGERY = ["dense", "emptied", "factorised"]

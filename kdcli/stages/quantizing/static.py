@@ -116,9 +116,8 @@ def _tensors(context: Context, plan: Plan, source: Path) -> dict[str, Affine]:
     qdq.showing(source, shown, names)
     try:
         session = sessions.open_session(shown, threads=torch.get_num_threads(), spinning=False)
-        feeds = [i.name for i in session.get_inputs()]
         for batch in storing.calibration_batches(context, plan.options.calibration_samples):
-            values = session.run(names, {name: batch[name] for name in feeds})
+            values = session.run(names, sessions.fed(session, batch))
             for name, value in zip(names, values, strict=True):
                 found[name].add(torch.from_numpy(value))
     finally:
