@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import kdcli  # noqa: F401 - first: it switches off telemetry, which onnxruntime decides on when it is loaded
@@ -12,6 +13,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 import pytest
+
+# A shell starts what runs in the background with SIGINT ignored, and kdcli leaves an ignored signal ignored: the
+# tests that send one need it whatever started them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

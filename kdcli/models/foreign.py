@@ -215,9 +215,6 @@ def _several(config: Mapping[str, Any]) -> str | None:
     for key, value in signs.items():
         if isinstance(value, str) and value.rpartition(".")[2].casefold() == "sigmoid":
             return f"{key} {value[:60]!r}"
-    for name in architectures(config):
-        if re.search(r"multi_?label", name, re.IGNORECASE):
-            return f"architectures {name[:60]!r}"
     for key in ("multi_label", "multilabel", "is_multi_label", "is_multilabel"):
         if config.get(key) is True:
             return f"{key} true"

@@ -67,6 +67,10 @@ class _RoundedLinear(nn.Linear):
     def _rounded(self, x: Tensor) -> Tensor:
         if self.training:
             self._follow(x.detach())
+        elif bool(
+            self.range_low.isnan()
+        ):  # judged before the first step: no range has been seen, so none is taken
+            return x
         low, high = self.range_low.clamp(max=0), self.range_high.clamp(min=0)
         scale = ((high - low) / (LEVELS - 1)).clamp(min=torch.finfo(torch.float32).tiny)
         zero = (-low / scale).round().to(torch.int32)

@@ -278,7 +278,6 @@ def test_label_names_that_contradict(tmp_path: Path, config: dict[str, Any], wor
             "several labels",
         ),
         ({"sbert_ce_default_activation_function": "torch.nn.modules.activation.Sigmoid"}, "several labels"),
-        ({"architectures": ["BertForMultiLabelSequenceClassification"]}, "several labels at once"),
         ({"problem_type": "regression"}, "predicts numbers"),
         ({"architectures": ["BertForTokenClassification"]}, "tags single words"),
     ],

@@ -74,6 +74,16 @@ def test_forward_is_the_definition_and_gradients_stop_outside_the_range() -> Non
     np.testing.assert_allclose(gradient[inside], np.broadcast_to(weight, x.shape)[inside], rtol=1e-5)
 
 
+def test_judged_before_the_first_step_activations_are_not_rounded() -> None:
+    torch.manual_seed(0)
+    model, ids = Model().eval(), torch.arange(9)[None]
+    with rounded(model, {"inner": eight}, momentum=0.5), torch.no_grad():
+        found = model(ids)
+        assert ranges(model) == {}
+    expected = model.table.weight @ eight(model.inner.weight).T + model.inner.bias
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-6)  # float32 sums in another order
+
+
 def test_ranges_are_moving_averages_of_real_tokens() -> None:
     torch.manual_seed(1)
     model = Model()
