@@ -11,8 +11,8 @@ from kdcli import __version__
 from kdcli.errors import InputError, UsageError
 from kdcli.export import files
 from kdcli.measure import environment
-from kdcli.models import graph_only, safety
-from kdcli.models.checkpoint import Checkpoint
+from kdcli.models import graph_only, safety, tokenizers
+from kdcli.models.checkpoint import Checkpoint, quiet
 from kdcli.models.references import Resolved
 from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
@@ -252,8 +252,12 @@ def _recorded(first: LineageEntry) -> Measurement | None:
 
 
 def _write(one: _Judged, report: Report, out: Path, timings: Timings, *, force: bool) -> Report:
-    """Copy the model unchanged, with the graph that was judged, the card and the report."""
-    source = one.checkpoint.path
+    """Copy the model unchanged, with the graph that was judged, the card and the report.
+
+    Where plain transformers, which the card has people call, would make another tokenizer out of the copy, its settings
+    name the class that reads it rightly.
+    """
+    source, tokenizer = one.checkpoint.path, one.checkpoint.tokenizer
     assert one.graph is not None
     beside = files.beside(one.graph)
     copied = [path for path in sorted(source.iterdir()) if path.is_file() and _belongs(path)]
@@ -266,6 +270,9 @@ def _write(one: _Judged, report: Report, out: Path, timings: Timings, *, force: 
             place = work / path.relative_to(one.graph.parent)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
+        with quiet():
+            if not tokenizers.plainly_alike(tokenizer, work, tokenizer.padding_side):
+                tokenizers.save(tokenizer, source, work, max_length=one.checkpoint.max_length)
         report = runner.finish(report, work, timings)
         output.publish(work, out, force=force)
     return report
