@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kdcli import __version__
+from kdcli.data.labels import printable
 from kdcli.errors import InputError, UsageError
 from kdcli.export import files
 from kdcli.measure import environment
@@ -85,7 +86,10 @@ def run(request: Request, progress: Progress) -> Outcome:
         progress.phase(f"measure {model.ref}")
         ours.append(_measure(request, options, model, dataset, picked, timings, progress))
     progress.phase("measure latency")
-    everyone = [one.timed for one in ([baseline, *ours] if baseline is not None else ours)]
+    judges = [baseline, *ours] if baseline is not None else ours
+    if dataset.ids:
+        _check_ids(judges)
+    everyone = [one.timed for one in judges]
     measuring.time_together(everyone, _conditions(request, options, timings, progress))
     reports = [_report(request, options, one, baseline, dataset, picked, timings) for one in ours]
     if out is not None:
@@ -152,6 +156,25 @@ def _measure(
     )
     timed = measuring.Timed(checkpoint, graph, rows, measured)
     return _Judged(found.ref, checkpoint, timed, warnings, agreed)
+
+
+def _check_ids(judges: list[_Judged]) -> None:
+    """Refuse models that a number in the data would mean different labels of.
+
+    Raises:
+        InputError: Two models have the same labels in another order.
+    """
+    first = judges[0]
+    for one in judges[1:]:
+        ours, theirs = first.checkpoint.labels, one.checkpoint.labels
+        if ours != theirs and set(ours) == set(theirs):
+            at = next(i for i, name in enumerate(ours) if theirs[i] != name)
+            raise InputError(
+                f"with :ids in --columns a number means another label to '{one.source}' "
+                f"({at} is {printable(theirs[at])}) than to '{first.source}' ({at} is {printable(ours[at])}), "
+                "so they can't be compared",
+                "write the names of the labels into the data",
+            )
 
 
 def _conditions(
