@@ -322,13 +322,16 @@ def _one(part: Located, found: _Found) -> dict[str, Located]:
             )
         return split
     made = _fingerprint({name: part.rows for name, part in split.items()}) in judging.made_with
-    if not (made or judging.as_made) and os.path.realpath(ref) in judging.made_from:
+    if not made and (judging.as_made or os.path.realpath(ref) in judging.made_from):
         message = f"the model was made with '{ref}' as it was then: rows judged now may have been trained on"
         found.warnings.append(("maybe-trained-on", message))
-    if made or judging.as_made:
+    if made:
         found.notes.append(
             f"'{ref}' is one file, and the model was made with it: judged is what was held out"
         )
+        return split
+    if judging.as_made:  # the file has changed: which rows were held out is not known for certain any more
+        found.notes.append(f"'{ref}' is one file, and is split as when the model was made with it")
         return split
     found.notes.append(f"'{ref}' is one file: all {len(part.rows)} rows of it are the split to judge")
     return {judging.split or "test": part}

@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -271,8 +272,10 @@ def test_to_judge_models_one_file_is_one_split(tmp_path: Path) -> None:
 def test_the_file_that_a_model_was_made_with_is_split_as_it_was_then(tmp_path: Path) -> None:
     path = write(tmp_path / "all.csv", numbered(40))
     made = load(str(path))
-    for judging in (Judging(made_with=frozenset({made.fingerprint})), Judging(as_made=True)):
+    known = frozenset({made.fingerprint})
+    for judging in (Judging(made_with=known), Judging(made_with=known, as_made=True)):
         data = load(str(path), judging=judging)
+        assert not data.warnings
         assert data.splits == made.splits
         assert "what was held out" in data.notes[0]
     assert list(load(str(path), judging=Judging(made_with=frozenset({"0" * 64}))).splits) == ["test"]
@@ -327,6 +330,10 @@ def test_a_file_that_has_changed_since_it_made_the_model(tmp_path: Path) -> None
     data = load(str(path), judging=judging)
     assert len(data.splits["test"]) == 40
     assert [code for code, _ in data.warnings] == ["maybe-trained-on"]
+    data = load(str(path), judging=replace(judging, as_made=True))
+    assert len(data.splits["test"]) < 40
+    assert [code for code, _ in data.warnings] == ["maybe-trained-on"]
+    assert not any("held out" in note for note in data.notes)
 
 
 def test_a_slip_in_a_path_is_not_answered_by_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
