@@ -31,13 +31,13 @@ MEANING: dict[ExitCode, str] = {
     ExitCode.OK: "done, all gates met",
     ExitCode.BUG: "a bug in kdcli (traceback only with --debug, otherwise one line that says so)",
     ExitCode.USAGE: "usage: bad flag or value, illegal chain of stages, output exists without --force",
-    ExitCode.INPUT: "bad or unsafe input: model, data or configuration file",
+    ExitCode.INPUT: "bad or unsafe input: model, data or configuration file; a training that diverged",
     ExitCode.GATE: "a gate was missed (output kept)",
     ExitCode.PARITY: "the ONNX export does not agree with the checkpoint",
     ExitCode.RESOURCE: "device, memory or disk",
     ExitCode.NETWORK: "network, or something that is not on this machine while offline",
-    ExitCode.INTERRUPTED: "interrupted (a resume point is kept, no half-written output directory)",
-    ExitCode.TERMINATED: "terminated (a resume point is kept, no half-written output directory)",
+    ExitCode.INTERRUPTED: "interrupted by Ctrl-C (a resume point is kept, no half-written output directory)",
+    ExitCode.TERMINATED: "terminated by SIGTERM or SIGHUP (a resume point is kept, no half-written output directory)",
 }
 
 

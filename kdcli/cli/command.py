@@ -59,12 +59,24 @@ def kind_of(param: Any) -> settings.Kind:
     return "flag" if param.is_flag else "many" if param.multiple else "one"
 
 
-def _refuse_empty(ctx: Any, flags: dict[str, Any]) -> None:
-    """Refuse an empty variable that would silently drop a gate, or judge something else.
+def _squashed(variable: str) -> str:
+    """A name without what is easily written in another way: case, underscores, the plural."""
+    return variable.upper().replace("_", "").removesuffix("S")
+
+
+def _refuse_lost(ctx: Any, flags: dict[str, Any]) -> None:
+    """Refuse an empty or misspelt variable that would silently drop a gate, or judge something else.
 
     Raises:
         UsageError: There is one, and no flag on the command line in its place.
     """
+    alike = {_squashed(variable_of(flag)): flag for flag in JUDGING}
+    for name in os.environ:
+        flag = alike.get(_squashed(name), "")
+        if flag in flags and name != variable_of(flag) and origin(ctx, flags[flag]) == "default":
+            raise UsageError(
+                f"kdcli does not read {name}: did you mean {variable_of(flag)}?", "rename it, or unset it"
+            )
     for flag in JUDGING:
         given = os.environ.get(variable_of(flag))
         if flag in flags and given is not None and not given.strip() and origin(ctx, flags[flag]) != "flag":
@@ -107,7 +119,7 @@ class Command(TyperCommand):
             found = settings.read(Path()).of(str(self.name), kinds, common=options.COMMON, commands=COMMANDS)
             ctx.default_map = {flags[key].name: value for key, value in found.items()}
             rest = super().parse_args(ctx, args)
-            _refuse_empty(ctx, {flag: param.name for flag, param in flags.items()})
+            _refuse_lost(ctx, {flag: param.name for flag, param in flags.items()})
             return rest
         return super().parse_args(ctx, args)
 

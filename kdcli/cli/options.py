@@ -52,7 +52,9 @@ ModelArg = Annotated[
 ModelsArg = Annotated[
     list[str],
     typer.Argument(
-        metavar="MODEL", help="Directories, aliases, org/name[@revision], or - for lines of stdin.", **_MODEL
+        metavar="MODEL",
+        help="Directories, .onnx files, aliases, org/name[@revision], or - for lines of stdin.",
+        **_MODEL,
     ),
 ]
 TeachersOpt = Annotated[
@@ -69,8 +71,8 @@ StudentOpt = Annotated[
     str,
     _option(
         "--student",
-        help="tiny, mini, small, medium, LxH (layers x hidden size); static, cnn or bilstm, which are no "
-        "transformers; or a model directory.",
+        help="tiny, mini, small, medium or LxH (layers x hidden size); static, cnn or bilstm, without a "
+        "transformer; or a model directory.",
         parse=values.student,
         names=values.students,
         metavar="STUDENT",
@@ -332,12 +334,14 @@ DequantizeOpt = Annotated[
 
 # --- evaluate ------------------------------------------------------------------------------------
 
-SplitOpt = Annotated[str | None, _option("--split", help="Rows to judge on. [default: test]", metavar="NAME")]
+SplitOpt = Annotated[
+    str | None, _option("--split", help="Rows to judge on. [default: test, else validation]", metavar="NAME")
+]
 RuntimeOpt = Annotated[
     str,
     _option(
         "--runtime",
-        help="onnx, torch or both.",
+        help="What runs the models: onnx, torch or both.",
         parse=values.one_of("runtime", lambda: values.RUNTIMES),
         names=lambda: values.RUNTIMES,
         metavar="NAME",
@@ -358,7 +362,7 @@ MaxDropOpt = Annotated[
     float | None,
     _option(
         "--max-drop",
-        help="Gate: accuracy may fall by this, in points of 1.",
+        help="Gate: accuracy may fall by at most this; 0.01 is one point.",
         parse=values.real(0, 1),
         metavar="F",
     ),
@@ -412,7 +416,7 @@ DeviceOpt = Annotated[
     ),
 ]
 SeedOpt = Annotated[
-    int, _option("--seed", help="Of everything random.", parse=values.whole(0, 2**32 - 1), metavar="N")
+    int, _option("--seed", help="Random seed.", parse=values.whole(0, 2**32 - 1), metavar="N")
 ]
 SettingsOpt = Annotated[
     list[str] | None,

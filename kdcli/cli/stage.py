@@ -145,7 +145,9 @@ def finish(
     for line in table.of_report(reports[0], console) if single else table.of_several(reports, console):
         console.line(line)
     code = outcome.report.exit_code
-    kept = f"the output is kept in {outcome.path}"
+    # Judging alone writes nothing: the path is then that of the input.
+    written = reports[0].stage != "evaluate" or bool(reports[0].artifacts)
+    kept = f"the output is kept in {outcome.path}" if written else None
     if code == ExitCode.PARITY:
         console.error("the ONNX export does not agree with the checkpoint", kept)
     elif code:

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdcli.data.labels import printable, suggest
+from kdcli.data.labels import listed, printable, suggest
 from kdcli.data.tables import Table
 from kdcli.errors import InputError, UsageError, did_you_mean
 
 ROLES = ("text", "text_a", "text_b", "label")
 _IDS = ":ids"
 _LOOKED_AT = 1000  # rows of a column that tell what it holds, for a message
+_WORDS_OF_A_NAME = 5  # a column with a longer name is more likely a text, for a message
 
 _PAIRS = (
     ("sentence1", "sentence2"),
@@ -123,6 +124,12 @@ def named(table: Table, role: str, columns: Columns) -> str:
                 f"'{table.source}' has no column '{printable(wanted)}', but columns of 0 and 1: "
                 f"{', '.join(map(printable, several[:8]))}; kdcli learns one label a row, not several",
                 "write one column with the name of the label that a row has",
+            )
+        if any(len(one.split()) > _WORDS_OF_A_NAME for one in table.names):
+            raise InputError(
+                f"'{table.source}' has no column '{printable(wanted)}': its first line seems to be a row, not the "
+                f"names of the columns: {listed(table.names)}",
+                "write the names into the first line, for example text,label",
             )
         offer = _offer(table, columns)
         raise InputError(

@@ -50,12 +50,20 @@ def parse(text: str, path: Path, fits: Fits, usual: str) -> Table:
         raise InputError(f"data file '{path}' is empty")
     header = [name.strip() for name in records[0]]
     rows, places = records[1:], [line + skipped for line in lines[1:]]
+    if len(header) > 1:  # a line of blanks alone is an empty line
+        kept = [i for i, row in enumerate(rows) if len(row) > 1 or row[0].strip()]
+        rows, places = [rows[i] for i in kept], [places[i] for i in kept]
     for line, row in zip(places, rows, strict=True):
         if len(row) != len(header):
             said = NAMES.get(separator, f"'{separator}'")
             raise InputError(
                 f"{path}, line {line}: {len(row)} fields, but the header has {len(header)}",
-                f"the fields are separated by {said}; put quotes around a text that holds one",
+                f"the fields are separated by {said}; "
+                + (
+                    "put quotes around a text that holds one"
+                    if len(row) > len(header)
+                    else "a row has one for every column, also where a field is empty"
+                ),
             )
 
     def column(name: str) -> list[Any]:

@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from kdcli.data.labels import listed
 from kdcli.data.tables import Table
 from kdcli.errors import InputError
 
@@ -112,6 +113,12 @@ def _whole(record: dict[str, Any], path: Path) -> Table | None:
     rows = [v for v in record.values() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)]
     if len(rows) == 1:
         return _array(rows[0], path)
+    if len(rows) > 1:
+        names = [k for k, v in record.items() if any(v is one for one in rows)]
+        raise InputError(
+            f"'{path}' holds several lists of rows: {listed(names)}",
+            "write each list into a file of its own, such as train.json and test.json in one folder",
+        )
     columns = {k: list(v.values()) if isinstance(v, dict) else v for k, v in record.items()}
     if not columns or not all(isinstance(v, list) for v in columns.values()):
         return None

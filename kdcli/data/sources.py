@@ -330,7 +330,7 @@ def _one(part: Located, found: _Found) -> dict[str, Located]:
             f"'{ref}' is one file, and the model was made with it: judged is what was held out"
         )
         return split
-    found.notes.append(f"'{ref}' is one file: all {len(part.rows)} rows of it are judged")
+    found.notes.append(f"'{ref}' is one file: all {len(part.rows)} rows of it are the split to judge")
     return {judging.split or "test": part}
 
 

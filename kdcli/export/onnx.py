@@ -105,7 +105,7 @@ def _run(wrapper: nn.Module, inputs: Mapping[str, Tensor], path: Path, route: Ro
     if route == "torchscript":
         axes: dict[str, dict[int, str]] = {name: {0: "batch", 1: "sequence"} for name in names}
         axes[OUTPUT] = {0: "batch"}
-        with _weights_apart(wrapper) as weights:
+        with _weights_apart(wrapper) as weights, _no_dump():
             torch.onnx.export(
                 wrapper, arguments, str(path), dynamo=False, dynamic_axes=axes, opset_version=OPSET, **common
             )
@@ -119,6 +119,21 @@ def _run(wrapper: nn.Module, inputs: Mapping[str, Tensor], path: Path, route: Ro
     torch.onnx.export(
         wrapper, arguments, str(path), dynamo=True, dynamic_shapes=shapes, external_data=False, **common
     )
+
+
+@contextlib.contextmanager
+def _no_dump() -> Iterator[None]:
+    """Keep the exporter from printing its whole graph when it fails: torch 2.13 does so without being asked."""
+    name: Any = "_jit_onnx_log"
+    original = getattr(torch._C, name, None)
+    if original is None:
+        yield
+        return
+    setattr(torch._C, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        setattr(torch._C, name, original)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ class _With:
 
 _SHOWN: tuple[tuple[str, str, Any, str], ...] = (
     ("`dynamic-int8`, `static-int8`, `int8-qat`, `fp16`, any setting", "dynamic-int8", None, "int8"),
-    ("these with `--embeddings int4`", "dynamic-int8", None, "int4"),
+    ("these, `ternary` and `binary` with `--embeddings int4`", "dynamic-int8", None, "int4"),
     ("`int4`", "int4", None, "int4"),
     ("`int4 --embeddings int8`, also with `--set bits=3`", "int4", None, "int8"),
     ("`int4 --set bits=5` to `8`", "int4", _With(bits=8), "int8"),

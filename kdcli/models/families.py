@@ -126,7 +126,8 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise InputError(
             f"kdcli cannot operate on models of type '{model_type}'; it knows {', '.join(sorted(FAMILIES))}",
-            "such a model can still be the teacher: kdcli distill --teacher MODEL --student tiny",
+            "such a model can be the teacher (kdcli distill --teacher MODEL --student tiny), be quantised "
+            "(kdcli quantize MODEL), or lose tokens (kdcli prune MODEL --structure vocab)",
         )
     return FAMILIES[model_type]
 

@@ -361,7 +361,7 @@ def _described(config: dict[str, Any]) -> int:
     hidden, layers = size("hidden_size", "dim"), size("num_hidden_layers", "n_layers")
     inner = size("intermediate_size", "hidden_dim")
     rows = size("vocab_size") + size("max_position_embeddings") + len(config.get("id2label") or ())
-    small = {  # of kdcli's students that are no transformers
+    small = {  # of kdcli's students without a transformer
         "kdcli-static": hidden * inner,
         "kdcli-cnn": hidden * inner * sum(config.get("widths") or ()),
         "kdcli-bilstm": 8 * inner * (hidden + inner),

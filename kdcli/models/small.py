@@ -1,4 +1,4 @@
-"""Students that are no transformers: pooled token embeddings, a convolution over windows, a pair of LSTMs.
+"""Students without a transformer: pooled token embeddings, a convolution over windows, a pair of LSTMs.
 
 Importing this module teaches transformers their names, so that ``AutoConfig`` and
 ``AutoModelForSequenceClassification`` know them; kdcli does so whenever it loads or builds a model.

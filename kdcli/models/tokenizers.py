@@ -211,7 +211,7 @@ def save(
     _write_settings(directory, content)
     if not alike(read(target), tokenizer.backend_tokenizer):
         raise InputError(f"{show(target)} does not split texts as the tokenizer that it was written from")
-    if not _plainly_alike(tokenizer, directory, side):
+    if not plainly_alike(tokenizer, directory, side):
         content |= {"tokenizer_class": _GENERIC, "padding_side": side}
         _write_settings(directory, content)
 
@@ -223,6 +223,15 @@ def alike(one: Any, two: Any) -> bool:
         and one.get_vocab() == two.get_vocab()
         and [(e.ids, e.type_ids) for e in _encoded(one)] == [(e.ids, e.type_ids) for e in _encoded(two)]
     )
+
+
+def plainly_alike(tokenizer: Any, directory: Path, side: str) -> bool:
+    """Whether plain transformers reads from ``directory`` what the tokenizer is, and pads on that side."""
+    try:
+        plain = _auto(directory)
+        return alike(plain.backend_tokenizer, tokenizer.backend_tokenizer) and plain.padding_side == side
+    except Exception:  # whatever fails here, the generic class reads the file
+        return False
 
 
 def as_the_settings_say(path: Path, backend: Any) -> list[str]:
@@ -410,15 +419,6 @@ def _named_tokens(path: Path, content: Mapping[str, Any]) -> Iterator[tuple[str,
             yield entry["content"], bool(entry.get("special"))
     if (path / "added_tokens.json").is_file():
         yield from ((token, False) for token in safety.read_json(path / "added_tokens.json"))
-
-
-def _plainly_alike(tokenizer: Any, directory: Path, side: str) -> bool:
-    """Whether plain transformers reads from ``directory`` what the tokenizer is."""
-    try:
-        plain = _auto(directory)
-        return alike(plain.backend_tokenizer, tokenizer.backend_tokenizer) and plain.padding_side == side
-    except Exception:  # whatever fails here, the generic class reads the file
-        return False
 
 
 def _described(backend: Any) -> list[Any]:

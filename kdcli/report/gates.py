@@ -44,6 +44,8 @@ NAMES = (
 )
 
 
+_SHARES = ("accuracy", "macro_f1", "ece", "drop", "agreement", "p_value")
+_PERCENT = 2  # from here on a share is certainly meant in percent
 _COMPARED = ("drop", "agreement", "p_value", "speedup", "size_ratio")
 _NOTHING = "there is nothing to compare with; --baseline MODEL measures another model on the same rows"
 
@@ -109,6 +111,12 @@ def parse_expression(given: str) -> Expression:
         threshold = math.nan
     if not math.isfinite(threshold):
         raise UsageError(f"'{number}' in the gate '{given}' is not a number")
+    if name in _SHARES and (threshold >= _PERCENT or (threshold > 1 and sign[0] == "<")):
+        # drop<=2 would hold whatever the model answers.
+        raise UsageError(
+            f"'{number}' in the gate '{given}': {name} is at most 1",
+            f"write {threshold / 100:g} for {number} %",
+        )
     return Expression(name, sign, threshold)
 
 

@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kdcli import __version__
+from kdcli.data.labels import printable
 from kdcli.errors import InputError, UsageError
 from kdcli.export import files
 from kdcli.measure import environment
-from kdcli.models import graph_only, safety
-from kdcli.models.checkpoint import Checkpoint
+from kdcli.models import graph_only, safety, tokenizers
+from kdcli.models.checkpoint import Checkpoint, quiet
 from kdcli.models.references import Resolved
 from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
@@ -85,7 +86,10 @@ def run(request: Request, progress: Progress) -> Outcome:
         progress.phase(f"measure {model.ref}")
         ours.append(_measure(request, options, model, dataset, picked, timings, progress))
     progress.phase("measure latency")
-    everyone = [one.timed for one in ([baseline, *ours] if baseline is not None else ours)]
+    judges = [baseline, *ours] if baseline is not None else ours
+    if dataset.ids:
+        _check_ids(judges)
+    everyone = [one.timed for one in judges]
     measuring.time_together(everyone, _conditions(request, options, timings, progress))
     reports = [_report(request, options, one, baseline, dataset, picked, timings) for one in ours]
     if out is not None:
@@ -152,6 +156,25 @@ def _measure(
     )
     timed = measuring.Timed(checkpoint, graph, rows, measured)
     return _Judged(found.ref, checkpoint, timed, warnings, agreed)
+
+
+def _check_ids(judges: list[_Judged]) -> None:
+    """Refuse models that a number in the data would mean different labels of.
+
+    Raises:
+        InputError: Two models have the same labels in another order.
+    """
+    first = judges[0]
+    for one in judges[1:]:
+        ours, theirs = first.checkpoint.labels, one.checkpoint.labels
+        if ours != theirs and set(ours) == set(theirs):
+            at = next(i for i, name in enumerate(ours) if theirs[i] != name)
+            raise InputError(
+                f"with :ids in --columns a number means another label to '{one.source}' "
+                f"({at} is {printable(theirs[at])}) than to '{first.source}' ({at} is {printable(ours[at])}), "
+                "so they can't be compared",
+                "write the names of the labels into the data",
+            )
 
 
 def _conditions(
@@ -252,8 +275,12 @@ def _recorded(first: LineageEntry) -> Measurement | None:
 
 
 def _write(one: _Judged, report: Report, out: Path, timings: Timings, *, force: bool) -> Report:
-    """Copy the model unchanged, with the graph that was judged, the card and the report."""
-    source = one.checkpoint.path
+    """Copy the model unchanged, with the graph that was judged, the card and the report.
+
+    Where plain transformers, which the card has people call, would make another tokenizer out of the copy, its settings
+    name the class that reads it rightly.
+    """
+    source, tokenizer = one.checkpoint.path, one.checkpoint.tokenizer
     assert one.graph is not None
     beside = files.beside(one.graph)
     copied = [path for path in sorted(source.iterdir()) if path.is_file() and _belongs(path)]
@@ -266,6 +293,9 @@ def _write(one: _Judged, report: Report, out: Path, timings: Timings, *, force: 
             place = work / path.relative_to(one.graph.parent)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
+        with quiet():
+            if not tokenizers.plainly_alike(tokenizer, work, tokenizer.padding_side):
+                tokenizers.save(tokenizer, source, work, max_length=one.checkpoint.max_length)
         report = runner.finish(report, work, timings)
         output.publish(work, out, force=force)
     return report

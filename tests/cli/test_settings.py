@@ -139,6 +139,36 @@ def test_an_empty_variable_drops_no_gate(
         assert f"{variable} is set, but empty" in result.err
 
 
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("KDCLI_MAXDROP", "KDCLI_MAX_DROP"),
+        ("kdcli_max_drop", "KDCLI_MAX_DROP"),
+        ("KDCLI_MIN_SPEED_UP", "KDCLI_MIN_SPEEDUP"),
+        ("KDCLI_GATES", "KDCLI_GATE"),
+        ("KDCLI_COLUMN", "KDCLI_COLUMNS"),
+    ],
+)
+def test_a_misspelt_variable_drops_no_gate(
+    variable: str, meant: str, call: Call, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "0.1")
+    result = call("evaluate", "model")
+    assert result.code == 2
+    assert f"kdcli does not read {variable}: did you mean {meant}?" in result.err
+    assert not recorder.requests
+
+
+def test_variables_of_others_are_let_be(
+    call: Call, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDCLI_DATA_DIR", "mine")
+    monkeypatch.setenv("KDCLI_MAXDROP", "0.1")
+    monkeypatch.setenv("KDCLI_MAX_DROP", "0.3")  # the right name stands in for the wrong one, as a flag does
+    assert call("evaluate", "model").code == 0
+    assert recorder.request.common.gates.max_drop == 0.3
+
+
 def test_a_flag_stands_in_for_an_empty_variable(
     call: Call, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

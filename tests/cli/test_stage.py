@@ -50,6 +50,14 @@ def test_quiet_says_only_what_went_wrong(call: Call, recorder: Recorder) -> None
     assert err.splitlines() == ["kdcli prune: gate missed: accuracy>=0.9", "  the output is kept in out/kept"]
 
 
+def test_judging_alone_keeps_no_output(call: Call, recorder: Recorder) -> None:
+    missed = fakes.report(exit_code=4, gates=(("accuracy>=0.9", False),)).model_copy(
+        update={"stage": "evaluate"}
+    )
+    recorder.outcome = Outcome(Path("model"), missed)
+    assert call("evaluate", "model", "-q").err.splitlines() == ["kdcli evaluate: gate missed: accuracy>=0.9"]
+
+
 def test_verbose_shows_more_rows_and_times(call: Call) -> None:
     brief, long = call("prune", "model").err, call("prune", "model", "-v").err
     assert "throughput" in long

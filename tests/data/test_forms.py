@@ -115,6 +115,32 @@ def test_rows_must_fit_the_header(tmp_path: Path, content: str, message: str) ->
         read(tmp_path / "a.csv", Columns())
 
 
+def test_a_line_of_blanks_is_an_empty_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,x\n  \nb,y\n   ")
+    found = read(tmp_path / "a.csv", Columns())
+    assert found.rows.first == ["a", "b"]
+    assert list(found.lines) == [2, 4]
+    (tmp_path / "a.csv").write_text("text,label\na,x\nb\n")
+    with pytest.raises(InputError) as caught:
+        read(tmp_path / "a.csv", Columns())
+    assert "quotes" not in str(caught.value.hint)  # nothing is to be quoted where a field is missing
+
+
+def test_a_file_that_begins_with_a_row(tmp_path: Path) -> None:
+    """Its first text must not be offered as the name of the column."""
+    (tmp_path / "a.csv").write_text("this film was really very good,good\nand this one was quite bad,bad\n")
+    with pytest.raises(InputError, match="first line seems to be a row") as caught:
+        read(tmp_path / "a.csv", Columns())
+    assert "--columns" not in str(caught.value.hint)
+
+
+def test_one_file_with_the_rows_of_several_splits(tmp_path: Path) -> None:
+    row = {"text": "a", "label": "x"}
+    (tmp_path / "a.json").write_text(json.dumps({"train": [row, row], "test": [row]}))
+    with pytest.raises(InputError, match="several lists of rows: train, test"):
+        read(tmp_path / "a.json", Columns())
+
+
 OBJECTS = [{"text": t, "label": x} for t, x in zip(TEXTS, LABELS, strict=True)]
 JSON: dict[str, Callable[[], str]] = {
     "lines": lambda: "\n".join(json.dumps(x) for x in OBJECTS),

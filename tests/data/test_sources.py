@@ -264,7 +264,7 @@ def test_to_judge_models_one_file_is_one_split(tmp_path: Path) -> None:
     data = load(str(path), judging=Judging())
     assert {split: len(rows) for split, rows in data.splits.items()} == {"test": 40}
     assert data.splits["test"].first == [text for text, _ in numbered(40)]
-    assert data.notes == [f"'{path}' is one file: all 40 rows of it are judged"]
+    assert data.notes == [f"'{path}' is one file: all 40 rows of it are the split to judge"]
     assert list(load(str(path), judging=Judging(split="validation")).splits) == ["validation"]
 
 

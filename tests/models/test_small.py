@@ -1,4 +1,4 @@
-"""Students that are no transformers, against naive loops, against torch's own layers, and without padding."""
+"""Students without a transformer, against naive loops, against torch's own layers, and without padding."""
 
 from __future__ import annotations
 

@@ -29,6 +29,13 @@ def test_a_size_keeps_every_digit() -> None:
     assert parse_size("9" * 400) == int("9" * 400)
 
 
+@pytest.mark.parametrize("given", ["drop<=2", "drop<1.5", "ece<=5", "accuracy>=90", "agreement>=99.5"])
+def test_a_share_in_percent_is_refused(given: str) -> None:
+    """drop<=2 held for a model that answers nothing right."""
+    with pytest.raises(UsageError, match="is at most 1"):
+        parse_expression(given)
+
+
 def test_expressions_are_taken_apart() -> None:
     assert parse_expression(" accuracy >= 0.9 ") == Expression("accuracy", ">=", 0.9)
     assert parse_expression("onnx_bytes<20MiB") == Expression("onnx_bytes", "<", 20 * 2.0**20)

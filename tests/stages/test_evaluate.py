@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
 
 from kdcli.errors import ExitCode, InputError, ParityError, UsageError
 from kdcli.export import onnx as exporter
@@ -80,7 +83,25 @@ def test_it_writes_a_copy_only_when_asked(models: Path, data_dir: Path, tmp_path
     assert judge(models / "a", data=data_dir, common={"out": out}).path == out
     assert io.read(out).stage == "evaluate"
     assert (out / "model.onnx").is_file()
-    assert (out / "model.safetensors").read_bytes() == before["model.safetensors"]
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == before[name]
+
+
+def test_plain_transformers_reads_the_right_tokenizer_out_of_the_copy(data_dir: Path, tmp_path: Path) -> None:
+    model, out, text = tiny.saved(tmp_path / "model"), tmp_path / "judged", "A good-film"
+    backend = Tokenizer.from_file(str(model / "tokenizer.json"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("-", " ")])
+    backend.save(str(model / "tokenizer.json"))
+    settings = model / "tokenizer_config.json"
+    named = json.loads(settings.read_text(encoding="utf-8")) | {"tokenizer_class": "BertTokenizer"}
+    settings.write_text(json.dumps(named), encoding="utf-8")
+    right = backend.encode(text).ids
+    assert AutoTokenizer.from_pretrained(model)(text)["input_ids"] != right  # made anew from the vocabulary
+    judge(model, data=data_dir, common={"out": out})
+    assert AutoTokenizer.from_pretrained(out)(text)["input_ids"] == right
+    for name in ("tokenizer.json", "model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (model / name).read_bytes()
 
 
 def test_without_baseline_the_lineage_is_the_measure(models: Path, data_dir: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from kdcli.stages.base import Common, EvaluateOptions, PruneOptions, Request
 from tests import tiny
 
 
-def judge(model: Path, **common) -> runner.Outcome:
-    options = EvaluateOptions(models=(str(model),), batch_sizes=(1,))
+def judge(model: Path, baseline: Path | None = None, **common) -> runner.Outcome:
+    against = None if baseline is None else str(baseline)
+    options = EvaluateOptions(models=(str(model),), batch_sizes=(1,), baseline=against)
     return runner.run(
         Request(stage="evaluate", model=None, options=options, common=Common(**common)), Progress()
     )
@@ -51,3 +54,19 @@ def test_numbers_against_names(data_dir: Path, tmp_path: Path) -> None:
     again = judge(tmp_path / "pruned").report
     assert again.after.quality == made.after.quality
     assert again.config["columns"].value == columns
+
+
+def test_a_number_that_means_different_labels_to_two_models(data_dir: Path, tmp_path: Path) -> None:
+    """One model with its labels in two orders answers alike: as ids, the same numbers would be right and wrong."""
+    first, other = tiny.saved(tmp_path / "first"), tmp_path / "other"
+    shutil.copytree(first, other)
+    config = json.loads((other / "config.json").read_text())
+    names = tiny.LABELS[::-1]
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    (other / "config.json").write_text(json.dumps(config))
+    numbers = tmp_path / "numbers.csv"
+    numbers.write_text("text,label\n" + "".join(f"row {i} of them,{i % 2}\n" for i in range(8)))
+    columns = "label=label:ids"
+    assert judge(first, first, data=str(numbers), columns=columns).report.delta.accuracy == 0
+    with pytest.raises(InputError, match="a number means another label to"):
+        judge(other, first, data=str(numbers), columns=columns)

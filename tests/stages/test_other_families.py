@@ -28,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "deberta-v2": SMALL
     | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
     | {"type_vocab_size": 0},
+    "fnet": SMALL,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 42},
     "roformer": SMALL,
     "xlnet": {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48},
@@ -118,6 +119,17 @@ def test_a_teacher_without_an_onnx_form_teaches(data_dir: Path, tmp_path: Path) 
     assert report.before.size.onnx_bytes is None
     assert report.delta.size_ratio is None
     assert "measured-in-torch" in {w.code for w in report.warnings}
+
+
+def test_an_export_that_fails_is_told_in_one_line(
+    data_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = saved(tmp_path / "fnet", "fnet")  # has an operator that ONNX lacks
+    capfd.readouterr()
+    with pytest.raises(InputError, match="cannot be exported"):
+        judge(path, data_dir)
+    seen = capfd.readouterr()
+    assert "graph(" not in seen.out + seen.err, "torch dumps what it had so far"
 
 
 def test_a_student_has_a_position_for_every_token_that_its_teacher_reads(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Students that are no transformers go through the same commands: distill, quantize, evaluate."""
+"""Students without a transformer go through the same commands: distill, quantize, evaluate."""
 
 from __future__ import annotations
 
