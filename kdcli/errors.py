@@ -101,6 +101,13 @@ class InterruptedRun(BaseException):
         self.exit_code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
 
 
+def first_line(error: BaseException) -> str:
+    """What another library says of an error, its class where it says nothing: one printable line, 200 characters."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    said = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in said)
+    return said if len(said) <= 200 else said[:199] + "…"
+
+
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Return the choices of a message: the likeliest one first, then all, sorted.
 

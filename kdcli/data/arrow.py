@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdcli.data.labels import first_line, printable
+from kdcli.data.labels import printable
 from kdcli.data.tables import Table
-from kdcli.errors import InputError
+from kdcli.errors import InputError, first_line
 
 SAVED = "dataset_info.json"
 SAVED_SPLITS = "dataset_dict.json"

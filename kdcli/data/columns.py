@@ -50,6 +50,7 @@ class Columns:
     ids: bool = False
 
     def name(self, role: str) -> str:
+        """The column that plays a role; the role's own name where none was given."""
         return self.names.get(role, role)
 
     def with_ids(self) -> str:

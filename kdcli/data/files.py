@@ -9,9 +9,8 @@ from pathlib import Path
 
 from kdcli.data import arrow, delimited, objects
 from kdcli.data.delimited import Fits
-from kdcli.data.labels import first_line
 from kdcli.data.tables import Table
-from kdcli.errors import InputError, did_you_mean
+from kdcli.errors import InputError, did_you_mean, first_line
 
 MAX_UNPACKED = 4 << 30
 """Bytes that a packed file may have when unpacked."""

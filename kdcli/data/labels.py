@@ -20,11 +20,6 @@ def printable(name: str, width: int = 60) -> str:
     return clean if len(clean) <= width else clean[: width - 1] + "…"
 
 
-def first_line(error: Exception) -> str:
-    """What another library says of an error, on one printable line."""
-    return printable((str(error).strip() or type(error).__name__).splitlines()[0], 200)
-
-
 def listed(names: Sequence[str]) -> str:
     """The names for a message, a long list shortened."""
     if not names:

@@ -44,6 +44,7 @@ class Located:
     without_label: int = 0
 
     def place(self, i: int) -> str:
+        """Where row ``i`` is, for a message."""
         return f"{self.source}, {self.unit} {self.lines[i]}"
 
     def take(self, indices: np.ndarray) -> Located:
@@ -65,6 +66,7 @@ class Table:
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def place(self, i: int) -> str:
+        """Where row ``i`` is, for a message."""
         return f"{self.source}, {self.unit} {self.lines[i]}"
 
 

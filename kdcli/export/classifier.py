@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 
 from kdcli import memory
-from kdcli.errors import InputError, KdcliError
+from kdcli.errors import InputError, first_line
 from kdcli.export import files, sessions
 
 Batch = Mapping[str, np.ndarray]
@@ -152,13 +152,10 @@ def running(
             fed = {name: batch.get(name, none).astype(kind, copy=False) for name, kind in how.inputs.items()}
             try:
                 scores: np.ndarray = held[0].run([how.output], fed)[0]
-            except KdcliError:
-                raise
             except Exception as error:  # onnxruntime's errors share no base class but Exception
                 rows, tokens = batch["input_ids"].shape
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
                 raise InputError(
-                    f"{path} stops on {rows} rows of {tokens} tokens: {reason}",
+                    f"{path} stops on {rows} rows of {tokens} tokens: {first_line(error)}",
                     "it must belong to this tokenizer, and take any number of rows and tokens",
                 ) from error
             _check_scores(scores, len(batch["input_ids"]), labels, path)

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from kdcli import memory
-from kdcli.errors import InputError, ResourceError
+from kdcli.errors import InputError, ResourceError, first_line
 from kdcli.export import files
 
 ort.disable_telemetry_events()  # of a Windows build, which reads no variable; see kdcli/__init__.py
@@ -56,8 +56,7 @@ def open_session(
     try:
         return ort.InferenceSession(source, options, providers=providers)
     except Exception as error:  # onnxruntime's errors share no base class but Exception
-        reason = str(error).strip().splitlines()[0][:200]
-        raise InputError(f"onnxruntime cannot open {path}: {reason}") from error
+        raise InputError(f"onnxruntime cannot open {path}: {first_line(error)}") from error
 
 
 def is_large(path: Path) -> bool:

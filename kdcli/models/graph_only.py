@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdcli.errors import InputError
+from kdcli.errors import InputError, first_line
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import foreign, inputs, safety, tokenizers, transforms
 from kdcli.models.checkpoint import Checkpoint
@@ -50,8 +50,7 @@ def load(path: Path, *, device: str | torch.device = "cpu") -> Checkpoint:
         with checkpoints.quiet():
             config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"config.json in {safety.show(path)} cannot be read: {reason}") from error
+        raise InputError(f"config.json in {safety.show(path)} cannot be read: {first_line(error)}") from error
     names = foreign.labels_of(files.config, safety.show(path / "config.json"))
     if names is None:
         raise InputError(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kdcli.errors import InputError
+from kdcli.errors import InputError, first_line
 from kdcli.models import foreign
 from kdcli.models.foreign import CheckpointFiles
 from kdcli.models.safety import show
@@ -168,7 +168,7 @@ def _from_pretrained(
         *(ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError, ImportError),
         *(SafetensorError, StrictDataclassError),
     ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         if isinstance(error, KeyError):  # whose words are the key alone
             reason = f"transformers knows nothing named {error}; see the names in its config.json, such as hidden_act"
         if "above report" in reason:  # it went to a log that nobody sees

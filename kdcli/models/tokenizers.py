@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdcli.errors import InputError
+from kdcli.errors import InputError, first_line
 from kdcli.models import safety, tokens
 from kdcli.models.safety import show
 
@@ -25,8 +25,6 @@ SETTINGS = "tokenizer_config.json"
 # directory.
 _OTHERS = ("special_tokens_map.json",)
 _VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt")
-DECISIVE = (FILE, SETTINGS, *_VOCABULARIES)
-"""Files that decide how a text is split."""
 
 _SENTENCEPIECE = ("spm.model", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
@@ -80,8 +78,9 @@ def load(path: Path, *, by_kdcli: bool = False) -> Any:
         except Exception:
             tokenizer = None
         if tokenizer is None:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"{show(path)} has no tokenizer that can be loaded: {reason}") from error
+            raise InputError(
+                f"{show(path)} has no tokenizer that can be loaded: {first_line(error)}"
+            ) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         if backend is None:
             raise InputError(
@@ -108,17 +107,25 @@ def read(path: Path) -> Any:
     Raises:
         InputError: It cannot be read.
     """
+    return opened(path)[0]
+
+
+def opened(path: Path) -> tuple[Any, int | None]:
+    """The same, and the number of tokens at which the file itself cuts texts; transformers does not heed it.
+
+    Raises:
+        InputError: It cannot be read.
+    """
     from tokenizers import Tokenizer
 
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise InputError(
-            f"{show(path)} cannot be read as a tokenizer: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise InputError(f"{show(path)} cannot be read as a tokenizer: {first_line(error)}") from error
+    cut = None if backend.truncation is None else int(backend.truncation["max_length"])
     backend.no_truncation()
     backend.no_padding()
-    return backend
+    return backend, cut
 
 
 def check_size(tokenizer: Any, embedded: int, path: Path) -> None:
@@ -227,17 +234,19 @@ def plainly_alike(tokenizer: Any, directory: Path, side: str) -> bool:
         return False
 
 
-def as_the_settings_say(path: Path) -> tuple[Any, list[str]] | None:
-    """How transformers 4 splits texts where the settings of a checkpoint contradict its ``tokenizer.json``.
+def as_the_settings_say(path: Path, backend: Any) -> list[str]:
+    """Make a tokenizer split as transformers 4 does where the settings of a checkpoint contradict ``tokenizer.json``.
+
+    Args:
+        path: The checkpoint's directory.
+        backend: What :func:`read` gave of its file; changed here.
 
     Returns:
-        Another ``tokenizers.Tokenizer`` and what differs, in words; None when nothing does.
+        What differs, in words; nothing when nothing does.
     """
-    if not (path / FILE).is_file():
-        return None
     from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-    backend, content = read(path / FILE), _settings(path)
+    content = _settings(path)
     words = []
     for key, (value, own) in _overridden(backend, content).items():
         words.append(f"{key} is {json.dumps(value)}, not {json.dumps(own)}")
@@ -251,17 +260,7 @@ def as_the_settings_say(path: Path) -> tuple[Any, list[str]] | None:
         words.append(f"{token!r} is a token of its own")
         made = AddedToken(token, normalized=False, special=special)
         (backend.add_special_tokens if special else backend.add_tokens)([made])
-    return (backend, words) if words else None
-
-
-def stored_cut(path: Path) -> int | None:
-    """The number of tokens at which ``tokenizer.json`` itself cuts texts; transformers does not heed it."""
-    from tokenizers import Tokenizer
-
-    if not (path / FILE).is_file():
-        return None
-    truncation = Tokenizer.from_file(str(path / FILE)).truncation
-    return None if truncation is None else int(truncation["max_length"])
+    return words
 
 
 def _auto(path: Path) -> Any:

@@ -14,7 +14,7 @@ import torch
 from kdcli import __version__, cache
 from kdcli.data import batching, sampling
 from kdcli.data.text import Encoded
-from kdcli.errors import InputError, ParityError
+from kdcli.errors import InputError, ParityError, first_line
 from kdcli.export import files, fusion, onnx, parity, runtimes, sessions
 from kdcli.export.fusion import Fusion
 from kdcli.models import activations
@@ -239,8 +239,7 @@ def _check(
     except Exception as error:  # onnxruntime's errors have no common base
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _NotRunError(f"onnxruntime does not run the graph ({said[:_SAID]})") from error
+        raise _NotRunError(f"onnxruntime does not run the graph ({first_line(error)[:_SAID]})") from error
 
 
 def _many(encoded: Encoded, pad_id: int) -> list[dict[str, np.ndarray]]:

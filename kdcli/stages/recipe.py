@@ -23,7 +23,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kdcli import cache
-from kdcli.errors import ExitCode, InputError, did_you_mean
+from kdcli.errors import ExitCode, InputError, did_you_mean, first_line
 from kdcli.measure import environment
 from kdcli.models import references
 from kdcli.progress import Progress
@@ -98,7 +98,7 @@ def read(path: Path) -> list[Step]:
     except OSError as error:
         raise InputError(f"recipe '{path}' cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"recipe '{path}' is not YAML: {str(error).splitlines()[0]}") from error
+        raise InputError(f"recipe '{path}' is not YAML: {first_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("stages"), list) or not content["stages"]:
         raise InputError(f"recipe '{path}' has no list 'stages'", "see kdcli run --help for an example")
     shared = {_key(k): v for k, v in content.items() if k != "stages"}

@@ -6,7 +6,7 @@ import numpy as np
 
 from kdcli.data import batching
 from kdcli.data.text import Encoded
-from kdcli.errors import InputError, KdcliError
+from kdcli.errors import InputError, KdcliError, first_line
 from kdcli.export.parity import RELATIVE_TOLERANCE
 from kdcli.models.aliases import SMALL_STUDENTS
 from kdcli.models.checkpoint import Checkpoint, supported_families
@@ -52,7 +52,7 @@ def probe(checkpoint: Checkpoint, encoded: Encoded) -> list[Warning_]:
         raise
     except Exception as error:  # what a model raises has no common base
         raise InputError(
-            f"the model (model_type {kind!r}) cannot answer a text of the data: {_first_line(error)}",
+            f"the model (model_type {kind!r}) cannot answer a text of the data: {first_line(error)}",
             "see whether plain transformers can; settings of config.json may not fit its tokenizer",
         ) from error
     try:
@@ -61,7 +61,7 @@ def probe(checkpoint: Checkpoint, encoded: Encoded) -> list[Warning_]:
         raise
     except Exception as error:
         raise InputError(
-            f"the model (model_type {kind!r}) cannot answer several texts at once: {_first_line(error)}",
+            f"the model (model_type {kind!r}) cannot answer several texts at once: {first_line(error)}",
             "give it a padding token: pad_token in tokenizer_config.json, pad_token_id in config.json",
         ) from error
     difference = float(np.abs(alone - together).max())
@@ -72,7 +72,3 @@ def probe(checkpoint: Checkpoint, encoded: Encoded) -> list[Warning_]:
         "or in batches of one length"
     )
     return [Warning_(code="padding-matters", message=message)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

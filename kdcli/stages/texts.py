@@ -40,25 +40,27 @@ def check_reading(checkpoint: Checkpoint, rows: Rows, encoded: Encoded, split: s
     """
     found = []
     path, limit = checkpoint.path, checkpoint.max_length
+    if not (path / tokenizers.FILE).is_file():
+        return []
+    backend, stored = tokenizers.opened(path / tokenizers.FILE)
     picked = _sample(len(rows))
     picked = picked[encoded.lengths[picked] < limit]  # how a text is cut is not the file's matter
-    if (path / tokenizers.FILE).is_file() and len(picked):
+    if len(picked):
         sample, ours = rows.take(picked), encoded.take(picked)
-        if wrong := _unlike(ours, tokenizers.read(path / tokenizers.FILE), sample):
+        if wrong := _unlike(ours, backend, sample):
             raise InputError(
                 f"{len(wrong)} of {len(picked)} rows of {split} are not split as {path / tokenizers.FILE} splits them, "
                 f"such as {sample.first[wrong[0]][:60]!r}",
                 "this tokenizer needs more than its file says; save it again with transformers",
             )
-        other = tokenizers.as_the_settings_say(path)
-        if other is not None and (wrong := _unlike(ours, other[0], sample)):
+        differing = tokenizers.as_the_settings_say(path, backend)
+        if differing and (wrong := _unlike(ours, backend, sample)):
             share = f"{len(wrong)} of {len(picked)} rows of {split}"
             message = (
-                f"the files beside tokenizer.json contradict it ({'; '.join(other[1][:3])}): transformers 4 would "
+                f"the files beside tokenizer.json contradict it ({'; '.join(differing[:3])}): transformers 4 would "
                 f"split {share} in another way, kdcli follows tokenizer.json"
             )
             found.append(Warning_(code="tokenizer-settings", message=message))
-    stored = tokenizers.stored_cut(path)
     if stored is not None and stored < limit and (longer := int((encoded.lengths > stored).sum())):
         message = (
             f"tokenizer.json stores a cut at {stored} tokens, which transformers does not heed: kdcli measured at "

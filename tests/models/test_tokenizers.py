@@ -191,7 +191,7 @@ def test_a_stored_cut_stays_in_the_copy_and_does_not_cut_what_is_measured(tmp_pa
     made = load(given)
     assert made.tokenizer(["good film the plot was"])["input_ids"] == ids(given, ["good film the plot was"])
     assert len(made.tokenizer("good film the plot was")["input_ids"]) == 7
-    assert tokenizers.stored_cut(given) == 4
+    assert tokenizers.opened(given / tokenizers.FILE)[1] == 4
     (tmp_path / "out").mkdir()
     tokenizers.save(made.tokenizer, given, tmp_path / "out", max_length=40)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (given / "tokenizer.json").read_bytes()
@@ -206,9 +206,9 @@ def test_settings_that_contradict_the_file_are_told_and_made_to_agree(
     backend = wordpiece()
     cased(backend)
     given = bert(tmp_path / "in", backend, **setting)
-    other = tokenizers.as_the_settings_say(given)
-    assert other is not None
-    assert other[0].encode("Good café").ids != ids(given, ["Good café"])[0]
+    other = tokenizers.read(given / tokenizers.FILE)
+    assert tokenizers.as_the_settings_say(given, other)
+    assert other.encode("Good café").ids != ids(given, ["Good café"])[0]
     (tmp_path / "out").mkdir()
     tokenizers.save(tokenizers.load(given), given, tmp_path / "out", max_length=40)
     content = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8"))
