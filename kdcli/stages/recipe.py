@@ -272,6 +272,7 @@ def _cache_key(step: Step, model: str | None) -> tuple[str, str]:
     Paths are not part of the key. The machine is, because speeds that were measured on another one are no measure here.
     """
     from kdcli.models.checkpoint import weights_digest
+    from kdcli.stages import judged
 
     request = _request(step, model, step.common)
     found = [references.resolve(name, offline=step.common.offline) for name in early.models_of(request)]
@@ -279,7 +280,7 @@ def _cache_key(step: Step, model: str | None) -> tuple[str, str]:
     settled = early.settle_data(request, found[0].path)
     dataset = early.load_data(settled, [found[0].path])
     read = [getattr(step.options, f.name) for f in fields(step.options)]
-    graphs = [one.path / "model.onnx" for one in found]
+    graphs = [graph for one in found if (graph := judged.own_graph(one.path)) is not None]
     files = [path for path in (*graphs, *read) if isinstance(path, Path) and path.is_file()]
     key = cache.key(
         stage=step.stage,
