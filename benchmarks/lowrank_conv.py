@@ -45,10 +45,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcli.export.quiet import quiet
-from kdcli.methods import load, rank_budget
-from kdcli.methods.rank_budget import Choices
 from kdcli.models import conv_factors
 from kdcli.models.conv_factors import KINDS
+from kdcli.registry import load
+from kdcli.stages.lowrank import rank_budget
+from kdcli.stages.lowrank.rank_budget import Choices
 
 EPOCHS, BATCH, RATE = 15, 64, 1e-3
 TRIED = 5

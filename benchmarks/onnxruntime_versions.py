@@ -80,15 +80,17 @@ def build(given: argparse.Namespace) -> None:
     import onnx
     import torch
 
-    from kdcli.data import batching, sources
+    from kdcli.context import Context
+    from kdcli.data import sources
+    from kdcli.export import graph as graphs
+    from kdcli.inputs import batching
+    from kdcli.inputs.splits import Splits
     from kdcli.models import checkpoint as checkpoints
     from kdcli.progress import Progress
-    from kdcli.stages import graph as graphs
-    from kdcli.stages import lowrank, quantize
-    from kdcli.stages.base import Common, LowRankOptions, QuantizeOptions, Request
-    from kdcli.stages.context import Context
-    from kdcli.stages.runner import Splits
-    from kdcli.stages.timing import Timings
+    from kdcli.request import Common, LowRankOptions, QuantizeOptions, Request
+    from kdcli.stages.lowrank import stage as lowrank
+    from kdcli.stages.quantize import stage as quantize
+    from kdcli.timing import Timings
 
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)

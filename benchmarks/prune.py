@@ -23,8 +23,8 @@ from typing import Any
 import common
 from common import by_onnxruntime_alone, header, mean, pairs, reports
 
-from kdcli import methods
-from kdcli.stages.base import STRUCTURES
+from kdcli import registry
+from kdcli.request import STRUCTURES
 
 STRUCTURE = "heads+neurons"
 DEFAULT = STRUCTURES[STRUCTURE]
@@ -42,8 +42,8 @@ def unit_methods() -> list[str]:
     """Names of all methods that prune heads and neurons together."""
     return [
         name
-        for name in methods.names("prune")
-        if STRUCTURE in getattr(methods.load("prune", name), "STRUCTURES", ())
+        for name in registry.names("prune")
+        if STRUCTURE in getattr(registry.load("prune", name), "STRUCTURES", ())
     ]
 
 
@@ -64,16 +64,16 @@ def plan(group: str, rival: str) -> list[Line]:
     lines: list[Line] = []
     for name in unit_methods():
         words = ["--method", name, "--budget", "0.5", *trained(name)]
-        seeds = SEEDS if "samples" in methods.load("prune", name).Config.model_fields else SEEDS[:1]
+        seeds = SEEDS if "samples" in registry.load("prune", name).Config.model_fields else SEEDS[:1]
         lines.append((f"{name}-50", seeds, words))
-        if "steps" in methods.load("prune", name).Config.model_fields:
+        if "steps" in registry.load("prune", name).Config.model_fields:
             lines.append((f"{name}-50-oneshot", SEEDS[:1], [*words, "--schedule", "one-shot"]))
     return lines
 
 
 def trained(name: str) -> list[str]:
     """A method that learns what to remove cannot do without an epoch."""
-    return ["--epochs", "1"] if getattr(methods.load("prune", name), "TRAINED", False) else []
+    return ["--epochs", "1"] if getattr(registry.load("prune", name), "TRAINED", False) else []
 
 
 def run(given: argparse.Namespace) -> None:

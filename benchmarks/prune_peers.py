@@ -50,13 +50,13 @@ class Bench:
     test: Any  # Encoded
 
     def macs(self) -> float:
-        from kdcli.methods.prune_budget import layer_macs
+        from kdcli.stages.prune.budget import layer_macs
 
         return sum(layer_macs(layer, self.tokens) for layer in self.layers)
 
     def accuracy(self) -> float:
-        from kdcli.data import batching
-        from kdcli.training.batches import torch_runner
+        from kdcli.inputs import batching
+        from kdcli.inputs.feeding import torch_runner
 
         run, right = torch_runner(self.checkpoint), 0
         for rows in batching.inference_batches(self.test.lengths, 64):
@@ -69,11 +69,12 @@ def bench(model: str, data: str, seed: int, samples: int, batch_size: int = 32) 
     """Load model and data, and draw the rows."""
     import torch
 
-    from kdcli.data import batching, sources
+    from kdcli.data import sources
+    from kdcli.inputs import batching
+    from kdcli.inputs.feeding import model_inputs
+    from kdcli.inputs.splits import Splits
     from kdcli.models.checkpoint import load
     from kdcli.models.families import encoder_layers
-    from kdcli.stages.runner import Splits
-    from kdcli.training.batches import model_inputs
 
     made = load(Path(model))
     splits = Splits(sources.load(data), made)
@@ -173,7 +174,7 @@ def textpruner(given: Bench, share: float, *, even: bool) -> None:
     column of the second feed-forward matrix; when all layers are to be alike, that of its row and bias in the first
     one is added. Scores are summed over batches. Numbers of heads and of neurons fall in equal steps.
     """
-    from kdcli.methods.prune_budget import head_macs, neuron_macs
+    from kdcli.stages.prune.budget import head_macs, neuron_macs
 
     layers, count, budget = given.layers, len(given.layers), share * given.macs()
     heads, neurons = sum(x.heads for x in layers), sum(x.neurons for x in layers)

@@ -26,15 +26,15 @@ def exit_codes() -> str:
 
 def methods() -> str:
     """docs/methods.md: every method's docstring and settings."""
-    from kdcli import methods as registry
+    from kdcli import registry
 
     parts = [
         "# Methods\n\nSettings are given with `--set KEY=VALUE`; `kdcli list methods` lists the names.\n"
     ]
-    for family in registry.FAMILIES:
-        parts.append(f"## {family}\n")
-        for name in registry.names(family):
-            module = registry.load(family, name)
+    for stage in registry.STAGES:
+        parts.append(f"## {stage}\n")
+        for name in registry.names(stage):
+            module = registry.load(stage, name)
             summary, _, text = (module.__doc__ or "").strip().partition("\n")
             parts.append(f"### {name}\n\n{summary}\n\n```text\n{text.strip()}\n```\n")
             if getattr(module, "KIND", "response") != "response":

@@ -6,7 +6,7 @@ import typer
 
 from kdcli.cli import options as o
 from kdcli.cli import values
-from kdcli.stages.base import Common, DistillOptions
+from kdcli.request import Common, DistillOptions
 
 EXAMPLES = """
 kdcli distill --teacher minilm --student tiny --data reviews/ -o out/student

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from kdcli.cli import options as o
-from kdcli.stages.base import Common, EvaluateOptions
+from kdcli.request import Common, EvaluateOptions
 
 EXAMPLES = """
 kdcli evaluate out/int8 --baseline out/teacher --max-drop 0.01 --min-speedup 2

@@ -68,19 +68,19 @@ def data() -> list[dict[str, Any]]:
 
 def methods() -> list[dict[str, Any]]:
     """Methods of every stage."""
-    from kdcli import methods as registry
+    from kdcli import registry
 
     return [
-        {"stage": family, "name": name, "summary": registry.summary(family, name)}
-        for family in registry.FAMILIES
-        for name in registry.names(family)
+        {"stage": stage, "name": name, "summary": registry.summary(stage, name)}
+        for stage in registry.STAGES
+        for name in registry.names(stage)
     ]
 
 
 def students() -> list[dict[str, Any]]:
     """Student presets and where their first weights come from."""
     from kdcli.models.aliases import SMALL_STUDENTS, STUDENT_REPOS
-    from kdcli.stages.base import STUDENT_PRESETS
+    from kdcli.request import STUDENT_PRESETS
 
     encoders = [
         {

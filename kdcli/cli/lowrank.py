@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from kdcli.cli import options as o
-from kdcli.stages.base import Common, LowRankOptions
+from kdcli.request import Common, LowRankOptions
 
 EXAMPLES = """
 kdcli lowrank out/pruned --budget 0.6 -o out/lowrank

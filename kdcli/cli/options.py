@@ -1,6 +1,6 @@
 """Every option once, as an Annotated alias.
 
-A parameter is called as the field of ``kdcli.stages.base`` that it fills; its flag is written here.
+A parameter is called as the field of ``kdcli.request`` that it fills; its flag is written here.
 ``KDCLI_<FLAG>`` variables and the keys of kdcli.toml follow from the flag (see ``command.py``).
 """
 
@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from kdcli import request as base
 from kdcli.cli import values
-from kdcli.stages import base
 
 
 def _option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from kdcli.cli import options as o
-from kdcli.stages.base import Common, PruneOptions
+from kdcli.request import Common, PruneOptions
 
 EXAMPLES = """
 kdcli prune out/student --structure heads+neurons --sparsity 0.5 -o out/pruned

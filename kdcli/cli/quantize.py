@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from kdcli.cli import options as o
-from kdcli.stages.base import Common, QuantizeOptions
+from kdcli.request import Common, QuantizeOptions
 
 EXAMPLES = """
 kdcli quantize out/pruned --scheme dynamic-int8 -o out/int8

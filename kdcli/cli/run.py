@@ -41,7 +41,7 @@ def command(
     from kdcli.cli import stage
 
     with stage.session("kdcli run", quiet=quiet, verbose=verbose) as (console, stdout):
-        from kdcli.stages import recipe as recipes
+        from kdcli.run import recipe as recipes
 
         if dry_run:
             plan = recipes.run(recipe, out, force, console, True)

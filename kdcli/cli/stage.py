@@ -18,7 +18,7 @@ from kdcli.cli import streams, values
 from kdcli.cli.command import origin
 from kdcli.errors import ExitCode, UsageError
 from kdcli.report.redact import redact
-from kdcli.stages.base import Common, DistillOptions, EvaluateOptions, Gates, Options, Request, StageName
+from kdcli.request import Common, DistillOptions, EvaluateOptions, Gates, Options, Request, StageName
 
 if TYPE_CHECKING:
     from kdcli.report.schema import Report
@@ -69,17 +69,17 @@ def execute(
     with session(f"kdcli {name}", quiet=quiet, verbose=given["verbose"]) as (console, stdout):
         # Only now, with stdin read, is anything heavy worth its seconds.
         if given["dry_run"]:
-            from kdcli.stages import plan
+            from kdcli.run import dry_run as plan
 
             show_plan(console, stdout, plan.plan(request, console), as_json=given["as_json"])
         else:
-            from kdcli.stages import early
+            from kdcli.run import preflight
 
-            early.check(request)  # a model that is not here, a taken output: said before torch is loaded
+            preflight.check(request)  # a model that is not here, a taken output: said before torch is loaded
             with cached(console):
-                from kdcli.stages import runner
+                from kdcli.run import life
 
-                outcome = runner.run(request, console)
+                outcome = life.run(request, console)
             if outcome is None:  # another process of this run speaks
                 return
             interrupts.check()  # a run that was told to stop prints no path

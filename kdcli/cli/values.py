@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from kdcli import request as base
 from kdcli.errors import InputError, UsageError, did_you_mean
 from kdcli.models.aliases import SMALL_STUDENTS, small_student
-from kdcli.stages import base
 
 Check = Callable[[str], str]
 
@@ -82,7 +82,7 @@ def methods(family: str) -> Callable[[], tuple[str, ...]]:
     """Make a function that lists the methods of a family without importing them."""
 
     def names() -> tuple[str, ...]:
-        from kdcli import methods as registry
+        from kdcli import registry
 
         return registry.names(family)
 
@@ -136,7 +136,7 @@ def rank(given: str) -> str:
 
 def layer_map(given: str) -> str:
     """Check a layer map: a name, or pairs such as ``1:2,2:4``."""
-    from kdcli.methods import layer_map as maps
+    from kdcli.training import layer_map as maps
 
     maps.parse(given)
     return given
@@ -144,7 +144,7 @@ def layer_map(given: str) -> str:
 
 def layer_maps() -> tuple[str, ...]:
     """Names of layer maps."""
-    from kdcli.methods import layer_map as maps
+    from kdcli.training import layer_map as maps
 
     return maps.NAMES
 

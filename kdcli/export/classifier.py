@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,7 @@ import onnxruntime as ort
 from kdcli import memory
 from kdcli.errors import InputError, first_line
 from kdcli.export import files, sessions
-
-Batch = Mapping[str, np.ndarray]
+from kdcli.inputs.batching import Arrays
 
 _GIVEN = ("input_ids", "attention_mask", "token_type_ids")
 _TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
@@ -126,7 +125,7 @@ def _ends_in_softmax(path: Path, output: str) -> bool:
 @contextmanager
 def running(
     path: Path, *, threads: int, device: str = "cpu", labels: int | None = None
-) -> Iterator[Callable[[Batch], np.ndarray]]:
+) -> Iterator[Callable[[Arrays], np.ndarray]]:
     """Open a graph for a while, as :func:`kdcli.export.sessions.running` does.
 
     Args:
@@ -146,7 +145,7 @@ def running(
     try:
         how = signature(held[0], path)
 
-        def run(batch: Batch) -> np.ndarray:
+        def run(batch: Arrays) -> np.ndarray:
             # Models take segment ids of zero when their tokenizer gives none.
             none = np.zeros_like(batch["input_ids"])
             fed = {name: batch.get(name, none).astype(kind, copy=False) for name, kind in how.inputs.items()}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from kdcli.inputs.batching import Arrays
 from kdcli.report.schema import Parity
-
-Batch = Mapping[str, np.ndarray]
 
 # Fused float32 kernels sum in another order than torch. Measured over the five families and three
 # datasets the largest difference was below 1e-5 of the largest logit; ten times that is still far
@@ -19,9 +18,9 @@ INTEGER_AGREEMENT = 0.95
 
 
 def compare(
-    reference: Callable[[Batch], np.ndarray],
-    candidate: Callable[[Batch], np.ndarray],
-    batches: Sequence[Batch],
+    reference: Callable[[Arrays], np.ndarray],
+    candidate: Callable[[Arrays], np.ndarray],
+    batches: Sequence[Arrays],
     *,
     exact: bool = True,
 ) -> Parity:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,10 +12,9 @@ import onnxruntime as ort
 from kdcli import memory
 from kdcli.errors import InputError, ResourceError, first_line
 from kdcli.export import files
+from kdcli.inputs.batching import Arrays
 
 ort.disable_telemetry_events()  # of a Windows build, which reads no variable; see kdcli/__init__.py
-
-Batch = Mapping[str, np.ndarray]
 
 
 def open_session(
@@ -67,7 +66,7 @@ def is_large(path: Path) -> bool:
 @contextmanager
 def running(
     path: Path, *, threads: int, device: str = "cpu", spinning: bool = True
-) -> Iterator[Callable[[Batch], np.ndarray]]:
+) -> Iterator[Callable[[Arrays], np.ndarray]]:
     """Open an ONNX file for a while; of a large one the memory is given back at the end.
 
     Yields:
@@ -83,12 +82,12 @@ def running(
             memory.give_back()
 
 
-def runner(session: ort.InferenceSession) -> Callable[[Batch], np.ndarray]:
+def runner(session: ort.InferenceSession) -> Callable[[Arrays], np.ndarray]:
     """A function from a batch of (B, T) arrays to logits (B, C) that feeds only what the graph takes."""
     return lambda batch: session.run(None, fed(session, batch))[0]
 
 
-def fed(session: ort.InferenceSession, batch: Batch) -> dict[str, np.ndarray]:
+def fed(session: ort.InferenceSession, batch: Arrays) -> dict[str, np.ndarray]:
     """What a graph takes of a batch of (B, T) arrays.
 
     Segment ids that it asks for and its tokenizer does not give are zeros, as a model takes them to be.
@@ -100,7 +99,7 @@ def fed(session: ort.InferenceSession, batch: Batch) -> dict[str, np.ndarray]:
     return given
 
 
-def predict(run: Callable[[Batch], np.ndarray], batches: Sequence[tuple[np.ndarray, Batch]]) -> np.ndarray:
+def predict(run: Callable[[Arrays], np.ndarray], batches: Sequence[tuple[np.ndarray, Arrays]]) -> np.ndarray:
     """Logits (N, C) in row order, from batches given as (row indices, arrays)."""
     rows = sum(len(index) for index, _ in batches)
     logits: np.ndarray | None = None

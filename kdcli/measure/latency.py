@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from kdcli.inputs.batching import Arrays
 from kdcli.report.schema import Latency
-
-Batch = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class Samples:
 
 
 def measure(
-    run: Callable[[Batch], object],
-    batches: Sequence[Batch],
+    run: Callable[[Arrays], object],
+    batches: Sequence[Arrays],
     *,
     runtime: str,
     threads: int,
@@ -41,8 +40,8 @@ def measure(
 
 
 def collect(
-    run: Callable[[Batch], object],
-    batches: Sequence[Batch],
+    run: Callable[[Arrays], object],
+    batches: Sequence[Arrays],
     *,
     warmup: int = 5,
     min_runs: int = 30,

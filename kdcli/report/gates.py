@@ -51,7 +51,7 @@ _NOTHING = "there is nothing to compare with; --baseline MODEL measures another 
 
 
 class Limits(Protocol):
-    """The gates of a request (``kdcli.stages.base.Gates``)."""
+    """The gates of a request (``kdcli.request.Gates``)."""
 
     @property
     def max_drop(self) -> float | None: ...

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.errors import UsageError
-from kdcli.methods.signals import Needs, Shape, Signals
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.families import FAMILIES, Layer, encoder_layers, width_of
+from kdcli.training.terms import Needs, Shape, Signals
 
 
 class Cut(Exception):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdcli.data.text import Encoded
+from kdcli.inputs.text import Encoded
 from kdcli.models.tokens import token_tables
 
 _LARGEST_PAD = 1024  # a padding id above it would keep too many rows in front of it

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from kdcli import cache
-from kdcli.data import batching, text
-from kdcli.data.text import Encoded
-from kdcli.methods.signals import Needs, Signals
+from kdcli.inputs import batching, text
+from kdcli.inputs.feeding import model_inputs
+from kdcli.inputs.text import Encoded
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.families import FAMILIES, Layer, encoder_layers
 from kdcli.progress import Progress
 from kdcli.training import distributed
-from kdcli.training.batches import model_inputs
 from kdcli.training.capture import Capture, check_layers, run_cut, shape_of
 from kdcli.training.loop import Batch
+from kdcli.training.terms import Needs, Signals
 
 _FORMAT = 1  # raise it when the same inputs would give other cached content
 _BATCH_TOKENS = 4096

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcli import interrupts, processes
-from kdcli.data import batching
-from kdcli.data.text import Encoded
 from kdcli.errors import InterruptedRun
+from kdcli.inputs import batching
+from kdcli.inputs.feeding import model_inputs
+from kdcli.inputs.text import Encoded
 from kdcli.interrupts import Steps
 from kdcli.progress import Progress
 from kdcli.training import distributed
-from kdcli.training.batches import model_inputs
 from kdcli.training.compact import compacted
 from kdcli.training.divergence import FEW, Divergence
 from kdcli.training.resume import ResumePoint, pack_optimizer, unpack_optimizer

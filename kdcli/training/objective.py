@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.errors import UsageError
-from kdcli.methods import signals
-from kdcli.methods.signals import Needs, Setting, Shape, Step
+from kdcli.training import terms as signals
 from kdcli.training.capture import Capture
+from kdcli.training.cross_entropy import hard
 from kdcli.training.features import TeacherSignals
 from kdcli.training.loop import Batch
-from kdcli.training.losses import hard
+from kdcli.training.terms import Needs, Setting, Shape, Step
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 from kdcli import cache
-from kdcli.data import batching, text
-from kdcli.data.text import Encoded
 from kdcli.export import sessions
-from kdcli.methods.signals import Needs
+from kdcli.inputs import batching, text
+from kdcli.inputs.feeding import torch_runner
+from kdcli.inputs.text import Encoded
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.training import distributed
-from kdcli.training.batches import torch_runner
+from kdcli.training.cross_entropy import cross_entropy
+from kdcli.training.first_token import first_token_only
 from kdcli.training.loop import FitOptions, fit
-from kdcli.training.losses import cross_entropy
 from kdcli.training.resume import ResumePoint
-from kdcli.training.shortcut import first_token_only
+from kdcli.training.terms import Needs
 
 _FORMAT = 3  # raise it when the same inputs would give other cached content
 _BATCH_TOKENS = 4096

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdcli.stages.base import Request
+from kdcli.request import Request
 
 
 @dataclass
 class Outcome:
-    """As ``kdcli.stages.runner.Outcome``."""
+    """As ``kdcli.run.life.Outcome``."""
 
     path: Path
     report: Any
@@ -29,8 +29,8 @@ class Outcome:
 
 
 @dataclass
-class Plan:
-    """As ``kdcli.stages.plan.Plan``."""
+class DryRun:
+    """As ``kdcli.run.dry_run.DryRun``."""
 
     stage: str
 
@@ -160,16 +160,16 @@ class Recorder:
         made.reports = made.reports or [made.report]
         return made
 
-    def plan(self, request: Request, progress: Any) -> Plan:
+    def plan(self, request: Request, progress: Any) -> DryRun:
         """As ``plan.plan``."""
         self.requests.append(request)
-        return Plan(request.stage)
+        return DryRun(request.stage)
 
     def recipe(self, path: Path, out: Path | None, force: bool, progress: Any, dry_run: bool) -> Any:
         """As ``recipe.run``."""
         self.calls.append((path, out, force, dry_run))
         return (
-            Plan("recipe")
+            DryRun("recipe")
             if dry_run
             else Outcome(Path("out/2-prune"), report(), [report("distill"), report()])
         )
@@ -183,10 +183,10 @@ class Recorder:
         """Module name -> module, to be put into ``sys.modules``."""
         made = {}
         for name, function, value in (
-            ("kdcli.stages.early", "check", lambda request: []),
-            ("kdcli.stages.runner", "run", self.run),
-            ("kdcli.stages.plan", "plan", self.plan),
-            ("kdcli.stages.recipe", "run", self.recipe),
+            ("kdcli.run.preflight", "check", lambda request: []),
+            ("kdcli.run.life", "run", self.run),
+            ("kdcli.run.dry_run", "plan", self.plan),
+            ("kdcli.run.recipe", "run", self.recipe),
             ("kdcli.models.inspect", "describe", self.describe),
         ):
             made[name] = types.ModuleType(name)
@@ -234,7 +234,7 @@ def _process() -> None:
         setattr(target, name, value)
 
     recorder.install(dict.__setitem__, setattribute)
-    sys.modules["kdcli.stages.runner"].run = run  # type: ignore[attr-defined]
+    sys.modules["kdcli.run.life"].run = run  # type: ignore[attr-defined]
 
     from kdcli.cli.app import main
 

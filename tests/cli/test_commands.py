@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from kdcli import methods
+from kdcli import registry
 from kdcli.data.sources import ALIASES
 from kdcli.models.aliases import MODELS, SMALL_STUDENTS
 from kdcli.report import io
-from kdcli.stages.base import STUDENT_PRESETS
+from kdcli.request import STUDENT_PRESETS
 from tests.cli import fakes
 from tests.cli.conftest import Call
 from tests.cli.fakes import Recorder
@@ -34,7 +34,7 @@ def test_list_shows_every_name(call: Call) -> None:
         "models": set(MODELS),
         "students": {*STUDENT_PRESETS, *SMALL_STUDENTS},
         "data": set(ALIASES),
-        "methods": {name for family in methods.FAMILIES for name in methods.names(family)},
+        "methods": {name for stage in registry.STAGES for name in registry.names(stage)},
     }
     for what, names in expected.items():
         rows = json.loads(call("list", what, "--json").out)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from kdcli import methods
+from kdcli import registry
 from kdcli.cli.command import COMMANDS
 from kdcli.models.aliases import MODELS, SMALL_STUDENTS
-from kdcli.stages.base import INITS, SCHEMES, STRATEGIES, STRUCTURES, STUDENT_PRESETS
+from kdcli.request import INITS, SCHEMES, STRATEGIES, STRUCTURES, STUDENT_PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,11 +21,11 @@ CASES = [
     ("kdcli ", set(COMMANDS)),
     ("kdcli pr", {"prune"}),
     ("kdcli prune --spars", {"--sparsity"}),
-    ("kdcli prune model --method ", set(methods.names("prune"))),
-    ("kdcli distill --method ", set(methods.names("distill"))),
+    ("kdcli prune model --method ", set(registry.names("prune"))),
+    ("kdcli distill --method ", set(registry.names("distill"))),
     ("kdcli prune model --structure h", {name for name in STRUCTURES if name.startswith("h")}),
     ("kdcli quantize model --scheme ", set(SCHEMES)),
-    ("kdcli lowrank model --method ", set(methods.names("lowrank"))),
+    ("kdcli lowrank model --method ", set(registry.names("lowrank"))),
     ("kdcli distill --strategy ", set(STRATEGIES)),
     ("kdcli distill --init ", set(INITS)),
     ("kdcli distill --student ", {*STUDENT_PRESETS, *SMALL_STUDENTS}),

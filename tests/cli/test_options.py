@@ -11,7 +11,7 @@ import pytest
 
 from kdcli.cli import options
 from kdcli.cli.command import COMMANDS, build, flag_of, variable_of
-from kdcli.stages.base import (
+from kdcli.request import (
     STAGES,
     Common,
     DistillOptions,

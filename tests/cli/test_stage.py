@@ -136,7 +136,7 @@ def test_warnings_of_libraries_are_counted(call: Call, monkeypatch: pytest.Monke
         warnings.warn("odd number", UserWarning, stacklevel=1)
         return Outcome(Path("out/made"), fakes.report())
 
-    monkeypatch.setattr("kdcli.stages.runner.run", run)
+    monkeypatch.setattr("kdcli.run.life.run", run)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         result = call("prune", "model")

@@ -14,9 +14,9 @@ import torch
 from kdcli.errors import ParityError
 from kdcli.export import fusion, parity, sessions
 from kdcli.export import onnx as exporter
+from kdcli.inputs.feeding import model_inputs
 from kdcli.models import transforms
 from kdcli.models.transforms import Cut
-from kdcli.training.batches import model_inputs
 from tests import tiny
 
 CUTS = {

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from kdcli.export import runtimes
-from kdcli.stages.quantizing import plan as plans
+from kdcli.stages.quantize import plan as plans
 
 
 def model_of(nodes: list, opset: int = 17, ir: int = 8):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from kdcli.inputs.batching import Arrays
 from kdcli.measure import latency
 
 
@@ -25,7 +26,7 @@ class Clock:
         while True:
             yield from values
 
-    def run(self, batch: latency.Batch) -> None:
+    def run(self, batch: Arrays) -> None:
         self.calls.append(int(batch["input_ids"].shape[1]))
         self.now += round(next(self._durations) * 1e6)
 
@@ -100,7 +101,7 @@ def test_batches_take_turns_and_padding_does_not_count_as_length(turn: Turn) -> 
 
 
 def test_the_real_clock_counts_milliseconds() -> None:
-    def run(_: latency.Batch) -> None:
+    def run(_: Arrays) -> None:
         time.sleep(0.003)
 
     found = latency.measure(

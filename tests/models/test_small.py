@@ -15,14 +15,14 @@ from torch import nn
 from kdcli.errors import InputError, UsageError
 from kdcli.export import fusion, sessions
 from kdcli.export import onnx as exporter
+from kdcli.inputs.feeding import model_inputs
 from kdcli.measure import compute
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import inspect, small, students
 from kdcli.models.aliases import SMALL_STUDENTS, small_student
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.transforms import TransformLog
-from kdcli.stages.base import STUDENT_PRESETS
-from kdcli.training.batches import model_inputs
+from kdcli.request import STUDENT_PRESETS
 from tests import tiny
 
 WIDTH, INNER = 16, 12

@@ -6,7 +6,7 @@ import pytest
 
 from kdcli.errors import UsageError
 from kdcli.report.gates import NAMES, Expression, judge, parse_expression, parse_size, value_of
-from kdcli.stages.base import Gates
+from kdcli.request import Gates
 from tests.report.reports import delta, measurement
 
 

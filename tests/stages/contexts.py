@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
+from kdcli.context import Context
 from kdcli.data import sources
 from kdcli.data.sources import Dataset, Rows
+from kdcli.inputs.splits import Splits
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
-from kdcli.stages.base import Common, LowRankOptions, PruneOptions, QuantizeOptions, Request
-from kdcli.stages.context import Context
-from kdcli.stages.runner import Splits
+from kdcli.request import Common, LowRankOptions, PruneOptions, QuantizeOptions, Request
 from tests import tiny
 
 STAGES = {QuantizeOptions: "quantize", PruneOptions: "prune", LowRankOptions: "lowrank"}

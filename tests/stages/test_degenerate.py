@@ -15,14 +15,16 @@ import pytest
 import torch
 
 from kdcli.data.sources import Rows
-from kdcli.methods import definite
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.families import encoder_layers
-from kdcli.stages import lowrank, prune, quantize
-from kdcli.stages.base import LowRankOptions, PruneOptions, QuantizeOptions
+from kdcli.probe import definite
+from kdcli.request import LowRankOptions, PruneOptions, QuantizeOptions
+from kdcli.stages.lowrank import stage as lowrank
+from kdcli.stages.prune import stage as prune
+from kdcli.stages.quantize import stage as quantize
 from tests import tiny
 from tests.stages import contexts
-from tests.stages.test_lowrank_conv import random_cnn
+from tests.stages.lowrank.test_convolutions import random_cnn
 
 
 def layers_of(made: Checkpoint) -> Any:

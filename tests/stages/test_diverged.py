@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from kdcli.errors import ExitCode, InputError
-from kdcli.stages import distill, lowrank, prune, quantize
-from kdcli.stages.base import LowRankOptions, PruneOptions, QuantizeOptions
+from kdcli.request import LowRankOptions, PruneOptions, QuantizeOptions
+from kdcli.stages.distill import stage as distill
+from kdcli.stages.lowrank import stage as lowrank
+from kdcli.stages.prune import stage as prune
+from kdcli.stages.quantize import stage as quantize
 from tests import tiny
 from tests.stages import contexts
 from tests.stages.test_rows_used import distillation

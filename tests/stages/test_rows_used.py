@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from kdcli.context import Context
 from kdcli.data.sources import Dataset
-from kdcli.methods import rank_budget
+from kdcli.export import graph as graphs
+from kdcli.inputs.picked import pick
+from kdcli.inputs.splits import Splits
 from kdcli.models import checkpoint as checkpoints
+from kdcli.probe import layer_clock, speedup
+from kdcli.probe.speedup import Speed
 from kdcli.progress import Progress
-from kdcli.stages import distill, layer_speed, lowrank, lowrank_conv, lowrank_linear, prune, quantize, speedup
-from kdcli.stages import graph as graphs
-from kdcli.stages.base import (
+from kdcli.request import (
     Common,
     DistillOptions,
     Gates,
@@ -25,29 +28,30 @@ from kdcli.stages.base import (
     QuantizeOptions,
     Request,
 )
-from kdcli.stages.context import Context
-from kdcli.stages.quantizing import auto, dynamic, sensitivity
-from kdcli.stages.quantizing.auto import Candidate, Tried
-from kdcli.stages.rows import pick
-from kdcli.stages.runner import Splits
-from kdcli.stages.speedup import Speed
-from kdcli.stages.strategies import lesson
+from kdcli.stages.distill import lesson
+from kdcli.stages.distill import stage as distill
+from kdcli.stages.lowrank import convolutions, matrices, rank_budget
+from kdcli.stages.lowrank import stage as lowrank
+from kdcli.stages.prune import stage as prune
+from kdcli.stages.quantize import auto, dynamic, single_layers
+from kdcli.stages.quantize import stage as quantize
+from kdcli.stages.quantize.auto import Candidate, Tried
 from tests import tiny
 from tests.stages import contexts, watched
-from tests.stages.test_lowrank_conv import random_cnn
+from tests.stages.lowrank.test_convolutions import random_cnn
 
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a search looks at is less than the tiny splits have."""
-    monkeypatch.setattr(lowrank_linear, "JUDGED_ROWS", 8)
-    monkeypatch.setattr(lowrank_conv, "JUDGED_ROWS", 8)
-    monkeypatch.setattr(lowrank_linear, "_ALONE_ROWS", 2)
+    monkeypatch.setattr(matrices, "JUDGED_ROWS", 8)
+    monkeypatch.setattr(convolutions, "JUDGED_ROWS", 8)
+    monkeypatch.setattr(matrices, "_ALONE_ROWS", 2)
     monkeypatch.setattr(rank_budget, "GRADIENT_ROWS", 4)
-    monkeypatch.setattr(lowrank_conv, "_SAMPLES", 12)
+    monkeypatch.setattr(convolutions, "_SAMPLES", 12)
     monkeypatch.setattr(lesson, "TRIAL_ROWS", 16)
-    monkeypatch.setattr(sensitivity, "SEARCH_ROWS", 12)
-    monkeypatch.setattr(sensitivity, "SENSITIVITY_ROWS", 6)
+    monkeypatch.setattr(single_layers, "SEARCH_ROWS", 12)
+    monkeypatch.setattr(single_layers, "SENSITIVITY_ROWS", 6)
     monkeypatch.setattr(dynamic, "ROWS", 8)
 
 
@@ -104,7 +108,7 @@ def test_prune_searches_a_drop_on_validation(structure: str, tmp_path: Path) -> 
 
 def test_prune_for_a_speedup_reads_nothing_of_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        layer_speed,
+        layer_clock,
         "milliseconds",
         lambda name, made, *args, **kwargs: {
             key: 1.0 + 0.1 * sum(int(part) for part in key.replace("+", " ").split() if part.isdigit())
@@ -130,14 +134,14 @@ def test_lowrank_judges_every_layer_and_share_by_rows_of_all_labels(
 ) -> None:
     """Held rows, rows of the gradients and rows of single layers are parts of the sample, taken from its front."""
     seen: list[int] = []
-    real = lowrank_linear.calibration.batches
+    real = matrices.calibration.batches
 
     def batches(context: Context, rows: Any) -> Any:
         seen.append(len(rows))
         assert set(rows.labels.tolist()) == {0, 1}
         return real(context, rows)
 
-    monkeypatch.setattr(lowrank_linear.calibration, "batches", batches)
+    monkeypatch.setattr(matrices.calibration, "batches", batches)
     options = LowRankOptions(method="svd", budget=0.6)
     context = context_of(tiny.checkpoint(), tmp_path, options, {"samples": "16"})
     watched.apply(lowrank, context)

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdcli.data import batching
+from kdcli.context import Applied, Context
 from kdcli.data.sources import Rows
-from kdcli.data.text import Encoded
-from kdcli.stages.context import Applied, Context
-from kdcli.stages.pruning import vocab
-from kdcli.stages.rows import pick
-from kdcli.stages.runner import Splits
-from kdcli.stages.strategies import control
+from kdcli.inputs import batching
+from kdcli.inputs.picked import pick
+from kdcli.inputs.splits import Splits
+from kdcli.inputs.text import Encoded
+from kdcli.stages.distill import control
+from kdcli.stages.prune import vocab
 from tests.stages import contexts
 
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from kdcli.data import batching
-from kdcli.data.text import Encoded
+from kdcli.inputs import batching
+from kdcli.inputs.feeding import model_inputs
+from kdcli.inputs.text import Encoded
 from kdcli.models import transforms
 from kdcli.models.tokens import token_tables
 from kdcli.progress import Progress
 from kdcli.training import loop
-from kdcli.training.batches import model_inputs
 from kdcli.training.compact import compacted
+from kdcli.training.cross_entropy import cross_entropy
 from kdcli.training.loop import FitOptions, fit
-from kdcli.training.losses import cross_entropy
-from kdcli.training.together import Together
+from kdcli.training.side_by_side import Together
 from tests import tiny
 
 CPU = torch.device("cpu")

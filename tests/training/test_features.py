@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from kdcli import cache
-from kdcli.data import batching, sources, text
-from kdcli.data.text import Encoded
+from kdcli.data import sources
 from kdcli.errors import UsageError
-from kdcli.methods.signals import Needs, Signals
+from kdcli.inputs import batching, text
+from kdcli.inputs.text import Encoded
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.families import encoder_layers
@@ -27,6 +27,7 @@ from kdcli.progress import Progress
 from kdcli.training import features
 from kdcli.training.features import TeacherSignals, combined
 from kdcli.training.loop import Batch
+from kdcli.training.terms import Needs, Signals
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli.data import sources, text
+from kdcli.data import sources
 from kdcli.errors import ExitCode, InputError, InterruptedRun, UsageError
+from kdcli.inputs import text
 from kdcli.progress import Progress, Task
 from kdcli.training import loop
+from kdcli.training.cross_entropy import cross_entropy, hard
 from kdcli.training.loop import Batch, FitOptions, fit, learning_rate, parameter_groups
-from kdcli.training.losses import cross_entropy, hard
 from kdcli.training.resume import ResumePoint
-from kdcli.training.together import Together
+from kdcli.training.side_by_side import Together
 from tests import tiny
 
 CPU = torch.device("cpu")

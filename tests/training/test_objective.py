@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcli import methods
-from kdcli.data import sources, text
+from kdcli import registry
+from kdcli.data import sources
 from kdcli.errors import InterruptedRun, UsageError
-from kdcli.methods.signals import Needs, Setting, Shape, Signals, Step
+from kdcli.inputs import text
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
@@ -27,6 +27,7 @@ from kdcli.training.features import TeacherSignals
 from kdcli.training.loop import Batch, FitOptions, FitResult, fit
 from kdcli.training.objective import Chosen, Objective, bind, weights
 from kdcli.training.resume import ResumePoint
+from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ LABELS = np.array([2, -100, 0, 1, -100, 1, 2, 0])
 
 
 def chosen(name: str, weight: float, **config: Any) -> Chosen:
-    module = methods.load("distill", name)
+    module = registry.load("distill", name)
     return Chosen(name, module, module.Config(**config), weight)
 
 
@@ -128,7 +129,7 @@ NAMES = ["response", "hidden", "rkd", "dkd", "adversarial"]
 
 
 def weigh(names: list[str] = NAMES, **more: Any) -> tuple[float, dict[str, float]]:
-    modules = {name: methods.load("distill", name) for name in names}
+    modules = {name: registry.load("distill", name) for name in names}
     given: dict[str, Any] = {"alpha": 0.3, "beta": None, "gamma": None, "given": {}} | more
     return weights(names, modules, **given)
 
@@ -180,7 +181,7 @@ def test_weights_of_nothing_are_refused(names: list[str], more: dict[str, Any], 
 def test_notes_of_methods_are_passed_on_and_refusals_raised() -> None:
     binary = Shape(2, 32, 4, 2, 32)
     terms, notes = bind([chosen("response", 1.0), chosen("dist", 1.0)], binary, binary, [], 0, CPU)
-    own = methods.load("distill", "dist").check(Setting(terms[1].chosen.config, binary, binary))
+    own = registry.load("distill", "dist").check(Setting(terms[1].chosen.config, binary, binary))
     assert notes == [own]
     assert len(terms) == 2
     _, notes = bind([chosen("response", 1.0), chosen("dist", 1.0)], SHAPE, SHAPE, [], 0, CPU)

@@ -1,0 +1,64 @@
+"""What the runner hands to a stage, and what it gets back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcli.progress import Progress
+from kdcli.report.schema import Method, Warning_
+from kdcli.request import Request
+
+if TYPE_CHECKING:
+    import torch
+
+    from kdcli.data.sources import Dataset
+    from kdcli.export.fusion import Fusion
+    from kdcli.inputs.text import Encoded
+    from kdcli.models.checkpoint import Checkpoint
+    from kdcli.models.integers import Integers
+
+
+@dataclass
+class Context:
+    """One run of one stage: the input, loaded, and the means to work on it."""
+
+    request: Request
+    checkpoint: Checkpoint  # the input model; a stage may change it in place
+    dataset: Dataset
+    encoded: Mapping[str, Encoded]  # split -> tokenised rows with label indices, for this checkpoint
+    device: torch.device
+    seed: int
+    progress: Progress
+    resume_dir: Path  # where a resume point of a training goes
+    #: distill: how its teacher was prepared.
+    teacher_detail: dict[str, Any] = field(default_factory=dict)
+    #: distill: references of teachers that had a head for the task already.
+    teacher_came_trained: list[str] = field(default_factory=list)
+    #: distill: teachers after the first.
+    more_teachers: list[Checkpoint] = field(default_factory=list)
+    #: distill: a student that was trained together with its teacher, before that one is measured.
+    prepared: Any = None
+    #: The ONNX form of the input, once it has been measured.
+    input_graph: Path | None = None
+
+
+@dataclass
+class Applied:
+    """What a stage did."""
+
+    checkpoint: Checkpoint
+    method: Method
+    #: Integer weights to store: name -> integers.
+    integers: Mapping[str, Integers] | None = None
+    #: Names of weights to store as float16.
+    half: frozenset[str] = frozenset()
+    #: Rewrites the float model.onnx of the new checkpoint (bytes in, bytes out), e.g. into int8.
+    rewrite_onnx: Callable[[Path, Path], dict[str, Any]] | None = None
+    #: What the float graph that is rewritten has fused.
+    fusion: Fusion = "packed"
+    #: The rewritten graph rounds no activation, so its logits must be those of the checkpoint.
+    exact: bool = False
+    warnings: list[Warning_] = field(default_factory=list)

@@ -1,0 +1,67 @@
+"""Some of many rows: drawn by a seed, every label in proportion.
+
+A file is often sorted, by label or by length, so its first rows tell of one label or of short texts alone. Whoever
+looks at some rows only - a search, a calibration, a measurement - takes them from here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kdcli.inputs.text import Encoded
+
+JUDGING_SEED = 0
+"""Of the rows that models are judged on: the same for every model and every run, whatever its seed."""
+
+
+def order(labels: np.ndarray | None, total: int, seed: int) -> np.ndarray:
+    """All rows in a random order of which every beginning is a stratified sample.
+
+    The first C rows are one of each of the C labels, the most frequent label first; in the first n >= C rows every
+    label has its share of n but for rounding, and never none. Of a label the rows are uniformly random. Rows without
+    a label (negative) are a stratum like a label, but not promised a place.
+
+    Args:
+        labels: (total,); None draws uniformly.
+        total: Number of rows.
+        seed: The same rows and seed always give the same order.
+
+    Returns:
+        A permutation of 0 ... total - 1.
+    """
+    shuffled = np.random.default_rng(seed).permutation(total)
+    if labels is None or not total:
+        return shuffled
+    drawn = np.asarray(labels)[shuffled]
+    _, codes, sizes = np.unique(np.where(drawn < 0, -1, drawn), return_inverse=True, return_counts=True)
+    grouped = np.argsort(codes, kind="stable")
+    rank = np.empty(total, dtype=np.int64)  # of a row among those of its label
+    rank[grouped] = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    place = (rank + 0.5) / sizes[codes]  # every label spread evenly over [0, 1); equals stay shuffled
+    first = (rank == 0) & (drawn >= 0)
+    place[first] = -sizes[codes[first]]
+    return shuffled[np.argsort(place, kind="stable")]
+
+
+def positions(labels: np.ndarray | None, total: int, count: int, seed: int) -> np.ndarray:
+    """``count`` rows, stratified, in their own order; all of them where there are no more.
+
+    Args:
+        labels: (total,), negative without a label; None draws uniformly.
+        total: Number of rows.
+        count: How many are wanted.
+        seed: Of the draw.
+
+    Returns:
+        Ascending positions.
+    """
+    if count >= total:
+        return np.arange(total)
+    return np.sort(order(labels, total, seed)[:count])
+
+
+def sample(rows: Encoded, count: int, seed: int) -> Encoded:
+    """The same of encoded rows; ``rows`` themselves where there are no more than ``count``."""
+    if count >= len(rows):
+        return rows
+    return rows.take(positions(rows.labels, len(rows), count, seed))

@@ -1,0 +1,47 @@
+"""The splits of a data set as a checkpoint reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from kdcli.data import labels as label_names
+from kdcli.data.sources import Dataset
+from kdcli.inputs import text
+from kdcli.inputs.text import Encoded
+from kdcli.models.checkpoint import Checkpoint
+from kdcli.progress import Progress
+
+
+class Splits(Mapping[str, Encoded]):
+    """The splits of a data set, tokenised for one checkpoint, labels aligned to its own by name.
+
+    A split is tokenised when it is first asked for: a stage that never trains need not wait for the
+    training rows.
+    """
+
+    def __init__(self, dataset: Dataset, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
+        self._dataset, self._checkpoint = dataset, checkpoint
+        self._progress = progress or Progress()
+        self._index = label_names.align(
+            dataset.label_names, checkpoint.labels, ids=dataset.ids, option=dataset.ids_option
+        )
+        self._made: dict[str, Encoded] = {}
+
+    def __getitem__(self, split: str) -> Encoded:
+        if split not in self._made:
+            made, rows = self._checkpoint, self._dataset.splits[split]
+            encoded = text.encode(rows, made.tokenizer, made.max_length, self._index, split)
+            if encoded.cut:
+                what = f"{encoded.cut} of {len(rows)} rows of {split}"
+                self._progress.note(f"{what} are longer than {made.max_length} tokens: they are cut there")
+            self._made[split] = encoded
+        return self._made[split]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dataset.splits)
+
+    def __len__(self) -> int:
+        return len(self._dataset.splits)
+
+    def __contains__(self, split: object) -> bool:
+        return split in self._dataset.splits

@@ -1,0 +1,367 @@
+"""The one life of a stage.
+
+resolve -> check the chain -> data -> load -> seed, device -> measure before -> apply -> save ->
+reload from disk -> export -> parity -> measure after -> gates -> report -> rename.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcli import __version__, devices, memory, processes
+from kdcli.context import Applied, Context
+from kdcli.data import recorded
+from kdcli.data.sources import Dataset
+from kdcli.errors import InputError
+from kdcli.export import graph as graphs
+from kdcli.inputs import picked as picked_rows
+from kdcli.inputs import reading
+from kdcli.inputs.splits import Splits
+from kdcli.measure import answers, comparison, environment, measurement
+from kdcli.models import activations, mapped, placement, transforms
+from kdcli.models import checkpoint as checkpoints
+from kdcli.models.aliases import MODELS
+from kdcli.models.references import Resolved
+from kdcli.probe import soundness
+from kdcli.progress import Progress
+from kdcli.report import card, gates, io
+from kdcli.report.redact import redact
+from kdcli.report.schema import (
+    Artifact,
+    LineageEntry,
+    ModelInfo,
+    Report,
+    Warning_,
+)
+from kdcli.request import Request
+from kdcli.run import lineage, output, preflight
+from kdcli.timing import Timings
+from kdcli.training import distributed
+
+BATCH_SIZES = (1, 32)
+
+
+@dataclass
+class Outcome:
+    """What a finished stage hands back; ``report.exit_code`` is the verdict."""
+
+    path: Path
+    report: Report
+    reports: list[Report] = field(default_factory=list)
+
+
+def run(request: Request, progress: Progress) -> Outcome | None:
+    """Run one stage from its input to its published output directory.
+
+    Returns:
+        What came out; None in every process but the first, when several share the training.
+
+    Raises:
+        KdcliError: Anything a user can act on; nothing half-written is left behind.
+    """
+    resolved = preflight.check(request)
+    if not processes.first():
+        return None if request.stage == "evaluate" else _run(request, progress, resolved[0], None)
+    with preflight.reserved(request, resolved) as out:
+        if request.stage == "evaluate":
+            from kdcli.run import evaluation
+
+            return evaluation.run(request, progress)
+        return _run(request, progress, resolved[0], out)
+
+
+def _run(request: Request, progress: Progress, found: Resolved, out: Path | None) -> Outcome | None:
+    """One stage that makes a model; ``out`` is known to the first process."""
+    timings = Timings()
+    with timings.phase("resolve"):
+        source = found.ref
+        for note in found.notes:
+            progress.note(note)
+        device = devices.device_of(request.common.device)
+        distributed.start(device)
+        out = distributed.of_first(out)
+        assert out is not None
+        request = preflight.settle_data(request, found.path)
+        dataset = load_data(request, [found.path], progress)
+    devices.seed_everything(request.common.seed)
+    with timings.phase("load"):
+        # A teacher that is larger than the device waits in memory, and is spread when it has to answer.
+        home = device if placement.fits(found.path, device) else torch.device("cpu")
+        checkpoint = checkpoints.load(found.path, labels=dataset.label_names, device=home)
+        if request.dequantize:
+            activations.detach(checkpoint.model)
+        stage = importlib.import_module(f"kdcli.stages.{request.stage}.stage")
+        if not checkpoint.has_head and request.stage != "distill":
+            raise InputError(
+                f"'{source}' has no classification head",
+                "fine-tune it first, or distill from it: kdcli distill --teacher MODEL --student tiny",
+            )
+        encoded = Splits(dataset, checkpoint, progress)
+    context = Context(
+        request=request,
+        checkpoint=checkpoint,
+        dataset=dataset,
+        encoded=encoded,
+        device=device,
+        seed=request.common.seed,
+        progress=progress,
+        resume_dir=output.resume_directory(out),
+    )
+    if not processes.first():
+        _follow(context, stage)
+        return None
+    needed = 6 * _weights_bytes(found.path) + (64 << 20)
+    with output.building(out, needed) as work:
+        report = _live(context, stage, source, work, out, timings)
+        common = request.common
+        final = output.publish(work, out, force=common.force, named=common.out is not None)
+    shutil.rmtree(output.resume_directory(out), ignore_errors=True)
+    return Outcome(final, report, [report])
+
+
+def _follow(context: Context, stage: Any) -> None:
+    """What the other processes of a run do: their share of the training, in the same order."""
+    if hasattr(stage, "prepare"):
+        stage.prepare(context)
+    devices.seed_everything(context.seed)
+    stage.apply(context)
+
+
+def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timings: Timings) -> Report:
+    """Everything between loading and publishing; returns the report that is in ``work``."""
+    request, progress = context.request, context.progress
+    threads = environment.threads()
+    # Before a stage narrows what it trains and chooses on: what is measured stays whole.
+    picked = picked_rows.pick(context.dataset, None, request.common.limit)
+    read = context.encoded
+    split, rows = picked.split, picked.of(read)
+    doubts = [*context.checkpoint.doubts, *soundness.probe(context.checkpoint, read[split])]
+    doubts += reading.check_reading(context.checkpoint, context.dataset.splits[split], read[split], split)
+    doubts += reading.told(context.checkpoint, {split: read[split]})
+    if hasattr(stage, "prepare"):
+        with timings.phase("prepare"):
+            stage.prepare(context)
+    conditions = measurement.Conditions(
+        threads=threads,
+        device=devices.session_device(context.device),
+        batch_sizes=BATCH_SIZES,
+        runtimes=("onnx",),
+        timings=timings,
+        progress=progress,
+    )
+
+    progress.phase("measure before")
+    export = graphs.of_teacher if request.stage == "distill" else graphs.of_input
+    input_graph, warnings = export(
+        context.checkpoint, context.encoded[split], threads=threads, timings=timings, progress=progress
+    )
+    context.input_graph = input_graph
+    before = measurement.measure(
+        context.checkpoint, input_graph, rows, split, conditions, title="before", rows_sha256=picked.sha256
+    )
+    given, input_labels = context.checkpoint, list(context.checkpoint.labels)
+    first = not given.log.lineage
+    history = lineage.lineage_of(given, source, before.measurement)
+
+    progress.phase(request.stage)
+    devices.seed_everything(context.seed)
+    large = (
+        _weights_bytes(context.checkpoint.path) >= mapped.LARGE
+    )  # the next step comes on top of what is kept
+    if large:
+        memory.give_back()
+    with timings.phase("apply"):
+        applied: Applied = stage.apply(context)
+    with timings.phase("save"):
+        entry = LineageEntry(
+            stage=request.stage,
+            method=applied.method.name,
+            report_sha256=None,
+            model=source,
+            accuracy=None,
+            params=applied.method.params,
+            chosen=lineage.chosen(
+                request, applied.method.detail, fine_tuned=bool(context.teacher_detail.get("fine_tuned"))
+            ),
+            chosen_on=picked_rows.pick(context.dataset, "validation", None).sha256,
+        )
+        applied.checkpoint.log.lineage = [e.model_dump(mode="json") for e in (*history, entry)]
+        checkpoints.save(applied.checkpoint, work, integers=applied.integers, half=applied.half)
+    for used in (given, applied.checkpoint):
+        # Its weights are on the disk: from here on only its tokenizer is needed, and its graph where it has one.
+        if used.placed is None and not (used is given and input_graph is None):
+            used.model.to("meta")
+    if large:
+        memory.give_back()
+    with timings.phase("reload"):
+        after_model = checkpoints.load(work, device=context.device, in_file=True)
+    after_encoded, after_rows = context.encoded[split], rows
+    if after_model.labels == input_labels and (
+        after_model.tokenizer.get_vocab() == given.tokenizer.get_vocab()
+    ):
+        reading.check_written(given, after_model, context.dataset.splits[split], read[split])
+    else:
+        with timings.phase("data"):  # what ships reads the texts in its own tokens, and counts its own labels
+            own = Splits(context.dataset, after_model)
+            after_encoded, after_rows = own[split], picked.of(own)
+
+    progress.phase("export")
+    graph = graphs.build(
+        after_model,
+        work / graphs.FILE,
+        after_encoded,
+        threads=threads,
+        timings=timings,
+        progress=progress,
+        rewrite=applied.rewrite_onnx,
+        attention=applied.fusion,
+        exact=applied.exact,
+        properties={"stage": request.stage, "lineage": " > ".join(e.stage for e in (*history, entry))},
+    )
+    progress.phase("measure after")
+    after = measurement.measure(
+        after_model, graph.path, after_rows, split, conditions, title="after", rows_sha256=picked.sha256
+    )
+    progress.phase("measure latency")
+    measurement.time_together(
+        [
+            measurement.Timed(given, input_graph, rows, before),
+            measurement.Timed(after_model, graph.path, after_rows, after),
+        ],
+        conditions,
+    )
+    if first:  # the input's latencies are known only now
+        history[0].params = {"measurement": before.measurement.model_dump(mode="json")}
+        after_model.log.lineage = [e.model_dump(mode="json") for e in (*history, entry)]
+        transforms.write_log(after_model.log, work)
+
+    with timings.phase("report"):
+        # Both in the labels of what comes out: the input may have them in another order.
+        order = [input_labels.index(name) for name in after_model.labels]
+        assert rows.labels is not None
+        assert after_rows.labels is not None
+        delta = comparison.row_by_row(
+            comparison.compare(before.measurement, after.measurement),
+            before.logits[:, order].argmax(1),
+            after.logits.argmax(1),
+            after_rows.labels,
+        )
+        entry = entry.model_copy(update={"accuracy": lineage.accuracy_of(after.measurement)})
+        method = applied.method.model_copy(update={"detail": applied.method.detail | {"onnx": graph.detail}})
+        warnings = [
+            *doubts,
+            *warnings,
+            *of_data(context.dataset),
+            *applied.warnings,
+            *graph.warnings,
+            *comparison.honest(delta, before.measurement, after.measurement),
+            *answers.doubts(before.logits, rows.labels, input_labels, of_input=True),
+            *answers.doubts(after.logits, after_rows.labels, after_model.labels),
+            *lineage.selected([*history, entry], split, picked.split_sha256),
+        ]
+        judged = gates.judge(request.common.gates, before.measurement, after.measurement, delta)
+        report = Report(
+            schema_version=1,
+            kind="kdcli.report",
+            complete=True,
+            exit_code=0,
+            kdcli_version=__version__,
+            stage=request.stage,
+            command=[redact(part) for part in request.argv],
+            config=config_of(request),
+            model=ModelInfo(
+                source=redact(source),
+                family=after_model.model_type,
+                task="text-classification",
+                labels=after_model.labels,
+            ),
+            data=recorded.info(context.dataset, str(request.common.data), out),
+            before=before.measurement,
+            after=after.measurement,
+            delta=delta,
+            method=method,
+            parity=graph.parity,
+            gates=judged,
+            lineage=[*history, entry],
+            environment=environment.environment(str(context.device), context.seed),
+            timings={},
+            warnings=unique(warnings),
+            artifacts=[],
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        report = report.model_copy(update={"exit_code": int(report.verdict)})
+        return finish(report, work, timings)
+
+
+def finish(report: Report, work: Path, timings: Timings) -> Report:
+    """Write the model card, list the artifacts, then report.json, which marks the directory complete."""
+    first = MODELS.get(report.lineage[0].model) if report.lineage else None
+    base_model = None if first is None else first.repo
+    (work / "README.md").write_text(card.card(report, base_model=base_model), encoding="utf-8")
+    artifacts = [
+        Artifact(path=path.relative_to(work).as_posix(), bytes=path.stat().st_size, sha256=io.sha256_of(path))
+        for path in sorted(work.rglob("*"))
+        if path.is_file() and path.name != "report.json"
+    ]
+    report = report.model_copy(update={"artifacts": artifacts, "timings": timings.rounded()})
+    io.write(report, work)
+    return report
+
+
+def load_data(request: Request, models: Sequence[Path], progress: Progress) -> Dataset:
+    """:func:`kdcli.run.preflight.load_data`, and say what there is to say of the data."""
+    common = request.common
+    assert common.data is not None
+    said = {"default": "the default; --data names another", "model": "as in the model's own report"}
+    if (origin := request.origins.get("data", "flag")) in said:
+        progress.note(f"data: {common.data} ({said[origin]})")
+    dataset = preflight.load_data(request, models)
+    for note in dataset.notes:
+        progress.note(note)
+    return dataset
+
+
+def config_of(request: Request) -> dict[str, Any]:
+    """Every resolved option with where its value came from."""
+    common = asdict(request.common)
+    limits = common.pop("gates")
+    values = common | asdict(request.options) | limits
+    for name in ("debug",):
+        values.pop(name, None)
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return redact(str(value))
+        if isinstance(value, str):
+            return redact(value)
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return value
+
+    return {
+        name: {"value": plain(value), "origin": request.origins.get(name, "default")}
+        for name, value in sorted(values.items())
+    }
+
+
+def of_data(dataset: Dataset) -> list[Warning_]:
+    """What the report says of the data."""
+    return [Warning_(code=code, message=message) for code, message in dataset.warnings]
+
+
+def unique(warnings: list[Warning_]) -> list[Warning_]:
+    return list({(w.code, w.message): w for w in warnings}.values())
+
+
+def _weights_bytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.glob("*.safetensors"))

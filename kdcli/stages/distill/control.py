@@ -1,0 +1,220 @@
+"""The same student trained without its teacher, so that nobody mistakes training for distillation.
+
+What helps a student is not the teacher alone: it reads further texts, which the teacher answers but which carry the
+labels of the rows they were made from, too. So there are several controls, from the same first weights and for as many
+steps: the labels alone; the labels of the rows and of the same further texts; and, where the student has no dropout
+because the teacher's answers regularise it enough, the latter with dropout. The student is compared with the best.
+
+What the controls share with the student: its first weights, which come from the teacher unless ``--init`` says
+otherwise, and the texts, whose substitutes for a word are the teacher's. A text made of two rows has both labels, each
+as far as its tokens go.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdcli.context import Context
+from kdcli.errors import UsageError
+from kdcli.inputs import batching
+from kdcli.inputs.feeding import torch_runner
+from kdcli.inputs.picked import pick
+from kdcli.inputs.text import Encoded
+from kdcli.measure import quality
+from kdcli.models.checkpoint import Checkpoint
+from kdcli.report.facts import SIGNIFICANT, control_words
+from kdcli.report.schema import Warning_
+from kdcli.stages.distill.fitting import run_fit
+from kdcli.stages.distill.student import Taught, Texts, set_dropout
+from kdcli.training.cross_entropy import cross_entropy, mixed_cross_entropy
+from kdcli.training.first_token import first_token_only
+from kdcli.training.loop import FitOptions, Loss, evaluate, inference
+from kdcli.training.terms import Needs
+
+CONTROL_STEPS = 50  # the fewest of an epoch
+CONTROL_DROPOUT = (
+    0.1  # of the second control, where the student has none: that of BERT, arXiv:1810.04805, A.2
+)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one control learns from."""
+
+    name: str
+    rows: Encoded  # with labels; those of a further text are of the first row it was made from
+    loss: Loss
+    further: int  # texts among the rows
+    dropout: float
+
+
+def lessons(context: Context, taught: Taught, texts: Texts) -> list[Lesson]:
+    """The controls of a student: the labels alone, with the same further texts, and with dropout where it has none.
+
+    Raises:
+        UsageError: No training row has a label.
+    """
+    train = context.encoded["train"]
+    assert train.labels is not None
+    known = np.flatnonzero(train.labels >= 0)
+    if not len(known):
+        raise UsageError("--control needs labelled rows")
+    size = taught.options.batch_size
+    usual = dropout_of(taught.checkpoint.model)
+    # Few rows are repeated until an epoch has some steps: an epoch ends with a validation.
+    rows = train.take(np.tile(known, _repeats(len(known), size)))
+    assert rows.labels is not None
+    alone = Lesson("labels", rows, cross_entropy(rows.labels, context.device), 0, usual)
+    found = [alone]
+    if (more := _with_texts(context, texts, known, size, usual)) is not None:
+        found.append(more)
+    if not usual:
+        last = found[-1]
+        found.append(replace(last, name=f"{last.name}+dropout", dropout=CONTROL_DROPOUT))
+    return found
+
+
+def _with_texts(
+    context: Context, texts: Texts, known: np.ndarray, size: int, dropout: float
+) -> Lesson | None:
+    """The labelled rows and the texts that were made from them alone; None when there are none."""
+    labels, origins = context.encoded["train"].labels, texts.origins
+    if labels is None or origins is None:
+        return None
+    first, second, share = labels[origins.first], labels[origins.second], origins.share
+    # A text counts when every row that left a token in it has a label.
+    more = np.flatnonzero(((first >= 0) | (share == 0)) & ((second >= 0) | (share == 1)))
+    if not len(more):
+        return None
+    first, second, share = first[more], second[more], share[more]
+    at = np.concatenate([known, len(labels) + more])
+    own = np.concatenate([labels[known], np.where(share > 0, first, second)])
+    other = np.concatenate([labels[known], np.where(share < 1, second, first)])
+    whole = np.concatenate([np.ones(len(known)), share])
+    every = np.tile(np.arange(len(at)), _repeats(len(at), size))
+    rows = texts.rows.take(at[every])
+    loss = mixed_cross_entropy(own[every], other[every], whole[every], context.device)
+    return Lesson("labels+texts", replace(rows, labels=own[every]), loss, len(more), dropout)
+
+
+def control(
+    context: Context, taught: Taught, weights: dict[str, Tensor], texts: Texts, *, steps: int | None = None
+) -> tuple[dict[str, Any], list[Warning_]]:
+    """Train the student's controls and compare it with the best of them.
+
+    Args:
+        context: Of the stage.
+        taught: The student.
+        weights: Those it had before any distillation.
+        texts: What it read.
+        steps: That went into its weights; by default those of its training.
+    """
+    picked = pick(context.dataset, None, None)
+    split, measured = picked.split, picked.of(context.encoded)
+    runs, given = [], []
+    for lesson in lessons(context, taught, texts):
+        other = copy.copy(taught.checkpoint)
+        other.model = copy.deepcopy(taught.checkpoint.model)
+        other.model.load_state_dict(weights)
+        set_dropout(other, lesson.dropout)
+        an_epoch = -(-len(lesson.rows) // taught.options.batch_size)
+        epochs = max(1, round((steps or taught.steps) / an_epoch))
+        options = FitOptions(**(asdict(taught.options) | {"epochs": epochs, "patience": None}))
+        title = "control" if lesson.name == "labels" else f"control {lesson.name}"
+        with first_token_only(other, Needs()):
+            result = run_fit(context, other.model, other.pad_id, lesson.rows, lesson.loss, options, title)
+        given.append(answers(other, measured))
+        runs.append(
+            {
+                "name": lesson.name,
+                "further_texts": lesson.further,
+                "dropout": lesson.dropout,
+                "training": result.detail(),
+            }
+        )
+    found, warnings = compare(answers(taught.checkpoint, measured), given, runs, measured)
+    found["split"] = split
+    words = control_words(found)
+    if words is not None:
+        context.progress.note(words)
+    return found, warnings
+
+
+def compare(
+    student: np.ndarray, controls: Sequence[np.ndarray], runs: Sequence[dict[str, Any]], rows: Encoded
+) -> tuple[dict[str, Any], list[Warning_]]:
+    """What the teacher gave, row by row, and a warning when that is no more than noise.
+
+    Args:
+        student: (N,) answers.
+        controls: Answers (N,) of each control.
+        runs: What each of them is, for the report.
+        rows: N labelled rows.
+
+    Returns:
+        ``runs``, each with its accuracy, the student's gain over it and the p-value of that, and the name of the best
+        one. The best is the best on these rows, which is in its favour and not in the teacher's.
+    """
+    labels = rows.labels
+    assert labels is not None
+    own = float((student == labels).mean())
+    made = []
+    for run, given in zip(runs, controls, strict=True):
+        accuracy = float((given == labels).mean())
+        p_value = quality.mcnemar(given, student, labels)
+        made.append(run | {"accuracy": accuracy, "gain": own - accuracy, "p_value": p_value})
+    best = max(made, key=lambda run: float(run["accuracy"]))
+    found = {
+        "student_accuracy": own,
+        "accuracy": best["accuracy"],
+        "best": best["name"],
+        "rows": len(labels),
+        "runs": made,
+    }
+    if best["gain"] > 0 and best["p_value"] < SIGNIFICANT:
+        return found, []
+    return found, [Warning_(code="no-gain", message=f"the teacher did not help: {_without(best)}")]
+
+
+def _without(best: dict[str, Any]) -> str:
+    reached = f"without it the student reaches {best['accuracy']:.1%}"
+    if best["gain"] <= 0:
+        return f"{reached} ({100 * -best['gain']:.1f} points more)"
+    return (
+        f"{reached}, and {100 * best['gain']:.1f} points are no more than noise (p = {best['p_value']:.2g})"
+    )
+
+
+def _repeats(rows: int, size: int) -> int:
+    return max(1, -(-CONTROL_STEPS * size // rows))
+
+
+def dropout_of(model: nn.Module) -> float:
+    """The highest rate of a model's dropouts."""
+    return max((m.p for m in model.modules() if isinstance(m, nn.Dropout)), default=0.0)
+
+
+@torch.inference_mode()
+def answers(model: Checkpoint, rows: Encoded) -> np.ndarray:
+    """The class (N,) that a model of the data's own vocabulary gives every row."""
+    model.model.eval()
+    run = torch_runner(model)
+    found = np.empty(len(rows), dtype=np.int64)
+    for at in batching.inference_batches(rows.lengths, 128):
+        found[at] = run(batching.collate(rows, at, model.pad_id)).argmax(1)
+    return found
+
+
+@torch.inference_mode()
+def accuracy(context: Context, model: Checkpoint, split: str) -> float:
+    """Accuracy of a model of the data's own vocabulary on one split."""
+    rows = context.encoded[split]
+    found, _ = evaluate(model.model, rows, inference(rows, 128, model.pad_id), context.device)
+    return found

@@ -1,0 +1,213 @@
+"""What a distillation was asked to do, checked before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kdcli import processes, registry
+from kdcli.errors import UsageError, did_you_mean
+from kdcli.models import students
+from kdcli.request import INITS, STRATEGIES, STUDENT_PRESETS, DistillOptions, Request
+from kdcli.training import layer_map, objective
+from kdcli.training.objective import Chosen
+
+ALPHA = 0.5
+
+
+class Settings(BaseModel):
+    """What ``--set`` may say about a distillation besides the methods' own parameters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    teacher_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="epochs of fine-tuning a teacher that has no head; by default from rows and labels",
+    )
+    teacher_lr: float | None = Field(None, gt=0, description="its peak learning rate")
+    teacher_batch_size: int = Field(32, ge=1, description="its batch size in rows")
+    teacher_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="GiB that the teacher may take of each device and of memory; the rest of it stays on disk",
+    )
+    teacher_weights: str | None = Field(
+        None,
+        description="several teachers: weights of their probabilities, such as 0.7,0.3; equal by default",
+    )
+    patience: int | None = Field(
+        None, ge=1, description="epochs without a better validation before the student stops; none by default"
+    )
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps with a rising rate")
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW, on matrices")
+    dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="of the student while it trains; by default 0, for static, cnn, bilstm 0.2",
+    )
+    augment_seed: int = Field(
+        0, ge=0, description="of the further texts; not --seed, so that runs share the teacher's outputs"
+    )
+    phases: Literal["auto", "one", "two"] = Field(
+        "auto", description="two: match the teacher's pooled vector first; auto: when a trial says so"
+    )
+    feature_cache_gib: float = Field(
+        4.0, ge=0, description="GiB of disk for the teacher's hidden states; above it they are computed again"
+    )
+    peers: int = Field(2, ge=2, le=8, description="online: students that learn from each other")
+    online: Literal["peers", "teacher"] = Field(
+        "peers", description="online: equal peers, or a teacher that trains together with its student"
+    )
+    assistants: str = Field(
+        "mini", description="assistant-chain: students between teacher and student, such as small,mini"
+    )
+    generations: int = Field(2, ge=2, le=10, description="self: how often the student teaches its successor")
+    layer_epochs: int = Field(
+        2, ge=1, description="layerwise: epochs of fine-tuning each layer of the teacher"
+    )
+    distill_ensemble: bool = Field(
+        False, description="layerwise: distil the ensemble into one student at the end"
+    )
+
+
+@dataclass(frozen=True)
+class DistillPlan:
+    """A checked request."""
+
+    options: DistillOptions
+    settings: Settings
+    chosen: Sequence[Chosen]
+    hard_weight: float  # of the labels
+
+
+def check(request: Request) -> DistillPlan:
+    """Check everything that can be checked before a model is loaded.
+
+    Raises:
+        UsageError: An unknown name, a value out of range, or a combination that means nothing.
+    """
+    options = request.options
+    assert isinstance(options, DistillOptions)
+    if options.strategy not in STRATEGIES:
+        raise UsageError(
+            f"unknown strategy '{options.strategy}': {did_you_mean(options.strategy, STRATEGIES)}"
+        )
+    if options.init not in INITS:
+        raise UsageError(f"unknown --init '{options.init}': {did_you_mean(options.init, INITS)}")
+    students.size_of(options.student, STUDENT_PRESETS)
+    alpha = ALPHA if options.alpha is None else options.alpha
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"--alpha {alpha} is outside [0, 1]")
+    names = options.methods
+    if len(set(names)) != len(names):
+        raise UsageError(f"a method is given twice: {', '.join(names)}")
+    modules = {name: registry.load("distill", name) for name in names}
+    if processes.count() > 1 and any(m.KIND == "adversarial" for m in modules.values()):
+        raise UsageError("the adversarial method trains in one process only: its discriminator is not shared")
+    if options.layer_map is not None:
+        layer_map.parse(options.layer_map)
+    settings, configs = _settings(request, modules)
+    if options.strategy in ("online", "layerwise") and tuple(names) != ("response",):
+        raise UsageError(
+            f"strategy '{options.strategy}' compares answers only",
+            "leave --method out, or use another strategy",
+        )
+    if options.strategy == "online" and options.augment:
+        raise UsageError(
+            "strategy 'online' learns from the training rows alone: its teacher changes, so it labels no further texts",
+            "leave --augment out, or use another strategy",
+        )
+    if len(options.teachers) > 1 and options.strategy in ("online", "layerwise"):
+        raise UsageError(f"strategy '{options.strategy}' has one teacher; give --teacher once")
+    if options.control and options.strategy in ("online", "layerwise"):
+        raise UsageError(
+            f"strategy '{options.strategy}' has no --control", "leave --control out, or use another strategy"
+        )
+    if options.strategy == "assistant-chain":
+        assistants(settings)
+    if options.alpha is not None and all(m.KIND != "response" for m in modules.values()):
+        raise UsageError(
+            "--alpha weighs response methods, and none was chosen",
+            "add --method response, or leave --alpha out",
+        )
+    hard, weights = objective.weights(
+        names, modules, alpha=alpha, beta=options.beta, gamma=options.gamma, given=options.weights
+    )
+    chosen = [Chosen(name, modules[name], configs[name], weights[name]) for name in names]
+    teacher_weights(settings, len(options.teachers))
+    return DistillPlan(options, settings, chosen, hard)
+
+
+def assistants(settings: Settings) -> list[str]:
+    """Names of the assistants, largest first.
+
+    Raises:
+        UsageError: There is none, or one of a size that makes no model.
+    """
+    names = [name.strip() for name in settings.assistants.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--set assistants= names no assistant", "such as --set assistants=small,mini")
+    for name in names:
+        students.size_of(name, STUDENT_PRESETS)
+    return names
+
+
+def teacher_weights(settings: Settings, teachers: int) -> list[float]:
+    """The weight of every teacher, summing to 1.
+
+    Raises:
+        UsageError: Not as many positive numbers as teachers.
+    """
+    if settings.teacher_weights is None:
+        return [1 / teachers] * teachers
+    try:
+        found = [float(part) for part in settings.teacher_weights.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != teachers or min(found) <= 0 or not sum(found) < float("inf"):
+        raise UsageError(
+            f"--set teacher_weights={settings.teacher_weights}: {teachers} positive numbers are needed, "
+            "one a --teacher, with commas between"
+        )
+    return [value / sum(found) for value in found]
+
+
+def _settings(request: Request, modules: Mapping[str, ModuleType]) -> tuple[Settings, dict[str, Any]]:
+    """Sort ``--set`` into the distillation's own settings and those of the methods.
+
+    A plain key goes to every chosen method that has it, ``method.key`` to that method alone.
+    """
+    options = request.options
+    assert isinstance(options, DistillOptions)
+    given = dict(request.common.settings)
+    if options.temperature is not None:
+        holders = [name for name, m in modules.items() if "temperature" in m.Config.model_fields]
+        if not holders:
+            raise UsageError(f"--temperature belongs to none of the methods {', '.join(modules)}")
+        given.setdefault("temperature", str(options.temperature))
+    own: dict[str, str] = {}
+    by_method: dict[str, dict[str, str]] = {name: {} for name in modules}
+    # The method's own key first, so that a plain one cannot take its place.
+    for key, value in sorted(given.items(), key=lambda item: "." not in item[0]):
+        method, dot, field = key.partition(".")
+        holders = [
+            name
+            for name, module in modules.items()
+            if (field if dot else key) in module.Config.model_fields and (not dot or name == method)
+        ]
+        if not dot and key in Settings.model_fields:
+            own[key] = value
+        elif holders:
+            for name in holders:
+                by_method[name].setdefault(field if dot else key, value)
+        else:
+            known = [*Settings.model_fields]
+            known += [f for m in modules.values() for f in m.Config.model_fields]
+            raise UsageError(f"unknown setting '{key}': {did_you_mean(key, sorted(set(known)))}")
+    configs = {name: registry.parse_settings(module, by_method[name]) for name, module in modules.items()}
+    return registry.parse_config(Settings, own), configs

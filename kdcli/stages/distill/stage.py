@@ -1,0 +1,163 @@
+"""Distill: a small student learns from a teacher's outputs.
+
+A teacher without a head for the task is fine-tuned on it first; then the strategy says who teaches whom.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import ChainMap
+from collections.abc import Sequence
+
+import numpy as np
+
+from kdcli.context import Applied, Context
+from kdcli.data import sources
+from kdcli.errors import InputError, UsageError
+from kdcli.inputs import sampling, text
+from kdcli.inputs.text import Encoded
+from kdcli.models import checkpoint as checkpoints
+from kdcli.models import references
+from kdcli.models.checkpoint import Checkpoint
+from kdcli.report.schema import Warning_
+from kdcli.stages.distill.fitting import options_of
+from kdcli.stages.distill.plan import DistillPlan, check
+from kdcli.stages.distill.student import precheck
+from kdcli.training import teacher as teachers
+from kdcli.training.cross_entropy import UNLABELLED
+from kdcli.training.loop import FitOptions
+
+__all__ = ["apply", "check", "prepare", "teacher_epochs"]
+
+_MODULES = {"assistant-chain": "succession", "self": "succession"}
+
+
+def prepare(context: Context) -> None:
+    """Give every teacher a head for the task, and apply the label budget."""
+    plan = check(context.request)
+    options = options_of(context)
+    precheck(context, plan)
+    train, validation = context.encoded["train"], context.encoded["validation"]
+    assert train.labels is not None
+    if options.labels is not None:
+        classes = len(np.unique(train.labels))
+        train = _budget(train, options.labels, context.seed)
+        count = choosing(options.labels, len(train), len(validation), classes)
+        validation = sampling.sample(validation, count, context.seed)
+        context.progress.note(
+            f"--labels {options.labels}: the labels of {options.labels} training rows teach, "
+            f"{len(validation)} validation rows choose"
+        )
+    teacher = context.checkpoint
+    if options.unlabeled is not None:
+        extra = sources.load_texts(options.unlabeled, context.request.common.columns)
+        more = text.encode(extra, teacher.tokenizer, teacher.max_length, None)
+        train = text.concatenate(train, more, UNLABELLED)
+    narrowed = {"train": train, "validation": validation}
+    context.encoded = ChainMap(narrowed, context.encoded)  # type: ignore[arg-type]
+    context.teacher_came_trained = [] if not teacher.has_head else [options.teachers[0]]
+    if options.strategy == "online" and plan.settings.online == "teacher":
+        from kdcli.stages.distill.strategies import online
+
+        online.prepare(context, plan)
+        return
+    context.checkpoint, context.teacher_detail = _with_head(context, plan, teacher)
+    for ref in options.teachers[1:]:
+        found = references.resolve(ref, offline=context.request.common.offline)
+        more_teacher = checkpoints.load(found.path, labels=teacher.labels, device=context.device)
+        if more_teacher.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+            raise InputError(f"teacher '{ref}' has another vocabulary than '{options.teachers[0]}'")
+        if more_teacher.has_head and sorted(more_teacher.labels) != sorted(teacher.labels):
+            raise InputError(f"teacher '{ref}' knows other labels than '{options.teachers[0]}'")
+        if more_teacher.has_head:
+            context.teacher_came_trained.append(ref)
+        context.more_teachers.append(_with_head(context, plan, more_teacher)[0])
+
+
+def apply(context: Context) -> Applied:
+    """Run the strategy."""
+    plan = check(context.request)
+    name = plan.options.strategy
+    module = importlib.import_module(
+        f"kdcli.stages.distill.strategies.{_MODULES.get(name, name).replace('-', '_')}"
+    )
+    applied: Applied = module.run(context, plan)
+    if plan.options.labels is not None and context.teacher_came_trained:
+        applied.warnings.append(_saw_more(plan.options.labels, context.teacher_came_trained))
+    return applied
+
+
+def _saw_more(labels: int, teachers: Sequence[str]) -> Warning_:
+    several = len(teachers) > 1
+    return Warning_(
+        code="teacher-labels",
+        message=f"--labels {labels} bounds what the student and the choice of its epoch see; "
+        f"{'the teachers' if several else 'the teacher'} came trained, on labels that are not counted here",
+    )
+
+
+def choosing(labels: int, train: int, validation: int, classes: int) -> int:
+    """How many validation rows may choose when the labels of ``labels`` of ``train`` rows may teach.
+
+    The same share of them, at least a row a class, and never more than teach: whoever has 1,000 labels has no 3,000
+    more to choose an epoch with.
+    """
+    return min(validation, labels, max(classes, round(validation * labels / train)))
+
+
+def teacher_epochs(rows: int, labels: int, batch_size: int) -> int:
+    """Epochs that give a fine-tuned teacher enough steps: 180, and 10 more for every label.
+
+    Two labels and 7,000 rows make one epoch, 150 labels and 15,000 rows four; never more than ten.
+    """
+    steps = 180 + 10 * labels
+    return min(10, max(1, round(steps * batch_size / rows)))
+
+
+def _with_head(
+    context: Context, plan: DistillPlan, teacher: Checkpoint
+) -> tuple[Checkpoint, dict[str, object]]:
+    """The teacher as it is when it has a head for the task, else fine-tuned."""
+    if teacher.has_head:
+        return teacher, {"fine_tuned": False}
+    settings, train = plan.settings, context.encoded["train"]
+    assert train.labels is not None
+    labelled = int((train.labels >= 0).sum())
+    context.progress.phase("teacher")
+    options = FitOptions(
+        epochs=settings.teacher_epochs
+        or teacher_epochs(labelled, len(teacher.labels), settings.teacher_batch_size),
+        batch_size=settings.teacher_batch_size,
+        lr=settings.teacher_lr or (1e-4 if int(teacher.config.hidden_size) <= 384 else 3e-5),
+        seed=context.seed,
+        rate_option="--set teacher_lr=RATE",
+    )
+    return teachers.fine_tuned(
+        teacher,
+        context.encoded,
+        options,
+        device=context.device,
+        progress=context.progress,
+        resume_dir=context.resume_dir,
+        resuming=context.request.common.resume,
+    )
+
+
+def _budget(train: Encoded, labels: int, seed: int) -> Encoded:
+    """Keep the labels of ``labels`` rows, as evenly over the classes as they come; hide the others."""
+    assert train.labels is not None
+    classes = np.unique(train.labels)
+    if not len(classes) <= labels <= len(train):
+        raise UsageError(
+            f"--labels {labels} is out of range: from {len(classes)}, one a label, to {len(train)}, all rows"
+        )
+    shuffled = np.random.default_rng(seed).permutation(len(train))
+    # Rank of every row within its class, in shuffled order: taking the lowest ranks takes the classes evenly.
+    by_class = shuffled[np.argsort(train.labels[shuffled], kind="stable")]
+    sizes = np.bincount(train.labels)
+    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    rank = np.arange(len(train)) - starts
+    kept = by_class[np.argsort(rank, kind="stable")[:labels]]
+    hidden = np.full(len(train), UNLABELLED, dtype=np.int64)
+    hidden[kept] = train.labels[kept]
+    return Encoded(train.ids, train.type_ids, train.offsets, hidden)

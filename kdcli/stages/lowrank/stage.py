@@ -1,0 +1,199 @@
+"""Low-rank: replace matrices of the model by two thin factors, convolutions by chains of smaller ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from kdcli import processes, registry
+from kdcli.context import Applied, Context
+from kdcli.errors import UsageError
+from kdcli.models.families import Family, encoder_linears
+from kdcli.models.transforms import Factorise
+from kdcli.probe import speedup
+from kdcli.report.schema import Method, Warning_
+from kdcli.request import LowRankOptions
+from kdcli.stages.lowrank import convolutions, merging, rank_budget
+from kdcli.stages.lowrank.factor_units import Unit, unit_of
+from kdcli.stages.lowrank.matrices import Work
+from kdcli.stages.lowrank.patterns import patterns_leave
+from kdcli.training.recovery import recover
+
+BUDGET = 0.6
+"""Used when nothing else says how much is kept."""
+
+EMBEDDINGS = "embeddings"
+"""What ``--include`` calls the table of the tokens."""
+
+AMOUNTS = ("budget", "energy", "rank", "target_speedup")
+
+
+@dataclass
+class LowRankPlan:
+    options: LowRankOptions
+    module: Any
+    config: Any
+    amount: dict[str, Any]  # one of AMOUNTS, or max_drop
+    params: dict[str, Any]
+    units: dict[str, Unit]
+
+
+def prepare(context: Context) -> None:
+    """Refuse bad options and unknown architectures before anything is measured."""
+    _plan(context)
+
+
+def apply(context: Context) -> Applied:
+    """Factorise the model of ``context`` in place, then train it back for ``--epochs``.
+
+    ``--budget F`` keeps the share F of the parameters of all chosen layers together, ``--energy F`` in each
+    layer the fewest directions with the share F of what the method minimises, ``--rank N`` N directions in each
+    (``evbmf``: as many as stand out of noise), ``--target-speedup F`` as many as leave the model F times as fast,
+    which is measured on its finished graph. With ``--max-drop`` and none of them the smallest budget is searched that
+    keeps the accuracy on the validation rows. ``--merge`` multiplies factors back where that pays.
+
+    Raises:
+        UsageError: A bad option, a pattern that matches nothing, or an amount that cannot be met.
+        InputError: kdcli cannot operate on this architecture.
+    """
+    plan = _plan(context)
+    options = plan.options
+    if options.merge:
+        return merging.apply(context, plan.params)
+    if plan.module.LAYERS == "convolution":
+        return convolutions.apply(context, plan.module, plan.config, plan.amount, plan.params)
+    checkpoint = context.checkpoint
+    work = Work(context, plan.module, plan.config, plan.units)
+    detail: dict[str, Any] = {}
+    warnings = []
+    ranks = work.decide(plan.amount, detail)
+    kept = {name: rank for name, rank in ranks.items() if rank is not None}
+    measured = work.replace(kept, last=True)
+    before, after = work.parameters({}), work.parameters(kept)
+    detail |= {"factorised": len(kept), "parameters_before": before, "parameters_after": after}
+    detail["parameters_kept"] = after / before if before else None
+    table = work.table(ranks, measured)
+    if kept:
+        members = {member: rank for name, rank in kept.items() for member in plan.units[name].members}
+        shared = [list(plan.units[name].members) for name in kept if len(plan.units[name].members) > 1]
+        checkpoint.log.transforms.append(Factorise(ranks=members, shared=shared))
+        if options.epochs:
+            detail["recovery"] = recover(
+                context, epochs=options.epochs, lr=options.lr, batch_size=options.batch_size
+            )
+    else:
+        if not plan.units:
+            reason = "the encoder has no dense linear layer left"
+        elif "max_drop" in plan.amount:
+            reason = f"no budget below 1 keeps the accuracy within {plan.amount['max_drop']:g}"
+        else:
+            reason = "no rank is below break-even"
+        text = f"nothing was factorised, the model is unchanged: {reason}"
+        warnings.append(Warning_(code="nothing-factorised", message=text))
+    if "target_speedup" in detail:
+        warnings += speedup.missed(detail["target_speedup"])
+    slower = [
+        row for row in table if not row["kept_dense"] and row["latency_after_ms"] > row["latency_before_ms"]
+    ]
+    if kept and 2 * len(slower) > len(kept):
+        text = (
+            f"{len(slower)} of {len(kept)} factor pairs are slower at batch 1 than the matrix they replace: "
+            "two thin products cost more than one below some size"
+        )
+        warnings.append(Warning_(code="thin-products", message=text))
+    method = Method(name=options.method, params=plan.params, detail=detail, layers=table)
+    return Applied(checkpoint, method, warnings=warnings)
+
+
+def _plan(context: Context) -> LowRankPlan:
+    options = context.request.options
+    assert isinstance(options, LowRankOptions)
+    module = registry.load("lowrank", options.method)
+    given = {k: v for k in AMOUNTS if (v := getattr(options, k)) is not None}
+    flags = ["--" + k.replace("_", "-") for k in given]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(flags)} exclude each other; give one of them")
+    if options.merge and (given or options.epochs):
+        named = [*flags, *(["--epochs"] if options.epochs else [])]
+        raise UsageError(
+            f"--merge multiplies factors back and factorises nothing; leave out {', '.join(named)}"
+        )
+    _check_ranges(options)
+    config = registry.parse_settings(module, context.request.common.settings)
+    checkpoint = context.checkpoint
+    max_drop = context.request.common.gates.max_drop
+    if not given:
+        given = {"budget": BUDGET} if max_drop is None else {"max_drop": max_drop}
+    patterns = {"include": list(options.include), "exclude": list(options.exclude)}
+    params = given | patterns | config.model_dump() | {"epochs": options.epochs}
+    if options.merge:
+        return LowRankPlan(options, module, config, {}, {"merge": True} | patterns, {})
+    if module.LAYERS == "convolution":
+        convolutions.chosen(context, module, given)
+        return LowRankPlan(options, module, config, given, params, {})
+    units = _units(checkpoint.model, checkpoint.family, options, getattr(config, "share_right", False))
+    if (budget := given.get("budget")) is not None:
+        sizes = {name: rank_budget.size_of(unit.dense) for name, unit in units.items()}
+        rank_budget.even(sizes, budget)  # raises when it cannot be met
+    return LowRankPlan(options, module, config, given, params, units)
+
+
+def _check_ranges(options: LowRankOptions) -> None:
+    if options.budget is not None and not 0 < options.budget < 1:
+        raise UsageError(f"--budget {options.budget} is outside (0, 1): it is the share of parameters kept")
+    if options.energy is not None and not 0 < options.energy <= 1:
+        raise UsageError(f"--energy {options.energy} is outside (0, 1]: it is the share of energy kept")
+    if isinstance(options.rank, str):
+        if options.rank != "evbmf":
+            raise UsageError(f"--rank '{options.rank}' is neither a whole number nor evbmf")
+    elif options.rank is not None and options.rank < 1:
+        raise UsageError(f"--rank {options.rank} is below 1")
+    if options.target_speedup is not None and not 1 < options.target_speedup < 1000:
+        raise UsageError(
+            f"--target-speedup {options.target_speedup} is not above 1: it is a ratio of latencies"
+        )
+    if options.target_speedup is not None and processes.count() > 1:
+        raise UsageError(
+            "--target-speedup measures latencies, which several processes would disturb",
+            "run it in one process, or give --budget",
+        )
+    if options.epochs < 0:
+        raise UsageError(f"--epochs {options.epochs} is negative; 0 means no recovery training")
+
+
+def _units(model: nn.Module, family: Family, options: LowRankOptions, share: bool) -> dict[str, Unit]:
+    """What the patterns leave, in the order in which the model runs it, by the name of its first layer.
+
+    Raises:
+        UsageError: A pattern matches no layer, or no layer is left.
+    """
+    layers: dict[str, nn.Module] = {**encoder_linears(model, family)}
+    tables: dict[str, nn.Module] = {}
+    table = f"{family.base}.embeddings.word_embeddings"
+    if EMBEDDINGS in options.include:
+        if not isinstance(model.get_submodule(table), nn.Embedding):
+            raise UsageError(f"--include {EMBEDDINGS}: the table of the tokens is factorised already")
+        tables[table] = model.get_submodule(table)
+    include = tuple(pattern for pattern in options.include if pattern != EMBEDDINGS)
+    what = "dense linear layer of the encoder"
+    kept = tables | patterns_leave(layers, include, options.exclude, what, some=not tables)
+    units = {}
+    for group in _together(list(kept), family) if share else [(name,) for name in kept]:
+        units[group[0]] = unit_of(model, group)
+    return units
+
+
+def _together(names: Sequence[str], family: Family) -> list[tuple[str, ...]]:
+    """Names, with query, key and value of one attention joined where all three are there."""
+    paths = (family.query, family.key, family.value)
+    joined: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        if name.endswith("." + family.query):
+            prefix = name.removesuffix(family.query)
+            group = tuple(prefix + path for path in paths)
+            if set(group) <= set(names):
+                joined |= dict.fromkeys(group, group)
+    return list(dict.fromkeys(joined.get(name, (name,)) for name in names))

@@ -1,0 +1,293 @@
+"""Vocabulary, layers, width, and what else follows them in one command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kdcli import registry
+from kdcli.context import Applied, Context
+from kdcli.errors import UsageError, did_you_mean
+from kdcli.models.families import FAMILIES, Layer, encoder_layers
+from kdcli.models.tokens import Vocabulary
+from kdcli.report.schema import Method, Warning_
+from kdcli.request import STRUCTURES, Gates, PruneOptions, Request, parts_of
+from kdcli.stages.prune import depth, plan, units, vocab
+from kdcli.stages.prune.budget import layer_macs, table_row
+from kdcli.training.recovery import recover
+
+FIXED = {"layers": ("keep_layers", "keep"), "width": ("width",)}
+"""Settings by which a part says for itself how much stays."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of structure, its method, and how much of it goes."""
+
+    structure: str  # vocab, layers, width, heads, neurons or heads+neurons
+    name: str  # of the method
+    module: Any
+    config: Any
+    settings: Mapping[str, str]  # those that made the config
+    sparsity: float | None = None
+    budget: float | None = None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether its settings say how much stays."""
+        return any(getattr(self.config, key, None) is not None for key in FIXED.get(self.structure, ()))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Parts in the order in which they go."""
+
+    options: PruneOptions
+    parts: list[Part]
+    params: dict[str, Any]  # for the report
+    max_drop: float | None = None  # search the smallest model that keeps it
+
+    def removing(self, share: float) -> Chain:
+        """The same, with another share for the part that one is for."""
+        parts = [p if p.sparsity is None else replace(p, sparsity=share) for p in self.parts]
+        return replace(self, parts=parts)
+
+
+@dataclass
+class State:
+    """What has happened so far."""
+
+    tokens: float  # T, mean length of a training row of the model as it came
+    dense: float  # multiply-accumulates of its encoder
+    origin: list[int]  # of each layer that is left: its number in that model
+    detail: dict[str, Any] = field(default_factory=dict)
+    warnings: list[Warning_] = field(default_factory=list)
+
+
+def is_chain(request: Request) -> bool:
+    """Whether this module prunes what is asked for, rather than heads and neurons, or weights, alone."""
+    assert isinstance(request.options, PruneOptions)
+    return any(part in ("vocab", "layers", "width") for part in request.options.structure.split("+"))
+
+
+def check_model(context: Context) -> None:
+    """Refuse a model that has no such parts.
+
+    Raises:
+        InputError: It is of an unknown architecture, or its tokenizer of an unknown algorithm.
+    """
+    assert isinstance(context.request.options, PruneOptions)
+    structures = parts_of(context.request.options.structure)
+    if structures != ("vocab",):
+        assert context.checkpoint.family
+    if "vocab" in structures:
+        Vocabulary(context.checkpoint.tokenizer)
+
+
+def check(request: Request) -> Chain:
+    """Check the options by themselves, before anything is loaded.
+
+    Raises:
+        UsageError: Says which option is wrong and what is allowed.
+    """
+    options = request.options
+    assert isinstance(options, PruneOptions)
+    structures = parts_of(options.structure)
+    modules = _modules(structures, options.method)
+    settings = _settings(request.common.settings, dict(modules.values()))
+    parts = [
+        Part(s, name, module, registry.parse_settings(module, settings[name]), settings[name])
+        for s, (name, module) in modules.items()
+    ]
+    if options.target_speedup is not None:
+        raise UsageError(
+            "--target-speedup is met by removing heads and neurons alone",
+            "prune the rest first, and the result by kdcli prune - --target-speedup F",
+        )
+    if options.schedule == "gradual":
+        raise UsageError("--schedule gradual removes heads, neurons or weights alone", "leave out --schedule")
+    if options.epochs < 0:
+        raise UsageError(f"--epochs {options.epochs} is negative; 0 means no recovery training")
+    if options.sparsity is not None and options.budget is not None:
+        raise UsageError("--sparsity and --budget each say how much is removed; give one of them")
+    if options.sparsity is not None and not 0 <= options.sparsity < 1:
+        raise UsageError(f"--sparsity {options.sparsity} is outside [0, 1): it is the share that is removed")
+    if options.budget is not None and not 0 < options.budget <= 1:
+        raise UsageError(f"--budget {options.budget} is outside (0, 1]: it is the share that is kept")
+    parts = _share_out(options, parts)
+    params: dict[str, Any] = {"structure": "+".join(structures)}
+    for part in parts:
+        if part.sparsity is not None:
+            params |= {"sparsity": part.sparsity, "sparsity_of": _OF[part.structure]}
+        if part.budget is not None:
+            params |= {"budget": part.budget, "budget_of": "multiply-accumulates of the encoder"}
+        prefix = f"{part.name}." if len(parts) > 1 else ""
+        params |= {prefix + key: value for key, value in part.config.model_dump().items()}
+        file = getattr(part.config, "vocab_text", None)
+        if file is not None and not Path(file).is_file():
+            raise UsageError(f"--set vocab_text={file}: there is no such file")
+        if part.structure in plan.UNITS:
+            if (schedule := plan.schedule_of(options, part.name, part.module)) is not None:
+                params["schedule"] = schedule
+            plan.check(_alone(request, part))
+    max_drop = request.common.gates.max_drop
+    if options.sparsity is not None or all(part.sparsity is None for part in parts):
+        max_drop = None  # how much goes is said: it is a gate and nothing else
+    if max_drop is not None:
+        params["max_drop"] = max_drop
+    return Chain(options, parts, params | {"epochs": options.epochs}, max_drop)
+
+
+_OF = {
+    "layers": "encoder layers",
+    "width": "features of the residual stream",
+    **{s: f"multiply-accumulates of the {s} that are there when their turn comes" for s in plan.UNITS},
+}
+
+
+def _modules(structures: tuple[str, ...], method: str | None) -> dict[str, tuple[str, Any]]:
+    """Structure -> name and module of its method; ``--method`` goes to the structures it can prune."""
+    found = {s: (STRUCTURES[s], registry.load("prune", STRUCTURES[s])) for s in structures}
+    if method is not None:
+        module = registry.load("prune", method)
+        fitting = [s for s in structures if s in module.STRUCTURES]
+        if not fitting:
+            able = [
+                n
+                for n in registry.names("prune")
+                if set(registry.load("prune", n).STRUCTURES) & set(structures)
+            ]
+            raise UsageError(
+                f"--method {method} does not prune {'+'.join(structures)}; use {' or '.join(able)}"
+            )
+        found |= dict.fromkeys(fitting, (method, module))
+    return found
+
+
+def _settings(given: Mapping[str, str], modules: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Sort ``--set``: a plain key goes to every method that has it, ``method.key`` to that method alone."""
+    found: dict[str, dict[str, str]] = {name: {} for name in modules}
+    # The method's own key first, so that a plain one cannot take its place.
+    for key, value in sorted(given.items(), key=lambda item: "." not in item[0]):
+        method, dot, own = key.partition(".")
+        setting = own if dot else key
+        holders = [
+            name
+            for name, module in modules.items()
+            if setting in module.Config.model_fields and (not dot or name == method)
+        ]
+        if not holders:
+            known = sorted({f for module in modules.values() for f in module.Config.model_fields})
+            raise UsageError(f"unknown setting '{key}': {did_you_mean(setting, known)}")
+        for name in holders:
+            found[name].setdefault(setting, value)
+    return found
+
+
+def _share_out(options: PruneOptions, parts: list[Part]) -> list[Part]:
+    """Say which part ``--sparsity`` or ``--budget`` is for: heads and neurons, or the one part that has MACs."""
+    open_parts = [p for p in parts if p.structure != "vocab" and not p.fixed]
+    of_units = [p for p in open_parts if p.structure in plan.UNITS]
+    target = of_units[0] if of_units else open_parts[0] if len(open_parts) == 1 else None
+    given = "--sparsity" if options.sparsity is not None else "--budget"
+    asked = options.sparsity is not None or options.budget is not None
+    for part in open_parts:
+        if part is not target:
+            key = FIXED[part.structure][0]
+            raise UsageError(
+                f"how much of the {part.structure} goes is not said: {given} is for one part of a combination",
+                f"add --set {key}=N",
+            )
+    if target is None and asked:
+        fixed = ", ".join(f"--set {FIXED[p.structure][0]}" for p in parts if p.fixed)
+        reason = f"{fixed} says it already" if fixed else "tokens cost none of the encoder's products"
+        raise UsageError(
+            f"{given} has nothing to go to: {reason}", "leave it out, or add heads+neurons to --structure"
+        )
+    sparsity = None
+    if options.budget is None:
+        sparsity = plan.SPARSITY if options.sparsity is None else options.sparsity
+    return [replace(p, sparsity=sparsity, budget=options.budget) if p is target else p for p in parts]
+
+
+def _alone(request: Request, part: Part, budget: float | None = None) -> Request:
+    """The request for this part by itself, without training and without gates."""
+    assert isinstance(request.options, PruneOptions)
+    options = replace(
+        request.options,
+        structure=part.structure,
+        method=part.name,
+        sparsity=part.sparsity,
+        budget=budget if budget is not None else part.budget,
+        epochs=0,
+    )
+    return replace(
+        request, options=options, common=replace(request.common, settings=part.settings, gates=Gates())
+    )
+
+
+def apply(context: Context, chain: Chain) -> Applied:
+    """Prune part after part, then train what is left for ``--epochs``."""
+    layers = _layers(context)
+    tokens = float(context.encoded["train"].lengths.mean())
+    table = [table_row(layer, tokens, "before") for layer in layers]
+    state = State(tokens, sum(layer_macs(x, tokens) for x in layers), list(range(len(layers))))
+    for part in chain.parts:
+        if part.structure == "vocab":
+            vocab.drop(context, part, state)
+        elif part.structure in plan.UNITS:
+            _cut_units(context, part, state)
+        else:
+            depth.shrink(context, part, state)
+    detail: dict[str, Any] = {"sequence": tokens}
+    layers = _layers(context)
+    if table:
+        left = sum(layer_macs(layer, tokens) for layer in layers)
+        detail |= {
+            "encoder_macs_before": round(state.dense),
+            "encoder_macs_after": round(left),
+            "encoder_macs_kept": left / state.dense if state.dense else 1.0,
+        }
+    detail["parts"] = state.detail
+    if chain.options.epochs:
+        options = chain.options
+        detail["recovery"] = recover(
+            context, epochs=options.epochs, lr=options.lr, batch_size=options.batch_size
+        )
+    after: list[dict[str, Any]] = [{"heads_after": 0, "neurons_after": 0, "macs_after": 0} for _ in table]
+    for number, layer in zip(state.origin, layers, strict=True):
+        after[number] = table_row(layer, tokens, "after")
+    rows = [one | two | {"layer": one["layer"]} for one, two in zip(table, after, strict=True)]
+    name = "+".join(dict.fromkeys(part.name for part in chain.parts))
+    method = Method(name=name, params=chain.params, detail=detail, layers=rows)
+    return Applied(context.checkpoint, method, warnings=state.warnings)
+
+
+def _cut_units(context: Context, part: Part, state: State) -> None:
+    """Heads and neurons spend what is left of a budget that refers to the model as it came."""
+    budget = None
+    if part.budget is not None:
+        left = sum(layer_macs(layer, state.tokens) for layer in _layers(context))
+        budget = part.budget * state.dense / left if left else 1.0
+        if budget >= 1:
+            state.warnings.append(
+                Warning_(
+                    code="budget-met",
+                    message=f"the parts before left {left / state.dense:.1%} of the encoder's "
+                    f"multiply-accumulates, so no {part.structure} had to go for --budget {part.budget}",
+                )
+            )
+            state.detail[part.structure] = {"encoder_macs_kept": left / state.dense}
+            return
+    applied = units.apply(context, plan.check(_alone(context.request, part, budget)))
+    state.detail[part.structure] = applied.method.detail
+    state.warnings += applied.warnings
+
+
+def _layers(context: Context) -> list[Layer]:
+    """Encoder layers; none of a model that is no transformer, whose tokens can be dropped all the same."""
+    checkpoint = context.checkpoint
+    known = checkpoint.model_type in FAMILIES
+    return encoder_layers(checkpoint.model, checkpoint.family) if known else []

@@ -1,0 +1,160 @@
+"""What a method of pruning is given, and what it gives back.
+
+A module in ``criteria/`` says in ``STRUCTURES`` what it can decide on. For ``heads``, ``neurons`` and
+``heads+neurons`` it has
+
+    prune(job: UnitJob, config: Config) -> Found        cuts the units of job.model, in place
+
+and for ``weights`` and ``n:m``
+
+    zero(job: WeightJob, config: Config) -> dict[str, Tensor]      True where a weight stays
+
+which may also change the weights that stay; weights that are zero already go first. One that finds them by
+training says ``TRAINED = True`` instead, and its stage knows how. For ``layers``, ``width`` and ``vocab`` it has
+
+    choose(job: LayerJob, config: Config) -> Chosen         says which layers stay
+    narrow(job: WidthJob, config: Config) -> Chosen         cuts features of job.model, in place
+    keep(job: TokenJob, config: Config) -> ndarray (V,)     True where a token stays
+
+Every ``Config`` has ``samples`` and ``batch_size`` when its method reads training rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from kdcli.inputs.feeding import Labelled
+from kdcli.models.families import Family, Layer
+from kdcli.models.transforms import Cut
+from kdcli.progress import Progress
+
+
+@dataclass(frozen=True)
+class Units:
+    """Something per head and per neuron of every encoder layer: L arrays (H,) and L arrays (F,)."""
+
+    heads: list[np.ndarray]
+    neurons: list[np.ndarray]
+
+    def flat(self) -> np.ndarray:
+        """All heads, layer by layer, then all neurons: (sum of H + sum of F,)."""
+        return np.concatenate([*self.heads, *self.neurons])
+
+    def only(self, structure: str) -> Units:
+        """Only the kinds in ``structure`` (``heads``, ``neurons``, ``heads+neurons``)."""
+        kinds = structure.split("+")
+        return Units(
+            self.heads if "heads" in kinds else [x[:0] for x in self.heads],
+            self.neurons if "neurons" in kinds else [x[:0] for x in self.neurons],
+        )
+
+    def like(self, flat: np.ndarray) -> Units:
+        """Split a flat array the way :meth:`flat` joins this one."""
+        parts = np.split(flat, np.cumsum([len(x) for x in (*self.heads, *self.neurons)])[:-1])
+        return Units(parts[: len(self.heads)], parts[len(self.heads) :])
+
+
+Price = Callable[[Sequence[Layer]], Units]
+"""What every unit costs that the layers have now: multiply-accumulates, or milliseconds."""
+
+
+@dataclass(frozen=True)
+class UnitJob:
+    """Heads and neurons to cut out of one model."""
+
+    model: nn.Module  # in eval mode
+    layers: Sequence[Layer]  # its encoder layers
+    structure: str  # heads, neurons or heads+neurons
+    price: Price
+    remove: float  # in the unit of the price: what the cut must save, at most what all units cost
+    batches: Sequence[Labelled]
+    iterative: bool = True  # judge again after every part of the cut
+    seed: int = 0
+    progress: Progress = field(default_factory=Progress)
+    #: What a method found out about the model as it came, by a name of its own: the same model may come again
+    #: with another ``remove``.
+    memo: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Found:
+    """What was cut out, and how it was found."""
+
+    cut: Cut  # leads from the model as it came to the model as it is; names only the layers that changed
+    trace: list[dict[str, Any]] = field(default_factory=list)  # one entry a step
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which zeros are asked for: a share of the weights, or of every M neighbours along the input only N stay."""
+
+    sparsity: float = 0.0  # the share; with N of M it is 1 - N / M
+    n: int = 0
+    m: int = 0  # 0: the share alone counts
+
+
+@dataclass(frozen=True)
+class WeightJob:
+    """Single weights to set to zero in one model."""
+
+    model: nn.Module  # in eval mode
+    layers: Sequence[Layer]  # its encoder layers
+    matrices: Mapping[
+        str, nn.Linear
+    ]  # dotted name -> layer, from the first to the last; all of them in layers
+    pattern: Pattern
+    batches: Sequence[Labelled]
+    seed: int = 0
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass(frozen=True)
+class LayerJob:
+    """Whole encoder layers to drop from one model."""
+
+    model: nn.Module  # in eval mode
+    family: Family
+    prices: np.ndarray  # (L,), what each layer costs
+    remove: float  # in the unit of the prices; less than all layers cost
+    batches: Sequence[Labelled]
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass(frozen=True)
+class WidthJob:
+    """Features of the residual stream to cut out of one model."""
+
+    model: nn.Module  # in eval mode
+    family: Family
+    keep: int  # features, at least 1
+    batches: Sequence[Labelled]
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass
+class Chosen:
+    """What stays of the layers or features, in their numbering before and their order, and how it was found."""
+
+    keep: list[int]
+    trace: list[dict[str, Any]] = field(default_factory=list)  # one entry a step
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenJob:
+    """Tokens to drop from a model and its tokenizer."""
+
+    counts: np.ndarray  # (V,), how often each token occurs in the given texts
+    protected: np.ndarray  # (V,) bool, True where a token has to stay
+
+
+def some_rows(batches: Sequence[Labelled], rows: int) -> list[Labelled]:
+    """Every so many rows of every batch, about ``rows`` in all; batches of all lengths are among them."""
+    every = max(1, round(sum(len(labels) for _, labels in batches) / rows))
+    return [({name: x[::every] for name, x in inputs.items()}, labels[::every]) for inputs, labels in batches]

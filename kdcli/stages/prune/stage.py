@@ -1,0 +1,56 @@
+"""Prune: take parts out of the model, or set single weights of its encoder to zero."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kdcli.context import Applied, Context
+from kdcli.stages.prune import combined, search, speed, units, weights
+from kdcli.stages.prune import plan as plans
+
+
+def prepare(context: Context) -> None:
+    """Refuse bad options and unknown architectures before anything is measured."""
+    if combined.is_chain(context.request):
+        combined.check(context.request)
+        combined.check_model(context)
+        return
+    plan = plans.check(context.request)
+    assert context.checkpoint.family  # raises for an architecture that kdcli cannot operate on
+    if plan.options.target_speedup is not None:
+        speed.check(context, plan)
+
+
+def apply(context: Context) -> Applied:
+    """Prune the model of ``context`` in place, then train it back for ``--epochs``.
+
+    ``--sparsity F`` removes the share F of what the structure can remove: of the multiply-accumulates of
+    the encoder's heads, of its neurons, or of both together, for a row of the training data's mean length;
+    of the number of weights in the encoder's matrices for the structure ``weights``. A structure like ``2:4``
+    keeps two of every four weights that are neighbours along the input. ``--budget F`` keeps
+    the share F of all multiply-accumulates of the encoder. Both refer to the model as it comes in.
+    Of layers and of the width, ``--sparsity F`` removes the share F of their number. Structures joined by ``+``
+    are pruned one after the other.
+    ``--target-speedup F`` cuts until the model is F times faster, as measured here at batch 1. Without any of
+    them ``--max-drop F`` searches the smallest model whose accuracy falls by no more on the validation rows.
+
+    Raises:
+        UsageError: A bad option, or a budget that the structure cannot meet.
+        InputError: kdcli cannot operate on this architecture, or there is nothing left to prune.
+    """
+    if combined.is_chain(context.request):
+        parts = combined.check(context.request)
+        if parts.max_drop is not None:
+            return search.apply(
+                context, parts.max_drop, lambda inner, share: combined.apply(inner, parts.removing(share))
+            )
+        return combined.apply(context, parts)
+    plan = plans.check(context.request)
+    if plan.options.target_speedup is not None:
+        return speed.apply(context, plan)
+    kind = weights if plan.zeros else units
+    if plan.max_drop is not None:
+        return search.apply(
+            context, plan.max_drop, lambda inner, share: kind.apply(inner, replace(plan, sparsity=share))
+        )
+    return kind.apply(context, plan)

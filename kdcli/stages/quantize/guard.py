@@ -1,0 +1,100 @@
+"""Quantise, look at what it cost on validation rows, and keep as few layers in float as an allowed drop demands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kdcli.context import Applied, Context
+from kdcli.inputs import sampling
+from kdcli.stages.quantize import plan as plans
+from kdcli.stages.quantize import single_layers, smoothing
+from kdcli.stages.quantize.plan import QuantizePlan
+from kdcli.stages.quantize.simulated import Simulation, answer
+
+
+def apply(context: Context, plan: QuantizePlan, module: Any) -> Applied:
+    """Carry out a plan.
+
+    Where ``--max-drop`` was given and quantising everything loses more on validation rows, the fewest layers are
+    kept in float for which it holds; where there are none, the best that was found is handed back, and the gate
+    decides. ``--sensitivity`` measures every layer whatever the drop.
+
+    Args:
+        context: Its checkpoint is changed in place.
+        plan: What was asked.
+        module: The scheme's file.
+    """
+    detail: dict[str, Any] = {}
+    if alpha := getattr(plan.config, "smooth", 0.0):
+        detail["smoothquant"] = smoothing.smooth(context, plan, alpha)
+        plan = plans.of(context, scheme=plan.scheme, settings=plan.settings)  # layers were replaced
+    limit, asked = context.request.common.gates.max_drop, plan.options.sensitivity
+    rounds = getattr(module, "ROUNDS", None)
+    if rounds is None or (limit is None and not asked):
+        return _with(module.apply(context, plan), detail)
+    checkpoint, validation = context.checkpoint, context.encoded["validation"]
+    count = min(single_layers.SEARCH_ROWS, context.request.common.limit or single_layers.SEARCH_ROWS)
+    rows = sampling.sample(validation, count, sampling.JUDGING_SEED)
+    dense = {f"{name}.weight": layer.weight.detach().clone() for name, layer in plan.layers.items()}
+    base = answer(checkpoint, rows)
+    applied: Applied = module.apply(context, plan)
+    assert applied.integers is not None
+    quantised = checkpoint.log.quantised
+    assert quantised is not None
+    _restore(context, dense)
+    found = None
+    with Simulation(
+        checkpoint, applied.integers, dense, rounds=rounds, ranges=quantised.activations
+    ) as simulation:
+        first = simulation.answers(simulation.layers, rows)
+        drop = base.accuracy - first.accuracy
+        missed = limit is not None and drop > limit + 1e-12
+        if asked or missed:
+            measured = single_layers.measure(simulation, checkpoint, rows, context.progress)
+            detail["sensitivity"] = single_layers.table(measured)
+        if missed:
+            assert limit is not None
+            found = single_layers.search(simulation, measured["units"], rows, base, limit, first)
+    if limit is not None:
+        detail["search"] = {
+            "rows": len(rows),
+            "max_drop": limit,
+            "drop_all_quantised": drop,
+            "kept": [] if found is None else found.kept,
+            "drop": drop if found is None else found.drop,
+            "met": True if found is None else found.met,
+            "tried": [] if found is None else found.tried,
+        }
+    if found is not None:
+        _say(context, found, drop)
+        applied = module.apply(context, plan.without(found.layers))
+    else:
+        rounded = applied.integers or {}
+        _restore(context, {name: matrix.dense() for name, matrix in rounded.items()})
+    return _with(applied, detail)
+
+
+@torch.no_grad()
+def _restore(context: Context, weights: dict[str, torch.Tensor]) -> None:
+    for name, weight in weights.items():
+        parameter = context.checkpoint.model.get_parameter(name)
+        parameter.copy_(weight.view(parameter.shape))
+
+
+def _say(context: Context, found: single_layers.Found, drop: float) -> None:
+    names = ", ".join(found.kept[:4]) + (" and others" if len(found.kept) > 4 else "")
+    text = f"quantising everything loses {100 * drop:.2f} points on validation rows"
+    if not found.kept:
+        context.progress.note(f"{text}, and keeping layers in fp32 does not help")
+        return
+    end = "" if found.met else "; that is still too much, but nothing else was better"
+    context.progress.note(
+        f"{text}; with {len(found.kept)} layers kept in fp32 ({names}) {100 * found.drop:.2f}{end}"
+    )
+
+
+def _with(applied: Applied, detail: dict[str, Any]) -> Applied:
+    applied.method = applied.method.model_copy(update={"detail": applied.method.detail | detail})
+    return applied

@@ -1,0 +1,73 @@
+"""Run calibration rows through a model and look at what its layers read, one batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.context import Context
+from kdcli.inputs.feeding import model_inputs
+from kdcli.models.layers import SmoothLinear
+from kdcli.stages.quantize import integer_weights
+
+Layers = Mapping[str, nn.Module]
+T = TypeVar("T")
+
+
+@torch.no_grad()
+def observe(
+    context: Context,
+    layers: Layers,
+    rows: int,
+    make: Callable[[], T],
+    add: Callable[[T, Tensor], None],
+    *,
+    outputs: bool = False,
+    title: str = "calibration",
+) -> dict[str, T]:
+    """Collect something about the input of every layer; nothing of a batch is kept.
+
+    Args:
+        context: The model and its training rows.
+        layers: Those to look at, by name; each takes one tensor. A smoothed one shows it after its factors.
+        rows: How many rows to read.
+        make: A new collector. Layers that read the very same tensor share one.
+        add: Puts a batch's tensor into a collector. There is no padding in it.
+        outputs: Look at what the layers give instead; nothing is shared then.
+        title: For the progress display.
+
+    Returns:
+        Layer -> collector. Layers that never ran are missing.
+    """
+    model = context.checkpoint.model
+    found: dict[str, T] = {}
+    # Tensors are kept until the batch is over, so that no identity is used twice.
+    added: dict[int, tuple[Tensor, T]] = {}
+
+    def see(name: str, module: nn.Module, values: Tensor) -> None:
+        if id(values) not in added:
+            collector = found[name] if name in found else make()
+            shown = values
+            if isinstance(module, SmoothLinear) and not outputs:
+                shown = values * module.smooth
+            add(collector, shown)
+            added[id(values)] = (values, collector)
+        found[name] = added[id(values)][1]
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        return lambda module, inputs, output: see(name, module, output if outputs else inputs[0])
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        with context.progress.task(title, min(rows, len(context.encoded["train"]))) as task:
+            for batch in integer_weights.calibration_batches(context, rows):
+                model(**model_inputs(model, batch, context.device))
+                added.clear()
+                task.advance(len(batch["input_ids"]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

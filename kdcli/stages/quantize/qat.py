@@ -1,0 +1,181 @@
+"""``--scheme int8-qat|ternary|binary``: train with rounded weights, taught by the model that came in."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from kdcli.context import Applied, Context
+from kdcli.errors import UsageError
+from kdcli.models import checkpoint as checkpoints
+from kdcli.models.families import FAMILIES
+from kdcli.models.integers import Integers
+from kdcli.stages.quantize import fake_quant, integer_weights, static
+from kdcli.stages.quantize import nearest as rounds
+from kdcli.stages.quantize.dynamic import largest_of, saturation
+from kdcli.stages.quantize.fake_quant import Rounding
+from kdcli.stages.quantize.plan import QuantizePlan, refuse_calibration, refuse_sensitivity
+from kdcli.stages.quantize.ranges import Affine
+from kdcli.training import objective
+from kdcli.training import teacher as teachers
+from kdcli.training.capture import Capture, shape_of
+from kdcli.training.cross_entropy import UNLABELLED
+from kdcli.training.features import TeacherSignals
+from kdcli.training.loop import FitOptions, fit
+from kdcli.training.losses import response, tinybert
+from kdcli.training.objective import Chosen, Objective
+from kdcli.training.recovery import hold_zeros
+from kdcli.training.resume import ResumePoint
+
+BATCH_SIZE = 32
+_SAFE = (
+    64  # no product of two such integers saturates anywhere, see kdcli.stages.quantize.schemes.dynamic_int8
+)
+_CACHE = 4 << 30  # bytes of the teacher's hidden states on disk
+
+
+def check(context: Context, plan: QuantizePlan) -> None:
+    """Refuse options that this scheme has no use for, and models without anything to train."""
+    refuse_calibration(plan)
+    refuse_sensitivity(plan)
+    if plan.options.epochs < 0:
+        raise UsageError(f"--epochs {plan.options.epochs} is negative; 0 means the scheme's own number")
+    if not _trained(context, plan):
+        raise UsageError(
+            f"--scheme {plan.scheme} is for the matrices of an encoder, and none is left to quantise",
+            "use --scheme dynamic-int8 or static-int8 for this model",
+        )
+
+
+def apply(context: Context, plan: QuantizePlan) -> Applied:
+    """Train, round once more, and hand back integers and how to write the graph."""
+    module, config = plan.module, plan.config
+    fixed = _rounds_activations(plan)
+    trained = _trained(context, plan)
+    model = context.checkpoint.model
+    layers = {name: _rounding(plan, table=name in plan.tables) for name in trained}
+    if fixed:
+        layers |= {name: _eight_bits for name in plan.matrices if name not in trained}
+    ranges: dict[str, Affine] = {}
+    with fake_quant.rounded(model, layers, momentum=config.momentum if fixed else None):
+        detail = _distil(context, plan)
+        ranges = fake_quant.ranges(model)
+
+    def matrix(name: str, layer: nn.Linear) -> Integers:
+        if name in trained:
+            return module.quantise(layer.weight, config)
+        return _other(layer.weight) if fixed else rounds.symmetric(layer.weight, 8)
+
+    integers = integer_weights.quantise(plan, matrix)
+    for name in trained & set(plan.tables):
+        integers[f"{name}.weight"] = module.quantise(plan.tables[name].weight, config, table=True)
+    if fixed:
+        largest = largest_of(integers, plan)
+        detail |= {"largest": largest, "largest_pair_sum": 2 * 255 * largest}
+        warnings = [] if getattr(config, "unsigned", False) else saturation(largest)
+        return static.finish(context, plan, integers, ranges, {}, detail=detail, warnings=warnings)
+    return integer_weights.finish(
+        context, plan, integers, kernel="blocks", fusion="separate", exact=True, detail=detail
+    )
+
+
+def _rounds_activations(plan: QuantizePlan) -> bool:
+    """Whether what matrices read is rounded to 8 bits, with ranges that the training finds."""
+    return getattr(plan.module, "ACTIVATIONS", False) or getattr(plan.config, "activations", "float") == "8"
+
+
+def _other(weight: Tensor) -> Integers:
+    """Integers of a matrix outside the encoder; the bound keeps products from saturating, as in dynamic-int8."""
+    return rounds.symmetric(weight, 8, limit=_SAFE)
+
+
+def _eight_bits(weight: Tensor) -> Tensor:
+    return _other(weight).dense()
+
+
+def _trained(context: Context, plan: QuantizePlan) -> set[str]:
+    """Names of the layers that are rounded while the model trains.
+
+    Few bits are for the encoder and, where asked, the token table; matrices outside, such as the classifier, are
+    small and have 8. A model that is no stack of encoder layers has every matrix but its classifier trained.
+    """
+    checkpoint = context.checkpoint
+    if getattr(plan.module, "ACTIVATIONS", False):
+        return set(plan.matrices)
+    if checkpoint.model_type in FAMILIES:
+        inside = f"{checkpoint.family.layers}."
+        names = {name for name in plan.matrices if name.startswith(inside)}
+    else:
+        names = {name for name in plan.matrices if name != "classifier"}
+    if plan.config.tables:
+        model: Any = checkpoint.model
+        token = model.get_input_embeddings()
+        names |= {name for name, table in plan.tables.items() if table is token}
+    return names
+
+
+def _without_zero(context: Context, plan: QuantizePlan) -> set[str]:
+    """Weights of one bit: zeros of an earlier stage cannot stay in them, and had better learn a sign."""
+    if getattr(plan.module, "BITS", 8) > 1:
+        return set()
+    return {f"{name}.weight" for name in _trained(context, plan) & set(plan.matrices)}
+
+
+def _rounding(plan: QuantizePlan, *, table: bool) -> Rounding:
+    def rounding(weight: Tensor) -> Tensor:
+        return plan.module.quantise(weight, plan.config, table=table).dense()
+
+    return rounding
+
+
+def _distil(context: Context, plan: QuantizePlan) -> dict[str, Any]:
+    """Train the model of ``context``, whose layers round already; what was done, for the report."""
+    request, student, train = context.request, context.checkpoint, context.encoded["train"]
+    config = plan.config
+    dense = checkpoints.load(student.path, device=context.device)
+    targets = teachers.outputs(dense, train, device=context.device, progress=context.progress)
+    options = FitOptions(
+        epochs=plan.options.epochs or plan.module.EPOCHS,
+        batch_size=BATCH_SIZE,
+        lr=config.lr,
+        seed=context.seed,
+        rate_option="--set lr=RATE",
+    )
+    chosen = [Chosen("response", response, response.Config(temperature=config.temperature), config.alpha)]
+    shape = shape_of(student)
+    pairs = [(number, number) for number in range(1, shape.layers + 1)]
+    if config.hidden and pairs:
+        chosen.append(Chosen("tinybert", tinybert, tinybert.Config(), config.hidden))
+    terms, _ = objective.bind(chosen, shape, shape_of(dense), pairs, context.seed, context.device)
+    mine, theirs = objective.needs(terms)
+    signals = TeacherSignals(
+        dense, train, targets, theirs, budget=_CACHE, device=context.device, progress=context.progress
+    )
+    labels = train.labels if train.labels is not None else np.full(len(train), UNLABELLED, dtype=np.int64)
+    identity = {
+        "stage": request.stage,
+        "model": checkpoints.weights_digest(student.path),
+        "options": str(request.options),
+        "settings": dict(request.common.settings),
+        "seed": context.seed,
+        "data": context.dataset.fingerprint,
+    }
+    with closing(signals), Capture(student, mine) as capture:
+        result = fit(
+            student.model,
+            train,
+            context.encoded["validation"],
+            Objective(terms, 1 - config.alpha, labels, capture, signals, context.device),
+            options,
+            pad_id=student.pad_id,
+            device=context.device,
+            progress=context.progress,
+            title=plan.scheme,
+            resume=ResumePoint(context.resume_dir / "quantize", identity),
+            resuming=request.common.resume,
+            after_step=hold_zeros(student, but=_without_zero(context, plan)),
+        )
+    return {"training": {"methods": [c.name for c in chosen], "batch_size": BATCH_SIZE} | result.detail()}

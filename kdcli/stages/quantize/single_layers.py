@@ -1,0 +1,170 @@
+"""Which layers lose what when they are quantised, and the fewest to keep in float for a drop that is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdcli.inputs import sampling
+from kdcli.inputs.text import Encoded
+from kdcli.models.checkpoint import Checkpoint
+from kdcli.models.families import FAMILIES
+from kdcli.progress import Progress
+from kdcli.stages.quantize.simulated import Answers, Simulation
+
+# The divergence of probabilities is told apart with few rows; accuracy needs many.
+SENSITIVITY_ROWS = 256
+SEARCH_ROWS = 2000
+_SLACK = 1e-12  # as in the gates: a drop of exactly the limit is allowed
+
+
+@dataclass
+class Unit:
+    """Layers that are quantised or kept together, with what that does."""
+
+    name: str
+    layers: list[str]
+    #: Mean divergence from the float model's answers, and accuracy, with this unit alone quantised ...
+    alone: tuple[float, float] = (0.0, 0.0)
+    #: ... and with this unit alone kept in float.
+    kept: tuple[float, float] = (0.0, 0.0)
+
+    def row(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "unit": self.name,
+            "layers": len(self.layers),
+            "divergence_one_quantised": self.alone[0],
+            "accuracy_one_quantised": self.alone[1],
+            "divergence_one_kept": self.kept[0],
+            "accuracy_one_kept": self.kept[1],
+        }
+
+
+@dataclass
+class Found:
+    """Outcome of a search."""
+
+    kept: list[str]  # units
+    layers: set[str]  # theirs
+    drop: float
+    met: bool
+    tried: list[dict[str, Any]] = field(default_factory=list)
+
+
+def units(checkpoint: Checkpoint, layers: list[str]) -> list[Unit]:
+    """Group layers: query, key and value of one attention are one operator in a fused graph, so one unit."""
+    made: dict[str, Unit] = {}
+    for layer in layers:
+        name = _unit_of(checkpoint, layer)
+        made.setdefault(name, Unit(name, [])).layers.append(layer)
+    return list(made.values())
+
+
+def measure(
+    simulation: Simulation, checkpoint: Checkpoint, rows: Encoded, progress: Progress
+) -> dict[str, Any]:
+    """Quality with one unit quantised and with one unit kept, for every unit, most sensitive first.
+
+    Returns:
+        ``units``: :class:`Unit` objects; ``rows``, ``all`` and ``none``: how many rows, and (divergence,
+        accuracy) with everything and with nothing quantised.
+    """
+    few = sampling.sample(rows, SENSITIVITY_ROWS, sampling.JUDGING_SEED)
+    everything = set(simulation.layers)
+    found = units(checkpoint, simulation.layers)
+    base = simulation.answers(set(), few)
+
+    def quality(answers: Answers) -> tuple[float, float]:
+        return base.divergence(answers), answers.accuracy
+
+    whole = quality(simulation.answers(everything, few))
+    with progress.task("sensitivity", len(found)) as task:
+        for unit in found:
+            unit.alone = quality(simulation.answers(set(unit.layers), few))
+            unit.kept = quality(simulation.answers(everything - set(unit.layers), few))
+            task.advance()
+    found.sort(key=lambda unit: unit.kept[0])
+    return {"units": found, "rows": len(few), "all": whole, "none": (0.0, base.accuracy)}
+
+
+def search(
+    simulation: Simulation, found: list[Unit], rows: Encoded, base: Answers, max_drop: float, first: Answers
+) -> Found:
+    """The fewest units to keep so that accuracy on ``rows`` falls by at most ``max_drop``.
+
+    Units are kept in the order of what that gains, and in the order of what they lose alone: where little is left
+    of a model, keeping one unit gains nothing. The smallest number that will do is found by halving, then each
+    kept unit is given up again if the rest will do. At least one unit is quantised.
+
+    Args:
+        simulation: The model.
+        found: Units, the one whose keeping gains most first.
+        rows: Labelled rows.
+        base: The float model's answers to them.
+        max_drop: In points of 1.
+        first: Answers with everything quantised.
+    """
+    everything = set(simulation.layers)
+    tried: list[dict[str, Any]] = []
+    known: dict[frozenset[str], float] = {frozenset(): base.accuracy - first.accuracy}
+    limit = max_drop + _SLACK
+
+    def drop(kept: list[Unit]) -> float:
+        names = frozenset(unit.name for unit in kept)
+        if names not in known:
+            layers = everything - {layer for unit in kept for layer in unit.layers}
+            known[names] = base.accuracy - simulation.answers(layers, rows).accuracy
+            tried.append({"kept": len(kept), "drop": known[names]})
+        return known[names]
+
+    def fewest(order: list[Unit]) -> list[Unit] | None:
+        low, high = 1, len(order) - 1  # keeping none has failed
+        good = None
+        while low <= high:
+            middle = (low + high) // 2
+            if drop(order[:middle]) <= limit:
+                good, high = order[:middle], middle - 1
+            else:
+                low = middle + 1
+        return good
+
+    orders = [found, sorted(found, key=lambda unit: -unit.alone[0])]
+    will_do = [kept for order in orders if (kept := fewest(order)) is not None]
+    if not will_do:
+        best = min(known, key=lambda names: (known[names], len(names)))
+        return _outcome([unit for unit in found if unit.name in best], known[best], False, tried)
+    good = min(will_do, key=len)
+    for unit in reversed(list(good)):
+        rest = [one for one in good if one is not unit]
+        if rest and drop(rest) <= limit:
+            good = rest
+    return _outcome(good, drop(good), True, tried)
+
+
+def _outcome(kept: list[Unit], drop: float, met: bool, tried: list[dict[str, Any]]) -> Found:
+    layers = {layer for unit in kept for layer in unit.layers}
+    return Found([unit.name for unit in kept], layers, drop, met, tried)
+
+
+def _unit_of(checkpoint: Checkpoint, layer: str) -> str:
+    family = FAMILIES.get(checkpoint.model_type)
+    if family is None or not layer.startswith(f"{family.layers}."):
+        return layer
+    number, _, inside = layer.removeprefix(f"{family.layers}.").partition(".")
+    for part in (family.query, family.key, family.value):
+        if inside == part:
+            return f"{family.layers}.{number}.{family.attention}"
+    return layer
+
+
+def table(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`measure` found, for the report."""
+    return {
+        "rows": found["rows"],
+        "divergence_all_quantised": found["all"][0],
+        "accuracy_all_quantised": found["all"][1],
+        "accuracy_none_quantised": found["none"][1],
+        "units": [unit.row() for unit in found["units"]],
+    }

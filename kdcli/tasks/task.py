@@ -1,0 +1,182 @@
+"""What an answer is: the contract that every task in this folder keeps.
+
+Nothing outside ``tasks/`` knows what the outputs of a model mean. Losses, criteria, searches, measurements and
+reports ask the task of their checkpoint.
+
+Shape letters: N rows of a split, B rows of a batch, C outputs of the head, M models.
+
+Labels are arrays whose form is the task's own:
+
+==========  ===================  =====================================
+kind        labels               of a row that has none
+==========  ===================  =====================================
+one-of      (N,) int64           -100
+any-of      (N, C) float32, 0/1  NaN in every column
+number      (N,) float32         NaN
+==========  ===================  =====================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+from kdcli.report.schema import MetricValue, Warning_
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Kind = Literal["one-of", "any-of", "number"]
+"""What one answer is: one of C classes, any of C labels, or a number."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same rows; every difference is the second's value minus the first's."""
+
+    differences: Mapping[str, float]  # metric -> in the unit of the metric
+    ci95: tuple[float, float] | None  # of the primary metric's difference, paired
+    p_value: float | None  # that the two are equally good, paired
+    agreement: float  # share of rows with the same answer; for numbers the share of pairs of rows in the same order
+    lost: int | None = None  # rows that only the first got right; None where a row is not right or wrong
+    won: int | None = None
+
+
+class Task(Protocol):
+    """One kind of answer.
+
+    A task is a frozen dataclass: what a model stores of it (the primary metric that was asked for, thresholds) are
+    its fields.
+    """
+
+    @property
+    def name(self) -> str:
+        """As ``--task`` and reports have it."""
+        ...
+
+    @property
+    def kind(self) -> Kind:
+        """What one answer is."""
+        ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what :meth:`measure` gives, in the order of reports."""
+        ...
+
+    @property
+    def primary(self) -> str:
+        """The metric that gates, searches and the best epoch go by: ``--metric``, or the task's own."""
+        ...
+
+    @property
+    def problem_type(self) -> str:
+        """As transformers' ``config.problem_type`` has it."""
+        ...
+
+    def outputs(self, labels: Sequence[str]) -> int:
+        """C of a head for these label names."""
+        ...
+
+    # Labels as arrays.
+
+    def unlabelled(self, rows: int, outputs: int) -> np.ndarray:
+        """Labels of rows that have none."""
+        ...
+
+    def known(self, labels: np.ndarray) -> np.ndarray:
+        """(N,) bool, True where a row has a label."""
+        ...
+
+    def strata(self, labels: np.ndarray) -> np.ndarray | None:
+        """(N,) groups that a sample of the rows should have in their shares; None where there are none."""
+        ...
+
+    # Tensors, differentiable in ``logits`` and ``after``.
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(B,) losses of logits (B, C) against the labels; 0 for a row that has none."""
+        ...
+
+    def divergence(self, after: Tensor, before: Tensor) -> Tensor:
+        """(B,) how far the answers of ``after`` (B, C) are from those of ``before`` (B, C); 0 where they are equal.
+
+        KL(before || after) where an answer is a distribution, half the squared difference where it is a number.
+        """
+        ...
+
+    def own(self, logits: Tensor) -> Tensor:
+        """The model's own answers to B rows as labels, for rows that have none."""
+        ...
+
+    def drawn(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """Labels of B rows drawn from the distribution that the logits stand for, by a generator on the CPU."""
+        ...
+
+    def curved(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """(B, C) directions v with E[v v^T] the Hessian of :meth:`divergence` at equality: one draw a row.
+
+        The gradient of ``v . logits`` is then a sample of the Gauss-Newton matrix (Schraudolph 2002).
+        """
+        ...
+
+    def combined(self, every: Sequence[Tensor]) -> Tensor:
+        """(B, C) logits of the mean answer of M models, each (B, C)."""
+        ...
+
+    # Arrays, for measuring.
+
+    def score(self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None) -> float:
+        """The primary metric alone, larger is better."""
+        ...
+
+    def measure(
+        self, logits: np.ndarray, labels: np.ndarray, split: str, queries: np.ndarray | None = None
+    ) -> dict[str, MetricValue]:
+        """Every metric of logits (N, C); the primary one with its standard error and interval.
+
+        Args:
+            logits: (N, C).
+            labels: Of rows that all have one.
+            split: Name of the rows, for the report.
+            queries: (N,) groups of rows that are ranked against each other; ranking metrics need them.
+
+        Raises:
+            InputError: An answer is not a finite number.
+        """
+        ...
+
+    def compare(
+        self, before: np.ndarray, after: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None
+    ) -> Comparison:
+        """Two models' logits (N, C) for the same rows, in the same order of labels."""
+        ...
+
+    def same(self, before: np.ndarray, after: np.ndarray) -> float:
+        """The agreement of :class:`Comparison` without labels."""
+        ...
+
+    def doubts(
+        self, logits: np.ndarray, labels: np.ndarray, names: Sequence[str], *, of_input: bool = False
+    ) -> list[Warning_]:
+        """Where the primary metric means less than it seems to."""
+        ...
+
+    # What people get.
+
+    def answer(self, logits: np.ndarray, names: Sequence[str]) -> list[dict[str, object]]:
+        """One JSON object a row of logits (N, C): the answer, and its score or scores."""
+        ...
+
+    def snippet(self, of_graph: bool) -> str:
+        """The lines of Python that print the answer, for the model card.
+
+        Args:
+            of_graph: True: ``logits`` is an array (1, C) of onnxruntime and ``about`` the graph's metadata; False: a
+                tensor (C,) and ``loaded`` kdcli's checkpoint.
+        """
+        ...

@@ -1,0 +1,63 @@
+"""Logit distillation: the mean squared error between the logits of both models.
+
+With z_s and z_t the logits (B, C), each row minus its mean when ``centred``:
+
+    loss = mean over rows and classes of (z_s - z_t)^2
+
+It is the limit of response distillation: for T -> infinity, T^2 * KL(t_T || s_T) tends to half of the
+centred loss. To first order in 1/T the probabilities are 1/C + (z - mean z) / (C T), and KL near the
+uniform distribution is C/2 times the sum over classes of the squared differences of probabilities.
+
+Sources: Ba, Caruana 2014, "Do Deep Nets Really Need to be Deep?", arXiv:1312.6184, the squared error on
+logits of section 2.2 (uncentred); Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.1, where matching
+zero-mean logits is the limit of a high temperature.
+Differs: Ba and Caruana sum over the classes and halve; here it is the mean over them, so that the size of
+the loss does not grow with the number of classes. Rows are centred by default, because a constant that is
+added to a row of logits changes no probability, and imitating it would spend the student's capacity.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from kdcli.training.terms import Setting, Signals, Step
+
+KIND = "response"
+# Twice the response loss at a high temperature, so alpha keeps its meaning within a factor of two.
+WEIGHT = 1.0
+
+
+class Config(BaseModel):
+    """Parameters of logit distillation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    centred: bool = Field(
+        default=True, description="subtract from each row of logits its mean, which no probability depends on"
+    )
+
+
+def loss(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
+    """Mean squared difference of the logits.
+
+    Args:
+        student: Logits (B, C); computed in float32 at least.
+        teacher: Logits (B, C); no gradient flows into them.
+        config: Whether rows are centred.
+
+    Returns:
+        Scalar, in squared logits, at least 0.
+    """
+    dtype = student.dtype if student.dtype.itemsize >= 4 else torch.float32
+    student, teacher = student.to(dtype), teacher.detach().to(dtype)
+    if config.centred:
+        student = student - student.mean(dim=-1, keepdim=True)
+        teacher = teacher - teacher.mean(dim=-1, keepdim=True)
+    return F.mse_loss(student, teacher)
+
+
+def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+    """The loss on the logits of both."""
+    return loss(student.logits, teacher.logits, setting.config)

@@ -1,0 +1,61 @@
+"""Several classifiers that train side by side on the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.inputs.feeding import accepted
+from kdcli.models.tokens import token_tables
+
+
+@dataclass
+class Outputs:
+    """What all members answer."""
+
+    logits: Tensor  # (B, C), of the members that count: the logarithm of their mean probability
+    every: list[Tensor]  # (B, C) of each member
+
+
+class Together(nn.Module):
+    """Calls every member with the same batch.
+
+    Args:
+        members: Classifiers of the same labels and vocabulary.
+        counted: Which of them decide the validation, and so the epoch that is kept.
+        rates: Of each member, relative to the learning rate of the training.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], counted: Sequence[int], rates: Sequence[float]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.config: Any = members[0].config
+        self.counted = list(counted)
+        self.rates = list(rates)
+
+    def token_tables(self) -> list[nn.Embedding]:
+        """Every table that token ids look up."""
+        return [table for member in self.members for table in token_tables(member)]
+
+    def rated(self) -> list[tuple[nn.Module, float]]:
+        """Members with their relative learning rates."""
+        return list(zip(self.members, self.rates, strict=True))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Outputs:
+        """Token ids (B, T) to the answers of all members."""
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        every = []
+        for member in self.members:
+            names = accepted(member)
+            every.append(member(**{k: v for k, v in given.items() if k in names and v is not None}).logits)
+        answers = torch.stack([every[i].float().log_softmax(-1) for i in self.counted])
+        return Outputs(answers.logsumexp(0), every)

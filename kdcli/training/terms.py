@@ -1,0 +1,115 @@
+"""What a distillation method sees of a model, and what it must offer: the contract of ``training/losses/``.
+
+Shape letters: B batch, T tokens, C classes, D features of the teacher, D' of the student, H heads, E features
+of a head. Encoder layers count from 1; layer 0 is the output of the embeddings.
+
+A method is one module with
+
+``KIND``
+    ``"response"`` (weighted by alpha), ``"feature"`` (beta), ``"relation"`` (gamma) or ``"adversarial"``.
+``WEIGHT``
+    The weight it has when neither ``--weight`` nor the option of its kind says another.
+``Config``
+    Its parameters.
+``loss(...)``
+    The pure function on tensors.
+``term(student, teacher, setting, step)``
+    Picks from the two :class:`Signals` what :func:`loss` wants, and calls it.
+
+and, where the defaults below do not suit, ``needs(setting)``, ``check(setting)`` and ``trained(setting)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What one model shows of one batch; only what was asked for is there."""
+
+    logits: Tensor  # (B, C)
+    mask: Tensor  # (B, T) bool, True on real tokens
+    pooled: Tensor | None = None  # (B, D), what the classification head reads
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)  # layer -> (B, T, D)
+    #: layer -> (B, H, T, E)
+    query: Mapping[int, Tensor] = field(default_factory=dict)
+    key: Mapping[int, Tensor] = field(default_factory=dict)
+    value: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which signals of one model a method reads, besides logits and mask."""
+
+    pooled: bool = False
+    hidden: frozenset[int] = frozenset()
+    attention: frozenset[int] = frozenset()  # layers whose query, key and value are read
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            self.pooled or other.pooled, self.hidden | other.hidden, self.attention | other.attention
+        )
+
+    def __bool__(self) -> bool:
+        return self.pooled or bool(self.hidden) or bool(self.attention)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one model; a model that is no stack of encoder layers has ``layers`` 0."""
+
+    layers: int
+    hidden: int  # features of a token
+    heads: int
+    classes: int
+    pooled: int  # features that the classification head reads
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is fixed during one training."""
+
+    config: Any  # the method's Config
+    student: Shape
+    teacher: Shape
+    pairs: Sequence[tuple[int, int]] = ()  # (student layer, teacher layer), from 1, by the layer map
+    trained: nn.Module | None = None  # what :func:`trained` returned, on the model's device
+
+
+@dataclass(frozen=True)
+class Step:
+    """What changes from batch to batch."""
+
+    labels: Tensor  # (B,) class indices, -100 where a row has none
+    progress: float  # share of the training that is done, in [0, 1)
+
+
+def needs(module: ModuleType, setting: Setting) -> tuple[Needs, Needs]:
+    """What the method reads of the student and of the teacher; logits only unless it says otherwise."""
+    asked: Callable[[Setting], tuple[Needs, Needs]] | None = getattr(module, "needs", None)
+    return (Needs(), Needs()) if asked is None else asked(setting)
+
+
+def check(module: ModuleType, setting: Setting) -> str | None:
+    """Let a method refuse a setting in which it means nothing.
+
+    Returns:
+        A sentence for the user when the method falls back to something else; None otherwise.
+
+    Raises:
+        UsageError: The method cannot be used here; says why and what to use.
+    """
+    asked: Callable[[Setting], str | None] | None = getattr(module, "check", None)
+    return None if asked is None else asked(setting)
+
+
+def trained(module: ModuleType, setting: Setting) -> nn.Module | None:
+    """Further parameters that are trained with the student and thrown away, such as projections."""
+    asked: Callable[[Setting], nn.Module | None] | None = getattr(module, "trained", None)
+    return None if asked is None else asked(setting)

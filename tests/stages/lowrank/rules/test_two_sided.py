@@ -1,0 +1,126 @@
+"""Two-sided whitening against the dense closed form, and the divergence that it predicts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kdcli.stages.lowrank import curvature
+from kdcli.stages.lowrank.rules import two_sided, whitening
+from tests.stages.lowrank.rules import problems
+from tests.stages.lowrank.rules.problems import SHAPES
+
+EXACT = two_sided.Config(floor=1e-9)
+
+
+def felt(outputs: int, seed: int = 0) -> np.ndarray:
+    """A Gauss-Newton matrix of uneven size, (O, O)."""
+    g = np.random.default_rng(seed).normal(size=(5 * outputs, outputs)) * np.geomspace(1, 0.05, outputs)
+    return g.T @ g / len(g)
+
+
+def known(layer: nn.Linear, g: np.ndarray) -> torch.Tensor:
+    """P^T G P."""
+    weight = layer.weight.detach().double()
+    left = torch.eye(len(g), dtype=torch.float64) if layer.out_features < layer.in_features else weight
+    return left.T @ torch.from_numpy(g) @ left
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_closed_form(shape: tuple[int, int]) -> None:
+    layer, x, g = problems.layer_of(shape), problems.inputs(500, shape[1]), felt(shape[0])
+    found = problems.solved(two_sided, layer, x, EXACT, sensitivity=known(layer, g))
+    weight, data = layer.weight.detach().double().numpy(), x.double().numpy()
+    root = np.linalg.cholesky(np.cov(data.T, bias=True))
+    half = np.linalg.cholesky(g).T  # half^T half = G
+    d = np.linalg.svd(half @ weight @ root, compute_uv=False)
+    np.testing.assert_allclose(found.energies, d**2, rtol=1e-3, atol=1e-5 * d[0] ** 2)
+    for rank in range(1, min(shape)):
+        best = np.linalg.inv(half) @ problems.truncated(half @ weight @ root, rank) @ np.linalg.inv(root)
+        wrong = half @ (weight - problems.product(problems.pair_of(layer, found, rank))) @ root
+        least = half @ (weight - best) @ root
+        # The objective, not the matrix: where nothing is felt the matrix is free.
+        assert (wrong**2).sum() == pytest.approx((least**2).sum(), rel=1e-3)
+        assert found.damage[rank] == pytest.approx((least**2).sum() / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_that_are_felt_alike_give_whitening(shape: tuple[int, int]) -> None:
+    layer, x = problems.layer_of(shape), problems.inputs(200, shape[1])
+    same = known(layer, 3 * np.eye(shape[0]))
+    ours = problems.pair_of(layer, problems.solved(two_sided, layer, x, EXACT, sensitivity=same), 3)
+    plain = problems.pair_of(layer, problems.solved(whitening, layer, x), 3)
+    np.testing.assert_allclose(problems.product(ours), problems.product(plain), atol=1e-4)
+    nothing = torch.zeros_like(same)
+    blind = problems.pair_of(layer, problems.solved(two_sided, layer, x, sensitivity=nothing), 3)
+    np.testing.assert_allclose(problems.product(blind), problems.product(plain), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_full_rank_changes_nothing_even_where_nothing_is_felt(shape: tuple[int, int]) -> None:
+    layer, x, g = problems.layer_of(shape), problems.inputs(200, shape[1], rank=3), felt(shape[0])
+    g[2:] = 0
+    g[:, 2:] = 0
+    found = problems.solved(two_sided, layer, x, sensitivity=known(layer, g))
+    pair = problems.pair_of(layer, found, min(shape))
+    elsewhere = torch.randn(50, shape[1])
+    torch.testing.assert_close(pair(elsewhere), layer(elsewhere), rtol=0, atol=1e-4)
+
+
+class Classifier(nn.Module):
+    """Logits are a linear map of the first token's outputs, so that the Gauss-Newton matrix is known."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.fc = problems.layer_of(shape)
+        torch.manual_seed(4)
+        self.head = nn.Linear(shape[0], 3)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.fc(x)[:, 0]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_sampled_sensitivity_is_the_second_order_divergence(shape: tuple[int, int]) -> None:
+    model = Classifier(shape)
+    row = torch.randn(1, 2, shape[1])
+    batch = {"x": row.repeat(20000, 1, 1), "attention_mask": torch.ones(20000, 2, dtype=torch.long)}
+    found = curvature.sensitivity(model, {"fc": model.fc}, [batch], 0)
+    p = model(row, None).logits[0].softmax(-1).detach().double().numpy()
+    jacobian = model.head.weight.detach().double().numpy()
+    expected = known(model.fc, jacobian.T @ (np.diag(p) - np.outer(p, p)) @ jacobian).numpy()
+    # Sampling noise of second moments: sqrt(2 / 20000) = 1% of the largest, six of them.
+    np.testing.assert_allclose(found.matrices["fc"], expected, atol=0.06 * np.abs(expected).max())
+    assert not found.tokens[0]["fc"][:, 1].any()  # the second token has no influence
+    assert (found.tokens[0]["fc"][:, 0] > 0).all()
+    again = curvature.sensitivity(model, {"fc": model.fc}, [batch], 0)
+    assert torch.equal(found.matrices["fc"], again.matrices["fc"])
+    assert model.fc.weight.grad is None
+
+
+def test_the_model_diverges_less_than_with_whitening() -> None:
+    model = Classifier((8, 8))
+    layer = model.fc
+    x = problems.inputs(400, 8)
+    batch = {"x": x[:, None], "attention_mask": torch.ones(400, 1, dtype=torch.long)}
+    with torch.no_grad():
+        model.head.weight *= 0.3  # near the dense model, where second order is enough
+    dense = model(**batch).logits.log_softmax(-1).detach()
+    sampled = curvature.sensitivity(model, {"fc": layer}, [batch] * 20, 0).matrices["fc"]
+    divergences, predicted = [], []
+    for found in (
+        problems.solved(two_sided, layer, x, sensitivity=sampled),
+        problems.solved(whitening, layer, x, sensitivity=sampled),
+    ):
+        model.fc = problems.pair_of(layer, found, 2)  # type: ignore[assignment]
+        now = model(**batch).logits.log_softmax(-1).detach()
+        divergences.append(float(nn.functional.kl_div(now, dense, reduction="batchmean", log_target=True)))
+        predicted.append(float(found.damage[2]))
+    assert divergences[0] < 0.7 * divergences[1]
+    assert predicted[0] < 0.7 * predicted[1]
+    # To an order: rows and their sensitivity are not independent here.
+    assert predicted[0] == pytest.approx(divergences[0], rel=0.5)
