@@ -66,6 +66,13 @@ def _default(field: object) -> str:
     return "required" if field.is_required() else f"`{default}`"  # type: ignore[attr-defined]
 
 
+def tables() -> dict[str, str]:
+    """As :func:`files`, for those that the command line itself reads: they are written first."""
+    from kdcli.cli import flags
+
+    return {"kdcli/cli/flags.json": flags.text()}
+
+
 def files() -> dict[str, str]:
     """Path below the repository -> content."""
     from kdcli.cli import reference
@@ -86,8 +93,17 @@ def files() -> dict[str, str]:
 def main(arguments: list[str]) -> int:
     """Write the files, or with ``--check`` compare them."""
     check = "--check" in arguments
+    stale = _settle(tables(), check)
+    stale += _settle(files(), check)
+    if check and stale:
+        print(f"out of date: {', '.join(stale)}; run: {COMMAND}", file=sys.stderr)
+    return 1 if check and stale else 0
+
+
+def _settle(made: dict[str, str], check: bool) -> list[str]:
+    """Write or compare files; return the names of those that differ."""
     stale = []
-    for name, content in files().items():
+    for name, content in made.items():
         path = ROOT / name
         have = path.read_text(encoding="utf-8") if path.is_file() else ""
         if have == content:
@@ -102,9 +118,7 @@ def main(arguments: list[str]) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content, encoding="utf-8")
             print(f"wrote {name}")
-    if check and stale:
-        print(f"out of date: {', '.join(stale)}; run: {COMMAND}", file=sys.stderr)
-    return 1 if check and stale else 0
+    return stale
 
 
 if __name__ == "__main__":

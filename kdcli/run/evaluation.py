@@ -24,10 +24,11 @@ from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
 from kdcli.report.redact import redact
 from kdcli.report.schema import LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
-from kdcli.request import EvaluateOptions, Request
+from kdcli.request import Request
 from kdcli.run import life, output, preflight
 from kdcli.run import lineage as lineages
 from kdcli.run.life import Outcome
+from kdcli.stages.evaluate.options import EvaluateOptions
 from kdcli.timing import Timings
 
 _OF_GRAPH = "quality and size here are those of the graph"
@@ -232,7 +233,7 @@ def _report(
         kdcli_version=__version__,
         stage="evaluate",
         command=[redact(part) for part in request.argv],
-        config=life.config_of(request),
+        config=request.configuration(),
         model=ModelInfo(
             source=redact(one.source),
             family=one.checkpoint.model_type,

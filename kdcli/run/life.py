@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -276,7 +276,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timi
             kdcli_version=__version__,
             stage=request.stage,
             command=[redact(part) for part in request.argv],
-            config=config_of(request),
+            config=request.configuration(),
             model=ModelInfo(
                 source=redact(source),
                 family=after_model.model_type,
@@ -327,31 +327,6 @@ def load_data(request: Request, models: Sequence[Path], progress: Progress) -> D
     for note in dataset.notes:
         progress.note(note)
     return dataset
-
-
-def config_of(request: Request) -> dict[str, Any]:
-    """Every resolved option with where its value came from."""
-    common = asdict(request.common)
-    limits = common.pop("gates")
-    values = common | asdict(request.options) | limits
-    for name in ("debug",):
-        values.pop(name, None)
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Path):
-            return redact(str(value))
-        if isinstance(value, str):
-            return redact(value)
-        if isinstance(value, Mapping):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(v) for v in value]
-        return value
-
-    return {
-        name: {"value": plain(value), "origin": request.origins.get(name, "default")}
-        for name, value in sorted(values.items())
-    }
 
 
 def of_data(dataset: Dataset) -> list[Warning_]:

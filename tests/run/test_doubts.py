@@ -14,16 +14,13 @@ from kdcli.measure import answers
 from kdcli.progress import Progress
 from kdcli.report import facts, html, markdown
 from kdcli.report.schema import LineageEntry, Report
-from kdcli.request import (
-    Common,
-    DistillOptions,
-    EvaluateOptions,
-    LowRankOptions,
-    PruneOptions,
-    QuantizeOptions,
-    Request,
-)
+from kdcli.request import Common, Request
 from kdcli.run import evaluation, life, lineage
+from kdcli.stages.distill.options import DistillOptions
+from kdcli.stages.evaluate.options import EvaluateOptions
+from kdcli.stages.lowrank.options import LowRankOptions
+from kdcli.stages.prune.options import PruneOptions
+from kdcli.stages.quantize.options import QuantizeOptions
 from tests import tiny
 
 NAMES = ["negative", "positive"]

@@ -8,7 +8,8 @@ import pytest
 
 from kdcli import processes
 from kdcli.errors import UsageError
-from kdcli.request import STRATEGIES, Common, DistillOptions, Request
+from kdcli.request import Common, Request
+from kdcli.stages.distill.options import STRATEGIES, DistillOptions
 from kdcli.stages.distill.plan import ALPHA, DistillPlan, Settings, assistants, check, teacher_weights
 from kdcli.training.cross_entropy import dkd, rkd
 

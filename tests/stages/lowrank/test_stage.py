@@ -19,9 +19,10 @@ from kdcli.models.transforms import Cut, Factorise, Layers, Width
 from kdcli.probe import rows as calibration
 from kdcli.probe import speedup
 from kdcli.probe.speedup import Speed
-from kdcli.request import Gates, LowRankOptions
+from kdcli.request import Gates
 from kdcli.stages.lowrank import matrices, merging, rank_budget
 from kdcli.stages.lowrank import stage as lowrank
+from kdcli.stages.lowrank.options import LowRankOptions
 from tests import tiny
 from tests.stages import contexts
 
@@ -503,7 +504,7 @@ def test_factors_that_grew_by_pruning_are_merged_because_they_are_larger(
 
 
 def with_drop(context: Context, max_drop: float) -> Context:
-    common = dataclasses.replace(context.request.common, gates=Gates(max_drop=max_drop))
+    common = context.request.common.model_copy(update={"gates": Gates(max_drop=max_drop)})
     context.request = dataclasses.replace(context.request, common=common)
     return context
 
@@ -666,7 +667,7 @@ def test_a_resumed_recovery_belongs_to_the_ranks_that_were_measured_then(
 
     finished(monkeypatch, broken)
     context = context_of(checkpoints.load(tmp_path / "m"), tmp_path, **options)
-    common = dataclasses.replace(context.request.common, resume=True)
+    common = context.request.common.model_copy(update={"resume": True})
     context.request = dataclasses.replace(context.request, common=common)
     later = lowrank.apply(context)
     assert without_clock(later.method) == without_clock(first.method)

@@ -15,8 +15,8 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models import transforms
 from kdcli.models.families import encoder_layers
 from kdcli.models.layers import projections
-from kdcli.request import PruneOptions
 from kdcli.stages.prune import stage as prune
+from kdcli.stages.prune.options import PruneOptions
 from tests import tiny
 from tests.stages import contexts
 

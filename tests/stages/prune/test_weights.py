@@ -15,8 +15,8 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models.families import encoder_layers
 from kdcli.models.layers import projections
 from kdcli.models.transforms import Zero
-from kdcli.request import LowRankOptions
 from kdcli.stages.lowrank import stage as lowrank
+from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.prune import learned_masks
 from kdcli.stages.prune import stage as prune
 from kdcli.stages.prune.criteria import magnitude
@@ -222,7 +222,7 @@ def test_movement_that_was_interrupted_ends_like_one_that_was_not(tmp_path: Path
                     prune.apply(context)
             made = checkpoints.load(tmp_path / "dense")
             context.checkpoint = made
-            common = dataclasses.replace(context.request.common, resume=True)
+            common = context.request.common.model_copy(update={"resume": True})
             context.request = dataclasses.replace(context.request, common=common)
             prune.apply(context)
         else:
@@ -239,7 +239,7 @@ def test_a_movement_training_that_had_ended_is_not_run_again(tmp_path: Path, mon
     context = context_of(made, tmp_path, **options, **TRAIN)
     prune.apply(context)
     context.checkpoint = checkpoints.load(tmp_path / "dense")
-    common = dataclasses.replace(context.request.common, resume=True)
+    common = context.request.common.model_copy(update={"resume": True})
     context.request = dataclasses.replace(context.request, common=common)
     monkeypatch.setattr(learned_masks._Scores, "after_step", None)
     prune.apply(context)
