@@ -8,8 +8,10 @@ the completion scripts; and one table of docs/quantize.md.
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python tools/gen.py"
@@ -70,7 +72,80 @@ def tables() -> dict[str, str]:
     """As :func:`files`, for those that the command line itself reads: they are written first."""
     from kdcli.cli import flags
 
-    return {"kdcli/cli/flags.json": flags.text()}
+    return {"kdcli/cli/flags.json": flags.text(), "kdcli/__init__.pyi": stub()}
+
+
+_STUB = """# Made by tools/gen.py from the options of the stages; for editors and type checkers.
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import overload
+
+from kdcli.progress import Progress
+from kdcli.report.schema import Report
+
+__version__: str
+"""
+
+
+def stub() -> str:
+    """kdcli/__init__.pyi: the signatures of ``kdcli.distill`` and its kin."""
+    from kdcli.stages import options
+
+    parts = [_STUB]
+    for stage in options.OPTIONS:
+        every = list(options.of_stage(stage).values())
+        named = [f"    {one.argument}: {_hint(one)}{_value(one)}," for one in every if not one.flag.argument]
+        named = ["    *,", *named, "    progress: Progress | None = None,"]
+        first = [one.argument for one in every if one.flag.argument]
+        if stage == "evaluate":
+            forms = ((f"{first[0]}: {_REF}", "Report"), (f"{first[0]}: Sequence[{_REF}]", "list[Report]"))
+            for argument, result in forms:
+                lines = ["@overload", f"def {stage}(", f"    {argument},", *named, f") -> {result}: ..."]
+                parts.append("\n".join([*lines, ""]))
+        else:
+            arguments = [f"    {name}: {_REF}," for name in first]
+            parts.append("\n".join([f"def {stage}(", *arguments, *named, ") -> Report: ...", ""]))
+    return "\n".join(parts)
+
+
+_REF = "str | PathLike[str]"
+_HINTS = {
+    "set": "Mapping[str, object]",
+    "weight": "Mapping[str, float]",
+    "max_size": "int | str",
+    "batch_size": "int",
+    "rank": "int | str",
+}
+
+
+def _hint(one: Any) -> str:
+    """The type of an argument, as what the option takes rather than as what it becomes."""
+    kind = str(one.info.annotation)
+    if one.argument in _HINTS and "tuple" not in kind:
+        found = _HINTS[one.argument]
+    elif "tuple[int" in kind:
+        found = "int | Sequence[int]"
+    elif "tuple[str" in kind:
+        found = f"{_REF} | Sequence[{_REF}]" if one.flag.metavar == "MODEL" else "str | Sequence[str]"
+    elif "Path" in kind or one.flag.metavar in ("MODEL", "STUDENT", "REF"):
+        found = _REF
+    else:
+        found = next(name for name in ("bool", "int", "float", "str") if name in kind)
+    return found if one.info.is_required() else f"{found} | None" if "None" in kind else found
+
+
+def _value(one: Any) -> str:
+    if one.info.is_required():
+        return ""
+    default = one.info.get_default(call_default_factory=True, validated_data={})
+    return (
+        " = ..."
+        if isinstance(default, dict)
+        else f" = {json.dumps(default)}"
+        if isinstance(default, str)
+        else f" = {default!r}"
+    )
 
 
 def files() -> dict[str, str]:

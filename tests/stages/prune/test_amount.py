@@ -502,7 +502,7 @@ def test_an_interrupted_gradual_run_gives_the_same_bytes(structure: str, at: int
     [
         ({"target_speedup": 1.0}, "above 1"),
         ({"target_speedup": float("nan")}, "above 1"),
-        ({"target_speedup": 2.0, "budget": 0.5}, "--budget and --target-speedup each say"),
+        ({"target_speedup": 2.0, "budget": 0.5}, "budget and target_speedup exclude each other"),
         ({"target_speedup": 2.0, "structure": "weights"}, "heads and neurons, not weights"),
         ({"schedule": "gradual"}, "prunes while it trains"),
         ({"schedule": "gradual", "structure": "2:4", "epochs": 1}, "little by little, not 2:4"),
