@@ -13,7 +13,7 @@ def distill(
     *,
     teacher: str | PathLike[str] | Sequence[str | PathLike[str]],
     student: str | PathLike[str],
-    method: str | Sequence[str] = ('response',),
+    method: str | Sequence[str] = ("response",),
     strategy: str = "teacher-assisted",
     alpha: float | None = None,
     temperature: float | None = None,
@@ -145,7 +145,7 @@ def quantize(
 ) -> Report: ...
 
 @overload
-def evaluate(
+def evaluate(  # type: ignore[overload-overlap]
     models: str | PathLike[str],
     *,
     baseline: str | PathLike[str] | None = None,

@@ -42,9 +42,9 @@ def _run(stage: StageName, given: Mapping[str, Any], progress: Progress | None) 
             outcome = life.run(request, progress or Progress())
             interrupts.check()
     except InterruptedRun as stop:  # as Python itself has it
-        raise (
-            KeyboardInterrupt if stop.exit_code == ExitCode.INTERRUPTED else SystemExit(int(stop.exit_code))
-        ) from stop
+        if stop.exit_code == ExitCode.INTERRUPTED:
+            raise KeyboardInterrupt from stop
+        raise SystemExit(int(stop.exit_code)) from stop
     assert outcome is not None  # there is one process
     reports = outcome.reports if stage == "evaluate" else [outcome.report]
     for report in reports:
