@@ -47,7 +47,7 @@ def vocab_context(made, work: Path, **options):
         "test": rows(40, 3),
     }
     context.dataset = replace(context.dataset, splits=splits)
-    context.encoded = splits.Splits(context.dataset, made)
+    context.encoded = Splits(context.dataset, made)
     return context, gone
 
 
