@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdcli import request as base
 from kdcli.errors import InputError, UsageError
+from kdcli.inputs.splits import Splits
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import families
 from kdcli.models.checkpoint import Checkpoint, fresh
