@@ -23,7 +23,7 @@ from kdcli.request import (
     QuantizeOptions,
     Request,
 )
-from kdcli.run import evaluation, life, lineage
+from kdcli.run import life, lineage
 from tests import tiny
 
 NAMES = ["negative", "positive"]
@@ -76,7 +76,7 @@ def constant(place: Path) -> Path:
 def judge(model: Path, data: Path, **options) -> Report:
     given = EvaluateOptions(models=(str(model),), batch_sizes=(1,), **options)
     request = Request(stage="evaluate", model=None, options=given, common=Common(data=str(data)))
-    return evaluation.run(request, Progress()).report
+    return life.run(request, Progress()).report
 
 
 def prune(model: Path, data: Path, out: Path, **options) -> Report:
