@@ -130,13 +130,15 @@ def test_rows_that_chose_are_not_judged_silently(data_dir: Path, tmp_path: Path)
 
 
 def test_what_a_stage_lets_the_rows_choose() -> None:
-    def of(options, detail: dict | None = None, **more) -> list[str]:
+    def of(options, detail: dict | None = None) -> list[str]:
         stage = {DistillOptions: "distill", PruneOptions: "prune", LowRankOptions: "lowrank"}
         request = Request(stage=stage.get(type(options), "quantize"), model="m", options=options)
-        return lineage.chosen(request, detail or {}, **more)
+        return lineage.chosen(request, detail or {})
 
     assert of(DistillOptions(teachers=("t",), student="tiny"))
-    assert "the teacher's epoch" in of(DistillOptions(teachers=("t",), student="tiny"), fine_tuned=True)
+    assert "the teacher's epoch" in of(
+        DistillOptions(teachers=("t",), student="tiny"), {"teacher": {"fine_tuned": True}}
+    )
     assert of(PruneOptions()) == of(LowRankOptions()) == of(QuantizeOptions()) == []
     assert of(PruneOptions(), {"search": {}}) == ["how much was removed"]
     assert of(PruneOptions(structure="vocab+heads")) == ["the tokens that stay"]

@@ -144,7 +144,7 @@ class Against:
     """What a model is compared with, and what came of it."""
 
     before: Measurement | None = None
-    delta: Delta = comparison.NONE
+    delta: Delta = field(default_factory=lambda: comparison.NONE)
     reasons: dict[str, str] = field(default_factory=dict)  # gate -> why it has no value
     warnings: list[Warning_] = field(default_factory=list)
 
