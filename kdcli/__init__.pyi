@@ -47,7 +47,6 @@ def distill(
     offline: bool = False,
     progress: Progress | None = None,
 ) -> Report: ...
-
 def prune(
     model: str | PathLike[str],
     *,
@@ -79,7 +78,6 @@ def prune(
     offline: bool = False,
     progress: Progress | None = None,
 ) -> Report: ...
-
 def lowrank(
     model: str | PathLike[str],
     *,
@@ -113,7 +111,6 @@ def lowrank(
     offline: bool = False,
     progress: Progress | None = None,
 ) -> Report: ...
-
 def quantize(
     model: str | PathLike[str],
     *,
@@ -143,7 +140,6 @@ def quantize(
     offline: bool = False,
     progress: Progress | None = None,
 ) -> Report: ...
-
 @overload
 def evaluate(  # type: ignore[overload-overlap]
     models: str | PathLike[str],
@@ -171,7 +167,6 @@ def evaluate(  # type: ignore[overload-overlap]
     offline: bool = False,
     progress: Progress | None = None,
 ) -> Report: ...
-
 @overload
 def evaluate(
     models: Sequence[str | PathLike[str]],

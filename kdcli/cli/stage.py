@@ -46,11 +46,13 @@ def execute(ctx: typer.Context, name: StageName) -> None:
         else:
             from kdcli.run import preflight
 
-            preflight.check(request)  # a model that is not here, a taken output: said before torch is loaded
+            found = preflight.check(
+                request
+            )  # a model that is not here, a taken output: said before torch is loaded
             with cached(console):
                 from kdcli.run import life
 
-                outcome = life.run(request, console)
+                outcome = life.run(request, console, found)
             if outcome is None:  # another process of this run speaks
                 return
             interrupts.check()  # a run that was told to stop prints no path
