@@ -20,10 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import numpy as np
 
+from kdcli.errors import InputError
 from kdcli.report.schema import MetricValue, Warning_
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ class Comparison:
     differences: Mapping[str, float]  # metric -> in the unit of the metric
     ci95: tuple[float, float] | None  # of the primary metric's difference, paired
     p_value: float | None  # that the two are equally good, paired
-    agreement: float  # share of rows with the same answer; for numbers the share of pairs of rows in the same order
+    agreement: (
+        float  # share of rows with the same answer; for numbers the share of pairs of rows in the same order
+    )
     lost: int | None = None  # rows that only the first got right; None where a row is not right or wrong
     won: int | None = None
 
@@ -50,7 +53,8 @@ class Task(Protocol):
     """One kind of answer.
 
     A task is a frozen dataclass: what a model stores of it (the primary metric that was asked for, thresholds) are
-    its fields.
+    its fields. Every one has the field ``metric: str | None = None``, so that the registry can make it with what
+    ``--metric`` asks for; None is the task's own.
     """
 
     @property
@@ -65,7 +69,7 @@ class Task(Protocol):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of what :meth:`measure` gives, in the order of reports."""
+        """Names of what :meth:`measure` gives, in the order of reports; some need ``queries``."""
         ...
 
     @property
@@ -80,6 +84,23 @@ class Task(Protocol):
 
     def outputs(self, labels: Sequence[str]) -> int:
         """C of a head for these label names."""
+        ...
+
+    # What a model carries along.
+
+    def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
+        """This task with what rows of a validation split decide (thresholds); itself where they decide nothing."""
+        ...
+
+    def config_fields(self) -> dict[str, object]:
+        """Keys and values of config.json from which :func:`kdcli.tasks.recorded` makes this task again.
+
+        Plain transformers reads ``problem_type`` and keeps the others.
+        """
+        ...
+
+    def about(self, outputs: int) -> dict[str, str]:
+        """What the metadata of a graph with C outputs says of its answers, besides the names of the labels."""
         ...
 
     # Labels as arrays.
@@ -151,12 +172,25 @@ class Task(Protocol):
         ...
 
     def compare(
-        self, before: np.ndarray, after: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None
+        self,
+        before: np.ndarray,
+        after: np.ndarray,
+        labels: np.ndarray,
+        queries: np.ndarray | None = None,
+        first: Self | None = None,
     ) -> Comparison:
-        """Two models' logits (N, C) for the same rows, in the same order of labels."""
+        """Two models' logits (N, C) for the same rows, in the same order of labels.
+
+        Args:
+            before: Of the first model.
+            after: Of the second, whose task this is.
+            labels: Of rows that all have one.
+            queries: As in :meth:`measure`.
+            first: The first model's task, where it may have thresholds of its own; None: they are these.
+        """
         ...
 
-    def same(self, before: np.ndarray, after: np.ndarray) -> float:
+    def same(self, before: np.ndarray, after: np.ndarray, first: Self | None = None) -> float:
         """The agreement of :class:`Comparison` without labels."""
         ...
 
@@ -180,3 +214,17 @@ class Task(Protocol):
                 tensor (C,) and ``loaded`` kdcli's checkpoint.
         """
         ...
+
+
+def check_finite(logits: np.ndarray, split: str) -> None:
+    """Refuse answers (N, C) that no metric can judge.
+
+    Raises:
+        InputError: Some are not finite.
+    """
+    n = len(logits)
+    if broken := n - int(np.isfinite(logits).all(1).sum()):
+        raise InputError(
+            f"the model's answer to {broken} of {n} rows of '{split}' is not a finite number",
+            "something overflows when it runs; use a wider number format or the model as it was before",
+        )
