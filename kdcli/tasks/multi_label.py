@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class MultiLabel:
     thresholds: tuple[float, ...] | None = None
 
     name = "multi-label"
-    kind: Kind = "any-of"
+    kind: ClassVar[Kind] = "any-of"
     metrics = ("micro_f1", "macro_f1", "subset_accuracy", "average_precision")
     problem_type = "multi_label_classification"
 
@@ -62,7 +62,7 @@ class MultiLabel:
         """One a label."""
         return len(labels)
 
-    def fitted(self, logits: np.ndarray, labels: np.ndarray) -> MultiLabel:
+    def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
         """With the thresholds of :func:`fit_thresholds`."""
         return replace(self, thresholds=fit_thresholds(logits, labels))
 
@@ -115,8 +115,10 @@ class MultiLabel:
 
     def own(self, logits: Tensor) -> Tensor:
         """(B, C) 1 for every label at or above its threshold, else 0."""
-        limits = torch.from_numpy(self._thresholds(logits.shape[-1])).to(logits.device)
-        return (logits.detach().double().sigmoid() >= limits).to(logits.dtype)
+        limits = self._thresholds(logits.shape[-1])
+        # Compared as logits in single precision: not every device has double.
+        odds = torch.from_numpy(np.log(limits / (1 - limits))).float().to(logits.device)
+        return (logits.detach().float() >= odds).to(logits.dtype)
 
     def drawn(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """(B, C) 0 or 1, every label with its own probability."""
@@ -161,7 +163,7 @@ class MultiLabel:
         after: np.ndarray,
         labels: np.ndarray,
         queries: np.ndarray | None = None,
-        first: MultiLabel | None = None,
+        first: Self | None = None,
     ) -> Comparison:
         """Paired bootstrap of the primary metric. A row can be partly right, so none are counted as lost or won."""
         one = {name: (first or self)._statistic(name, before, labels) for name in self.metrics}
@@ -174,7 +176,7 @@ class MultiLabel:
             agreement=self.same(before, after, first),
         )
 
-    def same(self, before: np.ndarray, after: np.ndarray, first: MultiLabel | None = None) -> float:
+    def same(self, before: np.ndarray, after: np.ndarray, first: Self | None = None) -> float:
         """Share of rows with the same set of labels."""
         return float(((first or self).chosen(before) == self.chosen(after)).all(1).mean())
 
@@ -351,7 +353,7 @@ def fit_thresholds(logits: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
 
 
 def _listed(chosen: np.ndarray, names: Sequence[str]) -> str:
-    given = [f"'{visible(names[i][:60])}'" for i in np.flatnonzero(chosen)]
+    given = [f"'{visible(names[i][:60])}'" for i in np.flatnonzero(chosen).tolist()]
     if not given:
         return "no label"
     shown = ", ".join(given[:3]) + (f" and {len(given) - 3} more" if len(given) > 3 else "")

@@ -1,4 +1,4 @@
-"""How well numbers order rows: rank correlation, pairs, and the metrics of rankings; and what each row has to do with it.
+"""How well numbers order rows: rank correlation, pairs, the metrics of rankings, and each row's influence on them.
 
 Shape letter: N rows. Everything takes O(N log N) or O(N log^2 N), so that a hundred thousand rows are no trouble.
 """
@@ -30,9 +30,9 @@ def spearman(x: np.ndarray, y: np.ndarray) -> Statistic:
     d_ab = a * b + _moved(x, b) + _moved(y, a) - 3 * ab
     d_aa = a * a + 2 * _moved(x, a) - 3 * aa
     d_bb = b * b + 2 * _moved(y, b) - 3 * bb
-    rho = cov / np.sqrt(va * vb)
+    rho = float(np.clip(cov / np.sqrt(va * vb), -1.0, 1.0))
     influence = (d_ab / np.sqrt(va * vb) - rho / 2 * (d_aa / va + d_bb / vb)) / n
-    return intervals.correlation(float(rho), influence)
+    return intervals.correlation(rho, influence)
 
 
 def shares(x: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class Regression:
     metric: str | None = None
 
     name = "regression"
-    kind: Kind = "number"
+    kind: ClassVar[Kind] = "number"
     metrics = ("spearman", "pearson", "rmse", "r2", "pair_order", *_RANKING)
     problem_type = "regression"
 
@@ -51,7 +51,7 @@ class Regression:
         """One."""
         return 1
 
-    def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Regression:
+    def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
         """Itself: a number is the answer."""
         return self
 
@@ -136,7 +136,7 @@ class Regression:
         after: np.ndarray,
         labels: np.ndarray,
         queries: np.ndarray | None = None,
-        first: Regression | None = None,
+        first: Self | None = None,
     ) -> Comparison:
         """Paired bootstrap of the primary metric, of whole queries where there are some."""
         one = {name: self._statistic(name, before, labels, queries) for name in self._given(queries)}
@@ -149,7 +149,7 @@ class Regression:
             agreement=self.same(before, after),
         )
 
-    def same(self, before: np.ndarray, after: np.ndarray, first: Regression | None = None) -> float:
+    def same(self, before: np.ndarray, after: np.ndarray, first: Self | None = None) -> float:
         """Share of pairs of rows in the same order."""
         return ranking.same_order(before[:, 0], after[:, 0])
 
@@ -225,11 +225,13 @@ def rmse(x: np.ndarray, y: np.ndarray) -> Statistic:
 
 def r2(x: np.ndarray, y: np.ndarray) -> Statistic:
     """1 - the squared error of x over that of the mean of y, (N,) each; 0 where y is constant."""
+    if (y == y[0]).all():
+        return intervals.linear(0.0, np.zeros(len(y)))
     z = y - y.mean()
 
     def of(s: np.ndarray) -> np.ndarray:
         spread = s[:, 1] - ratio(s[:, 2] ** 2, s[:, 3])
-        # Of equal numbers rounding alone is left.
-        return np.where(spread > 1e-12 * s[:, 3], 1 - ratio(s[:, 0], spread), 0.0)
+        # Of a resample with one number rounding alone is left.
+        return np.where(spread > 1e-12 * s[:, 1], 1 - ratio(s[:, 0], spread), 0.0)
 
     return Statistic(np.stack([(x - y) ** 2, z * z, z, np.ones(len(x))], 1), of)
