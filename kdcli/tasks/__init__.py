@@ -146,7 +146,7 @@ def agreed(said: Mapping[str, str | None]) -> str | None:
     """The one task that several sources name; None where none does.
 
     Args:
-        said: Source, in words (``--task``, ``config.json of out/student``, ``the data reviews/``) -> task or None.
+        said: Source, in words (``config.json of out/student``, ``the data reviews/``) -> task or None.
 
     Raises:
         InputError: Two of them contradict each other.
@@ -156,7 +156,7 @@ def agreed(said: Mapping[str, str | None]) -> str | None:
         if task != given[0][1]:
             raise InputError(
                 f"{given[0][0]} is for {given[0][1]}, but {source} is for {task}",
-                f"--task {task} or --task {given[0][1]} says which is meant, if both can be read so",
+                f"give data for {given[0][1]}, or say by --task which of them is meant",
             )
     return given[0][1] if given else None
 

@@ -349,7 +349,8 @@ def fit_thresholds(logits: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
     middle = (z[ends] + after) / 2
     best = np.flatnonzero(f1 == f1.max())
     at = middle[best[np.abs(middle[best]).argmin()]]
-    return (1 / (1 + math.exp(-at)),) * logits.shape[1]
+    # Beyond 30 a probability is 0 or 1 to 13 digits, and no threshold lies between.
+    return (1 / (1 + math.exp(-max(-30.0, min(30.0, at)))),) * logits.shape[1]
 
 
 def _listed(chosen: np.ndarray, names: Sequence[str]) -> str:

@@ -4,6 +4,8 @@ The answer z is read as the mean of a Gaussian with variance 1, which gives ever
 
     loss        (z - y)^2 / 2, the negative log likelihood less a constant      half of transformers' squared error
     divergence  (z_after - z_before)^2 / 2, the KL of the two Gaussians
+
+A temperature changes nothing: T^2 times the divergence of z / T is the divergence.
 """
 
 from __future__ import annotations

@@ -98,9 +98,9 @@ def test_a_configuration_that_contradicts_itself_is_refused(config: dict[str, An
 
 
 def test_sources_that_contradict_each_other_are_both_named() -> None:
-    said = {"--task": None, "config.json of out": "regression", "the data d.csv": "regression"}
+    said = {"the teacher": None, "config.json of out": "regression", "the data d.csv": "regression"}
     assert tasks.agreed(said) == "regression"
-    assert tasks.agreed({"--task": None}) is None
+    assert tasks.agreed({"the teacher": None}) is None
     with pytest.raises(
         InputError, match=r"config.json of out is for regression, but the data d.csv is for multi-label"
     ):
