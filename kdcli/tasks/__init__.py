@@ -51,12 +51,16 @@ def get(name: str, metric: str | None = None) -> Task:
     Raises:
         UsageError: There is no such task, or it has no such metric.
     """
+    from dataclasses import replace
+
     _check(name)
     file, class_name = _CLASSES[name]
-    made: Task = vars(importlib.import_module(f"kdcli.tasks.{file}"))[class_name](metric=metric)
-    if metric is not None and metric not in made.metrics:
+    made: Any = vars(importlib.import_module(f"kdcli.tasks.{file}"))[class_name]()
+    if metric is None:
+        return made
+    if metric not in made.metrics:
         raise UsageError(f"{name} has no metric '{metric}': {did_you_mean(metric, made.metrics)}")
-    return made
+    return replace(made, primary=metric)
 
 
 def summary(name: str) -> str:

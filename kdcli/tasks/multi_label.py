@@ -28,7 +28,7 @@ from kdcli.report.facts import visible
 from kdcli.report.schema import MetricValue, Warning_
 from kdcli.tasks import METRIC, THRESHOLDS, intervals
 from kdcli.tasks.intervals import Statistic, ratio
-from kdcli.tasks.task import Comparison, Kind, check_finite
+from kdcli.tasks.task import Blind, Comparison, Kind, Reduction, check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,22 +41,17 @@ class MultiLabel:
     """Any of C labels.
 
     Args:
-        metric: The primary metric; None: micro F1.
+        primary: The primary metric, as in the contract.
         thresholds: Of every label, probabilities; None: 0.5 for all.
     """
 
-    metric: str | None = None
+    primary: str = "micro_f1"
     thresholds: tuple[float, ...] | None = None
 
     name = "multi-label"
     kind: ClassVar[Kind] = "any-of"
     metrics = ("micro_f1", "macro_f1", "subset_accuracy", "average_precision")
     problem_type = "multi_label_classification"
-
-    @property
-    def primary(self) -> str:
-        """Micro F1 unless another one was asked for."""
-        return self.metric or "micro_f1"
 
     def outputs(self, labels: Sequence[str]) -> int:
         """One a label."""
@@ -69,8 +64,8 @@ class MultiLabel:
     def config_fields(self) -> dict[str, object]:
         """``problem_type``, and the metric and the thresholds where they are not the default ones."""
         found: dict[str, object] = {"problem_type": self.problem_type}
-        if self.metric is not None:
-            found[METRIC] = self.metric
+        if self.primary != MultiLabel.primary:
+            found[METRIC] = self.primary
         if self.thresholds is not None:
             found[THRESHOLDS] = list(self.thresholds)
         return found
@@ -99,19 +94,39 @@ class MultiLabel:
         rank = np.where(has, rarity, labels.shape[1]).min(1)
         return np.append(np.argsort(rarity, kind="stable"), labels.shape[1])[rank]
 
+    def blind(self, labels: np.ndarray) -> Blind | None:
+        """The loss of every label's own share, and the best score of a fixed set: the k most frequent labels, for any
+        k, or the most frequent set."""
+        truth = labels > 0.5
+        if (truth == truth[0]).all():
+            return None
+        share = np.clip(truth.mean(0), 1e-12, 1 - 1e-12)
+        loss = float(-(share * np.log(share) + (1 - share) * np.log(1 - share)).mean())
+        order = np.argsort(-truth.sum(0), kind="stable")
+        sets, many = np.unique(truth, axis=0, return_counts=True)
+        fixed = [np.isin(np.arange(len(order)), order[: k + 1]) for k in range(len(order))]
+        decided = replace(self, thresholds=None)
+        every = [
+            decided._statistic(self.primary, np.where(np.tile(one, (len(labels), 1)), 1.0, -1.0), labels)
+            for one in [*fixed, sets[many.argmax()]]
+        ]
+        best = max(every, key=lambda one: one.value)
+        return Blind(loss, best.value, 2 * float(intervals.resampled({"best": best})["best"].std()))
+
     # Tensors.
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, reduction: Reduction = "none") -> Tensor:
         """(B,) binary cross entropies, the mean over labels; 0 for a row without labels."""
         known = ~labels.isnan().any(-1)
         target = torch.where(known[:, None], labels, 0.0).to(logits.dtype)
-        return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(-1) * known
+        each = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(-1) * known
+        return each.sum() if reduction == "sum" else each
 
-    def divergence(self, after: Tensor, before: Tensor) -> Tensor:
+    def divergence(self, after: Tensor, before: Tensor, reduction: Reduction = "none") -> Tensor:
         """(B,) KL(before || after) of one Bernoulli a label, the mean over labels, nats."""
         yes, no = F.logsigmoid(before), F.logsigmoid(-before)
         each = yes.exp() * (yes - F.logsigmoid(after)) + no.exp() * (no - F.logsigmoid(-after))
-        return each.mean(-1)
+        return each.mean(-1).sum() if reduction == "sum" else each.mean(-1)
 
     def own(self, logits: Tensor) -> Tensor:
         """(B, C) 1 for every label at or above its threshold, else 0."""
@@ -130,10 +145,11 @@ class MultiLabel:
         spread = (p * (1 - p) / logits.shape[-1]).sqrt()
         return spread * torch.randn(p.shape, generator=generator).to(p)
 
-    def combined(self, every: Sequence[Tensor]) -> Tensor:
+    def combined(self, every: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
         """(B, C) the logits of every label's mean probability."""
         z = torch.stack(list(every))
-        return F.logsigmoid(z).logsumexp(0) - F.logsigmoid(-z).logsumexp(0)
+        share = z.new_tensor(weights or [1 / len(every)] * len(every)).log()[:, None, None]
+        return (F.logsigmoid(z) + share).logsumexp(0) - (F.logsigmoid(-z) + share).logsumexp(0)
 
     # Arrays.
 
@@ -218,6 +234,10 @@ class MultiLabel:
         return probabilities(logits) >= self._thresholds(logits.shape[1])
 
     # What people get.
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """(N, C) the probability of every label."""
+        return probabilities(logits)
 
     def answer(self, logits: np.ndarray, names: Sequence[str]) -> list[dict[str, object]]:
         """``labels``: the names of the row's labels, none or several; ``scores``: the probability of every label."""

@@ -21,7 +21,7 @@ from kdcli.errors import InputError
 from kdcli.report.schema import MetricValue, Warning_
 from kdcli.tasks import METRIC, intervals, ranking
 from kdcli.tasks.intervals import Statistic, ratio
-from kdcli.tasks.task import Comparison, Kind, check_finite
+from kdcli.tasks.task import Blind, Comparison, Kind, Reduction, check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,20 +34,15 @@ class Regression:
     """A number.
 
     Args:
-        metric: The primary metric; None: Spearman's correlation.
+        primary: The primary metric, as in the contract.
     """
 
-    metric: str | None = None
+    primary: str = "spearman"
 
     name = "regression"
     kind: ClassVar[Kind] = "number"
     metrics = ("spearman", "pearson", "rmse", "r2", "pair_order", *_RANKING)
     problem_type = "regression"
-
-    @property
-    def primary(self) -> str:
-        """Spearman's correlation unless another one was asked for."""
-        return self.metric or "spearman"
 
     def outputs(self, labels: Sequence[str]) -> int:
         """One."""
@@ -60,8 +55,8 @@ class Regression:
     def config_fields(self) -> dict[str, object]:
         """``problem_type``, and the metric where it is not the default one."""
         found: dict[str, object] = {"problem_type": self.problem_type}
-        if self.metric is not None:
-            found[METRIC] = self.metric
+        if self.primary != Regression.primary:
+            found[METRIC] = self.primary
         return found
 
     def about(self, outputs: int) -> dict[str, str]:
@@ -82,16 +77,39 @@ class Regression:
         """None: numbers form no groups."""
         return None
 
+    def blind(self, labels: np.ndarray) -> Blind | None:
+        """The loss and the score of the mean of the labels, with the noise of an order by chance.
+
+        A ranking metric is known for queries alone: its score is said to be 0, which every model exceeds.
+        """
+        n = len(labels)
+        if (labels == labels[0]).all():
+            return None
+        square = (labels.astype(np.float64) - labels.mean(dtype=np.float64)) ** 2
+        deviation = float(np.sqrt(square.mean()))
+        chance = 2 / float(
+            np.sqrt(n - 1)
+        )  # of a correlation; a share of pairs spreads by half as much at most
+        score, noise = {
+            "spearman": (0.0, chance),
+            "pearson": (0.0, chance),
+            "pair_order": (0.5, chance / 2),
+            "rmse": (-deviation, float(square.std()) / deviation / float(np.sqrt(n))),
+        }.get(self.primary, (0.0, 0.0))
+        return Blind(float(square.mean()) / 2, score, noise)
+
     # Tensors.
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, reduction: Reduction = "none") -> Tensor:
         """(B,) half squared errors; 0 for a row without a label."""
         known = ~labels.isnan()
-        return (logits[:, 0] - torch.where(known, labels, 0.0).to(logits.dtype)).square() / 2 * known
+        each = (logits[:, 0] - torch.where(known, labels, 0.0).to(logits.dtype)).square() / 2 * known
+        return each.sum() if reduction == "sum" else each
 
-    def divergence(self, after: Tensor, before: Tensor) -> Tensor:
+    def divergence(self, after: Tensor, before: Tensor, reduction: Reduction = "none") -> Tensor:
         """(B,) half squared differences."""
-        return (after[:, 0] - before[:, 0]).square() / 2
+        each = (after[:, 0] - before[:, 0]).square() / 2
+        return each.sum() if reduction == "sum" else each
 
     def own(self, logits: Tensor) -> Tensor:
         """(B,) the numbers themselves."""
@@ -105,9 +123,10 @@ class Regression:
         """(B, 1) standard normal draws: the Hessian is 1."""
         return torch.randn(logits.shape, generator=generator).to(logits)
 
-    def combined(self, every: Sequence[Tensor]) -> Tensor:
+    def combined(self, every: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
         """(B, 1) the mean number."""
-        return torch.stack(list(every)).mean(0)
+        z = torch.stack(list(every))
+        return (z * z.new_tensor(weights or [1 / len(every)] * len(every))[:, None, None]).sum(0)
 
     # Arrays.
 
@@ -173,6 +192,10 @@ class Regression:
         return []
 
     # What people get.
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """(N, 1) the numbers."""
+        return logits.astype(np.float64)
 
     def answer(self, logits: np.ndarray, names: Sequence[str]) -> list[dict[str, object]]:
         """``score``: the number."""

@@ -67,6 +67,7 @@ def test_a_row_without_labels_has_no_loss_and_no_gradient() -> None:
     assert not logits.grad[0].any()
     assert logits.grad[1:].all()
     assert torch.equal(loss[1:], TASK.loss(logits, torch.ones(3, C))[1:])
+    assert torch.equal(loss.sum(), TASK.loss(logits, labels, "sum"))
     assert TASK.known(labels.numpy()).tolist() == [False, True, True]
 
 
@@ -76,6 +77,7 @@ def test_the_divergence_is_one_bernoulli_kl_a_label() -> None:
     naive = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean(1)
     assert np.allclose(TASK.divergence(after, before), naive, rtol=1e-10)
     assert not TASK.divergence(before, before).any()
+    assert torch.allclose(TASK.divergence(after, before, "sum"), TASK.divergence(after, before).sum())
 
 
 def test_a_teacher_that_is_sure_makes_the_divergence_the_loss() -> None:
@@ -108,6 +110,8 @@ def test_the_mean_answer_of_models_is_the_mean_probability() -> None:
     mean = torch.stack([one.sigmoid() for one in every]).mean(0)
     assert torch.allclose(TASK.combined(every).sigmoid(), mean, rtol=1e-12)
     assert torch.allclose(TASK.combined([every[0]]), every[0], rtol=1e-12)
+    weighted = 0.7 * every[0].sigmoid() + 0.3 * every[1].sigmoid()
+    assert torch.allclose(TASK.combined(every[:2], [0.7, 0.3]).sigmoid(), weighted, rtol=1e-12)
     assert torch.isfinite(TASK.combined([torch.full((1, C), 200.0), torch.full((1, C), 300.0)])).all()
 
 
@@ -231,6 +235,31 @@ def test_each_model_decides_by_its_own_thresholds(rows: tuple[np.ndarray, np.nda
     assert higher.same(logits, logits + 1) < 1
 
 
+# One answer for all rows.
+
+
+@pytest.mark.parametrize("metric", ["micro_f1", "macro_f1", "subset_accuracy"])
+def test_no_fixed_set_is_better_than_the_blind_one(metric: str, rows: tuple[np.ndarray, np.ndarray]) -> None:
+    labels = rows[1]
+    task = MultiLabel(metric)
+    blind = task.blind(labels)
+    assert blind is not None
+    fixed = [
+        task.score(np.tile(np.float32(one) - 0.5, (N, 1)), labels)
+        for one in itertools.product([0, 1], repeat=C)
+    ]
+    assert blind.score == max(fixed)
+    best = list(itertools.product([0, 1], repeat=C))[int(np.argmax(fixed))]
+    answers = np.tile(np.float32(best) - 0.5, (N, 1))
+    error = spread(lambda at: task.score(answers[at], labels[at]), N)
+    assert blind.noise == pytest.approx(2 * error, rel=4 * 0.039)
+    # The loss is that of logits fitted to the shares of the labels.
+    share = torch.from_numpy(labels).mean(0).clamp(1e-12, 1 - 1e-6).double()
+    loss = task.loss(share.logit().expand(N, -1), torch.from_numpy(labels)).mean()
+    assert blind.loss == pytest.approx(float(loss), abs=1e-5)
+    assert task.blind(np.tile(labels[0], (5, 1))) is None
+
+
 # Thresholds.
 
 
@@ -328,6 +357,7 @@ def test_answers_and_the_lines_of_the_card_give_the_same_labels(capsys: pytest.C
     assert [one["labels"] for one in answers] == [["joy", "fear"], []]
     assert answers[0]["scores"] == pytest.approx(dict(zip(NAMES, sigmoid(logits[0]), strict=True)), rel=1e-12)
     assert json.loads(json.dumps(answers)) == answers
+    assert np.array_equal(TASK.scores(logits)[0], list(answers[0]["scores"].values()))
 
     about = {**TASK.about(C), "labels": json.dumps(NAMES)}
     exec(TASK.snippet(of_graph=True), {"json": json, "numpy": np, "about": about, "logits": logits[:1]})

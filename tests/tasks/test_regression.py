@@ -69,6 +69,8 @@ def test_the_divergence_is_the_kl_of_two_gaussians() -> None:
     )
     assert torch.allclose(TASK.divergence(after, before), kl, atol=1e-6)
     assert torch.equal(TASK.divergence(after, before), TASK.loss(after, TASK.own(before)))
+    assert torch.allclose(TASK.divergence(after, before, "sum"), kl.sum(), rtol=1e-5)
+    assert torch.allclose(TASK.loss(after, TASK.own(before), "sum"), kl.sum(), rtol=1e-5)
     assert torch.allclose(9 * TASK.divergence(after / 3, before / 3), kl, atol=1e-6)
     assert not TASK.divergence(before, before).any()
 
@@ -89,6 +91,8 @@ def test_drawn_numbers_are_gaussian_about_the_prediction() -> None:
 def test_the_mean_answer_and_a_models_own() -> None:
     every = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [6.0]])]
     assert TASK.combined(every).tolist() == [[2.0], [4.0]]
+    assert TASK.combined(every, [0.25, 0.75]).tolist() == [[2.5], [5.0]]
+    assert TASK.scores(every[0].numpy()).tolist() == [[1.0], [2.0]]
     assert TASK.own(every[0]).tolist() == [1.0, 2.0]
 
 
@@ -292,6 +296,37 @@ def test_ranking_metrics_need_queries() -> None:
         Regression("ndcg_at_10").score(np.ones((2, 1)), np.ones(2))
     assert refused.value.hint is not None
     assert "--columns query=NAME" in refused.value.hint
+
+
+# One answer for all rows.
+
+
+@pytest.mark.parametrize("metric", POINTWISE)
+def test_the_blind_answer_is_the_mean_label(
+    metric: str, rows: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
+    labels = rows[1].astype(float)
+    task = Regression(metric)
+    blind = task.blind(labels)
+    assert blind is not None
+    mean = np.full((N, 1), labels.mean())
+    assert blind.score == pytest.approx(task.score(mean, labels), abs=1e-12)
+    assert blind.loss == pytest.approx(
+        float(task.loss(torch.from_numpy(mean), torch.from_numpy(labels)).mean())
+    )
+    if metric == "rmse":
+        chance = [
+            task.score(mean[:N], labels[at]) for at in np.random.default_rng(0).integers(0, N, (400, N))
+        ]
+    elif metric != "r2":
+        chance = [task.score(np.random.default_rng(seed).normal(size=(N, 1)), labels) for seed in range(400)]
+    else:
+        assert blind.noise == 0
+        return
+    # Two standard errors of chance, for the share of pairs at most.
+    assert 2 * np.std(chance) <= blind.noise * (1 + 4 * 0.035)
+    assert blind.noise <= 2 * np.std(chance) * (2 if metric == "pair_order" else 1 + 4 * 0.035)
+    assert task.blind(np.ones(3)) is None
 
 
 # Two models.
