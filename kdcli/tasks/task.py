@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 Kind = Literal["one-of", "any-of", "number"]
 """What one answer is: one of C classes, any of C labels, or a number."""
 
+Reduction = Literal["none", "sum"]
+"""As in torch: one value a row, or their sum (as one operation, which rounds in an order of its own)."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -41,9 +44,20 @@ class Comparison:
     differences: Mapping[str, float]  # metric -> in the unit of the metric
     ci95: tuple[float, float] | None  # of the primary metric's difference, paired
     p_value: float | None  # that the two are equally good, paired
-    agreement: float  # share of rows with the same answer; for numbers the share of pairs of rows in the same order
+    agreement: (
+        float  # share of rows with the same answer; for numbers the share of pairs of rows in the same order
+    )
     lost: int | None = None  # rows that only the first got right; None where a row is not right or wrong
     won: int | None = None
+
+
+@dataclass(frozen=True)
+class Blind:
+    """What whoever gives all rows the same answer reaches."""
+
+    loss: float  # mean a row
+    score: float  # of the primary metric, larger is better
+    noise: float  # two standard errors of the score
 
 
 class Task(Protocol):
@@ -96,16 +110,21 @@ class Task(Protocol):
         """(N,) groups that a sample of the rows should have in their shares; None where there are none."""
         ...
 
-    # Tensors, differentiable in ``logits`` and ``after``.
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(B,) losses of logits (B, C) against the labels; 0 for a row that has none."""
+    def blind(self, labels: np.ndarray) -> Blind | None:
+        """What one answer for all rows reaches on rows with these labels; None where it would be all right."""
         ...
 
-    def divergence(self, after: Tensor, before: Tensor) -> Tensor:
-        """(B,) how far the answers of ``after`` (B, C) are from those of ``before`` (B, C); 0 where they are equal.
+    # Tensors, differentiable in ``logits`` and ``after``, in the number format of what comes in.
 
-        KL(before || after) where an answer is a distribution, half the squared difference where it is a number.
+    def loss(self, logits: Tensor, labels: Tensor, reduction: Reduction = "none") -> Tensor:
+        """(B,) losses of logits (B, C) against the labels, 0 for a row that has none; or their sum, a scalar."""
+        ...
+
+    def divergence(self, after: Tensor, before: Tensor, reduction: Reduction = "none") -> Tensor:
+        """(B,) how far the answers of ``after`` (B, C) are from those of ``before`` (B, C); or their sum, a scalar.
+
+        KL(before || after) where an answer is a distribution, half the squared difference where it is a number; 0
+        where the answers are equal.
         """
         ...
 
@@ -124,8 +143,8 @@ class Task(Protocol):
         """
         ...
 
-    def combined(self, every: Sequence[Tensor]) -> Tensor:
-        """(B, C) logits of the mean answer of M models, each (B, C)."""
+    def combined(self, every: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+        """(B, C) logits of the mean answer of M models, each (B, C), weighted where ``weights`` (sum 1) says so."""
         ...
 
     # Arrays, for measuring.
@@ -167,6 +186,10 @@ class Task(Protocol):
         ...
 
     # What people get.
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """(N, C) float64: probabilities where an answer is a distribution, else the numbers themselves."""
+        ...
 
     def answer(self, logits: np.ndarray, names: Sequence[str]) -> list[dict[str, object]]:
         """One JSON object a row of logits (N, C): the answer, and its score or scores."""
