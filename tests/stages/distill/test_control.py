@@ -52,9 +52,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     real = lesson.run_fit
 
     def run_fit(context, trained, rows, loss, options, title, **more) -> Any:
-        weights = {k: v.clone() for k, v in model.state_dict().items()}
-        rate = control.dropout_of(model)
-        result = real(context, model, pad_id, rows, loss, options, title, **more)
+        weights = {k: v.clone() for k, v in trained.model.state_dict().items()}
+        rate = control.dropout_of(trained.model)
+        result = real(context, trained, rows, loss, options, title, **more)
         found.trained.append(Trained(title, weights, rate, options, len(rows), result.steps))
         return result
 
@@ -177,6 +177,7 @@ class Given:
         self.options = FitOptions(epochs=1, batch_size=1, lr=1e-3)
         self.checkpoint = self
         self.model = torch.nn.Dropout(0.0)
+        self.task = CLASSIFICATION
 
 
 def test_a_further_text_has_the_labels_of_its_rows_as_far_as_its_tokens_go(
