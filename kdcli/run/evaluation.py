@@ -9,16 +9,16 @@ from pathlib import Path
 
 from kdcli import __version__, devices
 from kdcli.data import recorded as recorded_data
-from kdcli.data.labels import printable
 from kdcli.errors import InputError, UsageError
 from kdcli.export import files, own_graph
 from kdcli.export import graph as graphs
 from kdcli.inputs import picked as picked_rows
 from kdcli.inputs import reading, splits
-from kdcli.measure import answers, comparison, environment, measurement
+from kdcli.measure import comparison, environment, measurement
 from kdcli.models import graph_only, safety, tokenizers
 from kdcli.models.checkpoint import Checkpoint, quiet
 from kdcli.models.references import Resolved
+from kdcli.names import printable
 from kdcli.probe import soundness
 from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
@@ -199,7 +199,7 @@ def _report(
         *one.checkpoint.doubts,
         *one.warnings,
         *life.of_data(dataset),
-        *answers.doubts(one.measured.logits, labels, one.checkpoint.labels),
+        *one.checkpoint.task.doubts(one.measured.logits, labels, one.checkpoint.labels),
         *lineages.selected(lineage, picked.split, picked.split_sha256),
     ]
     before: Measurement | None = None
@@ -213,9 +213,9 @@ def _report(
             assert rows.labels is not None
             delta = comparison.row_by_row(
                 delta,
-                baseline.measured.logits[:, order].argmax(1),
-                one.measured.logits.argmax(1),
-                rows.labels,
+                one.checkpoint.task.compare(
+                    baseline.measured.logits[:, order], one.measured.logits, rows.labels
+                ),
             )
     elif len(one.checkpoint.log.lineage) > 1 and (recorded := _recorded(lineage[0])) is not None:
         before = comparison.from_record(recorded, after)
@@ -236,7 +236,7 @@ def _report(
         model=ModelInfo(
             source=redact(one.source),
             family=one.checkpoint.model_type,
-            task="text-classification",
+            task=one.checkpoint.task.name,
             labels=one.checkpoint.labels,
         ),
         data=recorded_data.info(dataset, str(request.common.data), request.common.out),
