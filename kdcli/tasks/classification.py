@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
-from kdcli.errors import InputError
 from kdcli.names import printable
 from kdcli.report.schema import MetricValue, Warning_
-from kdcli.tasks import resampling
-from kdcli.tasks.task import Blind, Comparison, Reduction
+from kdcli.tasks import METRIC, intervals
+from kdcli.tasks.f1 import macro_f1_statistic
+from kdcli.tasks.intervals import Statistic, ratio
+from kdcli.tasks.task import Blind, Comparison, Reduction, check_finite
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,21 @@ class Classification:
     def outputs(self, labels: Sequence[str]) -> int:
         """One for every label."""
         return len(labels)
+
+    def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
+        """Itself: the most probable label needs no threshold."""
+        return self
+
+    def config_fields(self) -> dict[str, object]:
+        """``problem_type``, and the metric where it is not the default one."""
+        found: dict[str, object] = {"problem_type": self.problem_type}
+        if self.primary != Classification.primary:
+            found[METRIC] = self.primary
+        return found
+
+    def about(self, outputs: int) -> dict[str, str]:
+        """Nothing."""
+        return {}
 
     def unlabelled(self, rows: int, outputs: int) -> np.ndarray:
         """(N,) int64, -100."""
@@ -135,20 +151,15 @@ class Classification:
             InputError: An answer is not a finite number.
         """
         n = len(labels)
-        if broken := n - int(np.isfinite(logits).all(1).sum()):
-            raise InputError(
-                f"the model's answer to {broken} of {n} rows of '{split}' is not a finite number",
-                "something overflows when it runs; use a wider number format or the model as it was before",
-            )
+        check_finite(logits, split)
         found = {}
         for name in self.metrics:
             value, stderr, ci95 = _METRICS[name](logits, labels), None, None
             if name == "accuracy":
                 stderr, ci95 = math.sqrt(value * (1 - value) / n), wilson(round(value * n), n)
             elif name == self.primary:
-                metric = _METRICS[name]
-                draws = resampling.drawn(lambda rows: metric(logits[rows], labels[rows]), n)  # noqa: B023
-                stderr, ci95 = float(draws.std(ddof=1)), resampling.interval(draws)
+                one = intervals.measured({name: _STATISTICS[name](logits, labels)}, n, split)[name]
+                stderr, ci95 = one.stderr, one.ci95
             found[name] = MetricValue(
                 value=value,
                 stderr=stderr,
@@ -160,19 +171,21 @@ class Classification:
         return found
 
     def compare(
-        self, before: np.ndarray, after: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None
+        self,
+        before: np.ndarray,
+        after: np.ndarray,
+        labels: np.ndarray,
+        queries: np.ndarray | None = None,
+        first: Self | None = None,
     ) -> Comparison:
-        """Paired: McNemar's test for accuracy, for another primary metric rows drawn for both models together."""
+        """Paired: McNemar's test for accuracy, for another primary metric the paired bootstrap."""
         one, two = before.argmax(1), after.argmax(1)
         pair = paired(one, two, labels)
         ci95, p_value = pair.ci95, pair.p_value
         if self.primary != "accuracy":
-            metric = _METRICS[self.primary]
-            draws = resampling.drawn(
-                lambda rows: metric(after[rows], labels[rows]) - metric(before[rows], labels[rows]),
-                len(labels),
-            )
-            ci95, p_value = resampling.interval(draws), resampling.p_value(draws)
+            statistic = _STATISTICS[self.primary]
+            drawn = intervals.paired(statistic(before, labels), statistic(after, labels))
+            ci95, p_value = drawn.ci95, drawn.p_value
         return Comparison(
             differences={name: of(after, labels) - of(before, labels) for name, of in _METRICS.items()},
             ci95=ci95,
@@ -182,7 +195,7 @@ class Classification:
             won=pair.won,
         )
 
-    def same(self, before: np.ndarray, after: np.ndarray) -> float:
+    def same(self, before: np.ndarray, after: np.ndarray, first: Self | None = None) -> float:
         """Share of the rows with the same most probable label."""
         return float((before.argmax(1) == after.argmax(1)).mean())
 
@@ -293,6 +306,47 @@ _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "mcc": correlation,
     "ece": calibration_error,
     "log_loss": log_loss,
+}
+
+
+def _macro_f1(logits: np.ndarray, labels: np.ndarray) -> Statistic:
+    each = np.eye(logits.shape[1], dtype=bool)
+    return macro_f1_statistic(each[logits.argmax(1)], each[labels])
+
+
+def _correlation(logits: np.ndarray, labels: np.ndarray) -> Statistic:
+    classes = logits.shape[1]
+    given, truth = np.eye(classes)[logits.argmax(1)], np.eye(classes)[labels]
+
+    def of(s: np.ndarray) -> np.ndarray:
+        g, t, right = s[:, :classes], s[:, classes:-1], s[:, -1]
+        n = t.sum(1)
+        spread = (n**2 - (g**2).sum(1)) * (n**2 - (t**2).sum(1))
+        return ratio(right * n - (g * t).sum(1), np.sqrt(np.maximum(spread, 0.0)))
+
+    return Statistic(np.concatenate([given, truth, (given * truth).sum(1, keepdims=True)], 1), of)
+
+
+def _log_loss(logits: np.ndarray, labels: np.ndarray) -> Statistic:
+    scores = logits.astype(np.float64)
+    scores -= scores.max(1, keepdims=True)
+    return intervals.mean(np.log(np.exp(scores).sum(1)) - scores[np.arange(len(labels)), labels])
+
+
+def _calibration_error(logits: np.ndarray, labels: np.ndarray) -> Statistic:
+    confidence = _probabilities(logits).max(1)
+    gap = (logits.argmax(1) == labels) - confidence
+    index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    sums = np.concatenate([np.eye(BINS)[index] * gap[:, None], np.ones((len(labels), 1))], 1)
+    return Statistic(sums, lambda s: ratio(np.abs(s[:, :-1]).sum(1), s[:, -1]))
+
+
+# The same metrics as functions of sums over rows, for their resamples.
+_STATISTICS: dict[str, Callable[[np.ndarray, np.ndarray], Statistic]] = {
+    "macro_f1": _macro_f1,
+    "mcc": _correlation,
+    "ece": _calibration_error,
+    "log_loss": _log_loss,
 }
 
 
