@@ -34,12 +34,12 @@ def _run(stage: StageName, given: Mapping[str, Any], progress: Progress | None) 
             f"kdcli.{stage}() runs in one process", "several share a training through the command alone"
         )
     request = request_of(stage, given)
-    preflight.check(request)  # a model that is not here, a taken output: said before torch is loaded
+    found = preflight.check(request)  # a model that is not here, a taken output: said before torch is loaded
     try:
         with interrupts.installed(), cache.writable():
             from kdcli.run import life
 
-            outcome = life.run(request, progress or Progress())
+            outcome = life.run(request, progress or Progress(), found)
             interrupts.check()
     except InterruptedRun as stop:  # as Python itself has it
         if stop.exit_code == ExitCode.INTERRUPTED:

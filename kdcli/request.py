@@ -36,8 +36,6 @@ would test on rows that an earlier one trained on."""
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
-TASKS = ("text-classification", "multi-label", "regression")
-
 
 def reference(given: str) -> str:
     """Refuse a model reference that is no name at all; whether there is such a model is for preflight to say."""
@@ -53,7 +51,9 @@ def model_aliases() -> Iterable[str]:
 
 def task_names() -> Iterable[str]:
     """What ``--task`` takes."""
-    return TASKS
+    from kdcli import tasks
+
+    return tasks.names()
 
 
 def _data_aliases() -> Iterable[str]:

@@ -91,7 +91,7 @@ def stub() -> str:
     """kdcli/__init__.pyi: the signatures of ``kdcli.distill`` and its kin."""
     from kdcli.stages import options
 
-    parts = [_STUB]
+    parts = [_STUB, "\n"]
     for stage in options.OPTIONS:
         every = list(options.of_stage(stage).values())
         named = [f"    {one.argument}: {_hint(one)}{_value(one)}," for one in every if not one.flag.argument]
@@ -106,7 +106,7 @@ def stub() -> str:
         else:
             arguments = [f"    {name}: {_REF}," for name in first]
             parts.append("\n".join([f"def {stage}(", *arguments, *named, ") -> Report: ...", ""]))
-    return "\n".join(parts)
+    return "".join(parts)
 
 
 _REF = "str | PathLike[str]"

@@ -24,6 +24,8 @@ from kdcli.models.families import FAMILIES, Family, family_of
 from kdcli.models.integers import Integers
 from kdcli.models.transforms import Quantise, TransformLog
 from kdcli.report.schema import Warning_
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 
 WEIGHTS = "model.safetensors"
 _DECIDING = (".json", ".txt", ".model", ".jinja", ".safetensors")
@@ -44,6 +46,7 @@ class Checkpoint:
     doubts: list[Warning_] = field(default_factory=list)  # what a report on it should say
     notes: list[str] = field(default_factory=list)
     placed: torch.device | None = None  # where inputs go when the weights are spread over several places
+    task: Task = CLASSIFICATION
     pads_left: bool = False  # only where padding on the right would change the answers
 
     @property
