@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
@@ -62,7 +62,7 @@ def _entry(one: Declared) -> dict[str, Any]:
         "argument": one.flag.argument,
         "required": one.info.is_required() or one.flag.argument,
         "off": one.flag.off,
-        "path": one.kind == "one" and Path in getattr(one.info.annotation, "__args__", ()),
+        "path": one.kind == "one" and Path in get_args(one.info.annotation),
         "default": str(shown) if plain else None,
         "names": list(one.flag.names()) if one.flag.names is not None else None,
     }
