@@ -145,9 +145,9 @@ class Common(Options):
 class OneModel(Options):
     """The model of a stage that works on one."""
 
-    model: Annotated[str, Flag(argument=True, metavar="MODEL", names=model_aliases, check=reference)] = Field(
-        description="A directory, an alias, org/name[@revision], or - for a line of stdin."
-    )
+    model: Annotated[
+        str, Flag(argument=True, recipe=False, metavar="MODEL", names=model_aliases, check=reference)
+    ] = Field(description="A directory, an alias, org/name[@revision], or - for a line of stdin.")
 
 
 class StageOptions(Options):

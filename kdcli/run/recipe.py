@@ -182,7 +182,6 @@ def _step(
         InputError: Names the stage in the recipe and the key.
     """
     keys = {one.argument: one for one in options.of_stage(stage).values() if one.flag.recipe}
-    keys.pop("model", None)
     found: dict[str, Any] = {}
     for key, value in given.items():
         if key not in keys:
