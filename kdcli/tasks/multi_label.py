@@ -72,8 +72,8 @@ class MultiLabel:
         return found
 
     def about(self, outputs: int) -> dict[str, str]:
-        """``thresholds``: a JSON list of C probabilities."""
-        return {"thresholds": json.dumps(self._thresholds(outputs).tolist())}
+        """``task``, and ``thresholds``: a JSON list of C probabilities."""
+        return {"task": self.name, "thresholds": json.dumps(self._thresholds(outputs).tolist())}
 
     # Labels as arrays.
 

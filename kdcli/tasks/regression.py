@@ -60,8 +60,8 @@ class Regression:
         return found
 
     def about(self, outputs: int) -> dict[str, str]:
-        """Nothing."""
-        return {}
+        """``task``."""
+        return {"task": self.name}
 
     # Labels as arrays.
 

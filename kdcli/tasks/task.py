@@ -112,7 +112,10 @@ class Task(Protocol):
         ...
 
     def about(self, outputs: int) -> dict[str, str]:
-        """What the metadata of a graph with C outputs says of its answers, besides the names of the labels."""
+        """What the metadata of a graph with C outputs says of its answers besides the names of the labels.
+
+        Without a key ``task`` one of the labels is chosen, as in every graph before there were other tasks.
+        """
         ...
 
     # Labels as arrays.
