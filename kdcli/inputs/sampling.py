@@ -17,6 +17,8 @@ JUDGING_SEED = 0
 def order(labels: np.ndarray | None, total: int, seed: int) -> np.ndarray:
     """All rows in a random order of which every beginning is a stratified sample.
 
+    A stratum is a label, or what a task has instead (:meth:`kdcli.tasks.task.Task.strata`).
+
     The first C rows are one of each of the C labels, the most frequent label first; in the first n >= C rows every
     label has its share of n but for rounding, and never none. Of a label the rows are uniformly random. Rows without
     a label (negative) are a stratum like a label, but not promised a place.
@@ -60,8 +62,35 @@ def positions(labels: np.ndarray | None, total: int, count: int, seed: int) -> n
     return np.sort(order(labels, total, seed)[:count])
 
 
-def sample(rows: Encoded, count: int, seed: int) -> Encoded:
-    """The same of encoded rows; ``rows`` themselves where there are no more than ``count``."""
+def sample(rows: Encoded, count: int, seed: int, strata: np.ndarray | None = None) -> Encoded:
+    """The same of encoded rows; ``rows`` themselves where there are no more than ``count``.
+
+    Args:
+        rows: N rows.
+        count: How many are wanted.
+        seed: Of the draw.
+        strata: (N,), negative without a label. None: the labels, where they are one class a row; else the draw is
+            uniform.
+    """
     if count >= len(rows):
         return rows
-    return rows.take(positions(rows.labels, len(rows), count, seed))
+    if strata is None and rows.labels is not None and np.issubdtype(rows.labels.dtype, np.integer):
+        strata = rows.labels
+    return rows.take(positions(strata, len(rows), count, seed))
+
+
+def whole_groups(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Rows of whole groups, drawn at random, as many as fit into ``count`` rows; one group at least.
+
+    Args:
+        groups: (N,) numbers of groups.
+        count: Rows that are wanted.
+        seed: Of the draw.
+
+    Returns:
+        Ascending positions.
+    """
+    names, of_row, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    drawn = np.random.default_rng(seed).permutation(len(names))
+    fitting = max(1, int((np.cumsum(sizes[drawn]) <= count).sum()))
+    return np.flatnonzero(np.isin(of_row, drawn[:fitting]))

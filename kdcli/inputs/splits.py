@@ -22,15 +22,25 @@ class Splits(Mapping[str, Encoded]):
     def __init__(self, dataset: Dataset, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
         self._dataset, self._checkpoint = dataset, checkpoint
         self._progress = progress or Progress()
-        self._index = label_names.align(
-            dataset.label_names, checkpoint.labels, ids=dataset.ids, option=dataset.ids_option
-        )
+        self._index: dict[str, int] = {}
+        if dataset.kind != "number":  # which has no names
+            self._index = label_names.align(
+                dataset.label_names, checkpoint.labels, ids=dataset.ids, option=dataset.ids_option
+            )
         self._made: dict[str, Encoded] = {}
 
     def __getitem__(self, split: str) -> Encoded:
         if split not in self._made:
             made, rows = self._checkpoint, self._dataset.splits[split]
-            encoded = text.encode(rows, made.tokenizer, made.max_length, self._index, split)
+            encoded = text.encode(
+                rows,
+                made.tokenizer,
+                made.max_length,
+                self._index,
+                split,
+                kind=self._dataset.kind,
+                outputs=len(made.labels),
+            )
             if encoded.cut:
                 what = f"{encoded.cut} of {len(rows)} rows of {split}"
                 self._progress.note(f"{what} are longer than {made.max_length} tokens: they are cut there")

@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 Kind = Literal["one-of", "any-of", "number"]
 """What one answer is: one of C classes, any of C labels, or a number."""
 
+OF_TEXTS: Mapping[Kind, str] = {
+    "one-of": "text-classification",
+    "any-of": "multi-label",
+    "number": "regression",
+}
+"""Kind -> the ``--task`` that gives such answers to texts."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -41,7 +48,9 @@ class Comparison:
     differences: Mapping[str, float]  # metric -> in the unit of the metric
     ci95: tuple[float, float] | None  # of the primary metric's difference, paired
     p_value: float | None  # that the two are equally good, paired
-    agreement: float  # share of rows with the same answer; for numbers the share of pairs of rows in the same order
+    agreement: (
+        float  # share of rows with the same answer; for numbers the share of pairs of rows in the same order
+    )
     lost: int | None = None  # rows that only the first got right; None where a row is not right or wrong
     won: int | None = None
 
