@@ -347,7 +347,9 @@ def _one(part: Located, found: _Found) -> dict[str, Located]:
     found.one = True
     keys = splits.keys(part.rows)
     found.warnings += splits.conflicts(keys, part.rows.labels)
-    split = splits.in_three(part, found.seed, keys)
+    # Rows that can't be split have never been: they are judged all together.
+    whole = judging is not None and splits.too_few_queries(part.rows) is not None
+    split = {"test": part} if whole else splits.in_three(part, found.seed, keys)
     if judging is None:
         found.notes.append(
             f"'{ref}' is one file: train, validation and test are 80/10/10 of it, seed {found.seed}"
@@ -358,7 +360,7 @@ def _one(part: Located, found: _Found) -> dict[str, Located]:
                 "of the distinct texts"
             )
         return split
-    made = _fingerprint({name: part.rows for name, part in split.items()}) in judging.made_with
+    made = not whole and _fingerprint({name: part.rows for name, part in split.items()}) in judging.made_with
     if not made and (judging.as_made or os.path.realpath(ref) in judging.made_from):
         message = f"the model was made with '{ref}' as it was then: rows judged now may have been trained on"
         found.warnings.append(("maybe-trained-on", message))
@@ -367,7 +369,9 @@ def _one(part: Located, found: _Found) -> dict[str, Located]:
             f"'{ref}' is one file, and the model was made with it: judged is what was held out"
         )
         return split
-    if judging.as_made:  # the file has changed: which rows were held out is not known for certain any more
+    if (
+        judging.as_made and not whole
+    ):  # the file has changed: which rows were held out is not known for certain any more
         found.notes.append(f"'{ref}' is one file, and is split as when the model was made with it")
         return split
     found.notes.append(f"'{ref}' is one file: all {len(part.rows)} rows of it are the split to judge")

@@ -70,18 +70,16 @@ def roles_of(part: Located, seed: int, keys: Sequence[int]) -> np.ndarray:
     Raises:
         InputError: There are too few queries.
     """
-    labels, queries = part.rows.labels or [], part.rows.queries
-    if queries is not None:
-        distinct, of_row = np.unique(np.array([_plain(query) for query in queries]), return_inverse=True)
-        if len(distinct) < _FEWEST_QUERIES:
-            raise InputError(
-                f"'{part.source}' has rows of {len(distinct)} queries; rows of one query stay together, which needs "
-                f"at least {_FEWEST_QUERIES}",
-                "split them by hand: a directory with train, validation and test",
-            )
-        order = np.random.default_rng(seed).permutation(len(distinct))
-        place = np.empty(len(distinct), dtype=np.int64)
-        place[order] = np.arange(len(distinct)) % 10
+    labels = part.rows.labels or []
+    if (few := too_few_queries(part.rows)) is not None:
+        raise InputError(
+            f"'{part.source}' has rows of {few} queries; those of one query stay in one split, which needs "
+            f"{_FEWEST_QUERIES} queries",
+            "split them by hand: a directory with train, validation and test",
+        )
+    if part.rows.queries is not None:
+        distinct, of_row = np.unique([_plain(query) for query in part.rows.queries], return_inverse=True)
+        place = np.random.default_rng(seed).permutation(len(distinct)) % 10
         return np.maximum(place - 7, 0).astype(np.int8)[of_row]
     found = roles(strata(labels), seed, keys)
     if part.kind == "any-of":
@@ -91,6 +89,12 @@ def roles_of(part: Located, seed: int, keys: Sequence[int]) -> np.ndarray:
         }
         found[[key in lost for key in keys]] = 0
     return found
+
+
+def too_few_queries(rows: Rows) -> int | None:
+    """The number of distinct queries where there are too few of them to be split; None for rows without queries."""
+    count = _FEWEST_QUERIES if rows.queries is None else len(set(map(_plain, rows.queries)))
+    return count if count < _FEWEST_QUERIES else None
 
 
 def roles(labels: Sequence[str] | np.ndarray, seed: int, keys: Sequence[int]) -> np.ndarray:

@@ -1,0 +1,123 @@
+"""Labels as arrays, in the forms that kdcli.tasks.task promises."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.preprocessing import MultiLabelBinarizer
+
+from kdcli.data.sources import Dataset, Rows
+from kdcli.errors import InputError
+from kdcli.inputs import picked, sampling, targets
+from kdcli.inputs.text import Encoded, concatenate, encode, fingerprint
+from tests.inputs.test_text import make_tokenizer
+
+SETS = [("a", "c"), (), ("b",), ("a", "b", "c"), ("c",)]
+NAMES = ["c", "a", "unused", "b"]  # the model's own order
+INDEX = {"a": 1, "b": 3, "c": 0}
+
+
+def rows(labels: list, queries: list[str] | None = None) -> Rows:  # type: ignore[type-arg]
+    return Rows([f"a {'b ' * i}" for i in range(len(labels))], None, labels, queries)
+
+
+def test_sets_are_those_of_scikit_learn() -> None:
+    found = targets.as_array(SETS, "any-of", INDEX, 4)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, MultiLabelBinarizer(classes=NAMES).fit_transform(SETS))
+    assert targets.as_array([(), ()], "any-of", INDEX, 4).tolist() == [[0] * 4] * 2
+    assert targets.as_array([], "any-of", INDEX, 4).shape == (0, 4)
+    with pytest.raises(InputError, match="unknown label 'd'"):
+        targets.as_array([("a",), ("b", "d")], "any-of", INDEX, 4)
+
+
+def test_classes_and_numbers() -> None:
+    classes = targets.as_array(["b", "c", "b"], "one-of", INDEX, 4)
+    assert (classes.dtype, classes.tolist()) == (np.int64, [3, 0, 3])
+    numbers = targets.as_array([0.1, 2.0], "number", {}, 1)
+    assert numbers.dtype == np.float32
+    assert np.array_equal(numbers, np.float32([0.1, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "expected"),
+    [
+        (["b", "c"], "one-of", [3, 0, -100]),
+        ([("a", "c"), ()], "any-of", [[1, 1, 0, 0], [0, 0, 0, 0], [np.nan] * 4]),
+        ([0.5, 2.0], "number", [0.5, 2.0, np.nan]),
+    ],
+)
+def test_rows_without_labels_have_what_the_contract_says(labels: list, kind: str, expected: list) -> None:  # type: ignore[type-arg]
+    tokenizer = make_tokenizer()
+    labelled = encode(rows(labels), tokenizer, 8, INDEX, kind=kind, outputs=4)
+    bare = encode(Rows(["d"]), tokenizer, 8, None)
+    assert labelled.labels is not None
+    for both, order in ((concatenate(labelled, bare), [0, 1, 2]), (concatenate(bare, labelled), [1, 2, 0])):
+        assert both.labels is not None
+        assert both.labels.dtype == labelled.labels.dtype
+        np.testing.assert_array_equal(both.labels[order], expected)
+    again = concatenate(labelled, bare).take([2, 0])
+    np.testing.assert_array_equal(again.labels, [expected[2], expected[0]])
+    assert fingerprint(labelled.take([0, 1])) == fingerprint(labelled) != fingerprint(labelled.take([1, 0]))
+
+
+def test_queries_are_groups_through_take_and_concatenate() -> None:
+    tokenizer = make_tokenizer()
+    made = encode(rows([0.5, 1.0, 2.0], ["y", "x", "y"]), tokenizer, 8, {}, kind="number", outputs=1)
+    assert made.queries is not None
+    assert (made.queries.dtype, made.queries.tolist()) == (np.int64, [1, 0, 1])
+    assert made.take([1, 2]).queries.tolist() == [0, 1]
+    bare = encode(Rows(["d", "e"]), tokenizer, 8, None)
+    assert concatenate(made, bare).queries.tolist() == [1, 0, 1, 2, 3]  # each a query of its own
+    assert concatenate(bare, made).queries.tolist() == [0, 1, 3, 2, 3]
+    assert concatenate(made, made).queries.tolist() == [1, 0, 1, 3, 2, 3]
+    assert concatenate(bare, bare).queries is None
+    without = Encoded(made.ids, made.type_ids, made.offsets, made.labels)
+    assert fingerprint(without) != fingerprint(made)
+
+
+def test_the_fingerprint_of_classes_is_what_it_was() -> None:
+    """Teachers' outputs in caches of users are found by it."""
+    made = encode(Rows(["a b", "c"], None, ["c", "b"]), make_tokenizer(), 8, INDEX)
+    assert fingerprint(made) == "c2ec10ef8f9d2b6bfd8bd18dddbbdf116e5fdd5ddcbe0353cd5792fcc145c37b"
+
+
+def test_samples_take_the_strata_that_they_are_given() -> None:
+    made = encode(rows([0.5] * 40), make_tokenizer(), 60, {}, kind="number", outputs=1)
+    strata = np.repeat([0, 1], [36, 4])
+    at = sampling.sample(made, 10, 0, strata).lengths
+    assert np.isin(at, made.lengths[strata == 1]).sum() == 1
+    assert np.array_equal(at, made.lengths[sampling.positions(strata, 40, 10, 0)])
+    assert np.array_equal(
+        sampling.sample(made, 10, 0).lengths, made.lengths[sampling.positions(None, 40, 10, 0)]
+    )
+
+
+def test_whole_groups() -> None:
+    groups = np.array([5, 1, 5, 2, 2, 9, 1, 9, 9])
+    for seed in range(20):
+        for count in (1, 4, 6, 9):
+            at = sampling.whole_groups(groups, count, seed)
+            taken = set(groups[at])
+            assert (np.diff(at) > 0).all()
+            assert sorted(at) == [i for i, group in enumerate(groups) if group in taken]
+            assert len(at) <= count or len(taken) == 1
+    assert len(sampling.whole_groups(groups, 9, 0)) == 9
+    assert len({tuple(sampling.whole_groups(groups, 4, seed)) for seed in range(20)}) > 1
+
+
+def dataset(test: Rows, kind: str) -> Dataset:
+    return Dataset("d", {"test": test}, "f", [], kind=kind)
+
+
+def test_the_rows_that_are_judged_of_sets_and_of_queries() -> None:
+    sets = rows([("a",)] * 80 + [("a", "b")] * 20)
+    limited = picked.pick(dataset(sets, "any-of"), None, 10)
+    assert (limited.at >= 80).sum() == 2  # b has its share
+    queries = rows([float(i % 2) for i in range(40)], [f"q{i % 10}" for i in range(40)])
+    whole = picked.pick(dataset(queries, "number"), None, 12)
+    assert np.bincount(whole.at % 10).max() == 4  # rows of a query
+    assert len(whole.at) == 12
+    known = picked.pick(dataset(queries, "number"), None, None).sha256
+    other = Rows(queries.first, None, queries.labels, ["x", *(queries.queries or [])[1:]])
+    assert picked.pick(dataset(other, "number"), None, None).sha256 != known
