@@ -249,6 +249,8 @@ def named(table: Table, role: str, columns: Columns) -> str:
                 "write the names into the first line, for example text,label",
             )
         offer = _offer(table, columns)
+        if offer is not None and offer.rpartition(",")[2].casefold() == "label=labels":
+            offer += "; or labels= for label=, where a row can have several"
         raise InputError(
             f"'{table.source}' has no column '{printable(wanted)}': {suggest(wanted, table.names)}",
             f"if these are the right ones: --columns {offer}"

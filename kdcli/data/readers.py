@@ -148,6 +148,13 @@ def _labels(table: Table, columns: Columns, wanted: Wanted) -> tuple[str, Sequen
     found = targets(table.names, columns, wanted.kind)
     if wanted.kind == "any-of" and is_flags(table.names, columns):
         return declared or "", read_flags(table, found)
+    if not found and declared is None and "label" not in columns.names:
+        for other in targets(table.names, columns, "any-of"):
+            if any(isinstance(value, list) for value in table.column(other)):
+                raise wanted.contradicted(
+                    f"'{table.source}' has no column 'label', and lists of labels in column '{printable(other)}'",
+                    f"to learn several labels at once: --task {OF_TEXTS['any-of']}",
+                )
     name = found[0] if found else named(table, "label" if declared is None else "labels", columns)
     if table.names.count(name) > 1:
         raise InputError(f"'{table.source}' has {table.names.count(name)} columns named '{printable(name)}'")

@@ -221,7 +221,7 @@ def test_what_is_no_number(values: list[Any], message: str) -> None:
             {"labels": [["a"], ["b"]]},
             None,
             "one-of",
-            "no column 'label'",
+            "lists of labels in column 'labels', but the model 'm' has one of several classes as answer",
         ),
         (
             {"label": [["a"], ["b"]]},
@@ -279,6 +279,13 @@ def test_models_and_data_that_contradict_each_other_are_both_named(
     columns: dict[str, list[Any]], said: str | None, kind: Kind, message: str
 ) -> None:
     assert message in refusal(table(text=texts(2), **columns), said, Wanted(kind, "the model 'm'"))
+
+
+def test_one_label_in_a_column_of_labels_is_asked_about() -> None:
+    given = table(text=texts(2), labels=["a", "b"])
+    assert "--columns label=labels; or labels= for label=, where a row can have several" in refusal(given)
+    assert extract(given, parse_columns("label=labels")).rows.labels == ["a", "b"]
+    assert extract(given, parse_columns("labels=labels")).rows.labels == [("a",), ("b",)]
 
 
 def test_integers_that_are_hardly_classes_are_asked_about() -> None:
