@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kdcli.data import hub
 from kdcli.data.columns import Columns, parse_columns
 from kdcli.data.readers import extract, read, recognised
 from kdcli.data.sources import Judging, load, load_texts
@@ -363,6 +364,7 @@ def test_lists_of_numbered_classes_have_their_names(tmp_path: Path) -> None:
         (),
         ("1",),
     ]
+    assert extract(hub._table("org/x train", made), Columns()).rows.labels == expected
     made.save_to_disk(tmp_path / "saved")
     data = load(str(tmp_path / "saved"), judging=Judging())
     assert (data.kind, data.splits["test"].labels) == ("any-of", expected)
@@ -397,6 +399,27 @@ def test_lists_and_numbers_are_those_of_pandas(tmp_path: Path, form: str) -> Non
     assert read(path, Columns()).rows.labels == [tuple(sorted(row)) for row in again["labels"]]
     again = kept(scores)
     assert read(path, Columns()).rows.labels == again["score"].tolist()
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize(
+    ("names", "row", "said", "label"),
+    [
+        (["text", "a", "b"], ["x", "0", "1"], "labels=a+b", ("b",)),
+        (["text", "is_a", "is_b"], ["x", "1", "1"], "labels=is_*", ("is_a", "is_b")),
+        (["text", "tags"], ["x", "u+v"], "labels=tags", ("u+v",)),
+        (["query", "passage", "score"], ["q", "p", "0.5"], None, 0.5),
+        (["text_a", "text_b", "score"], ["q", "p", "0.5"], None, 0.5),
+    ],
+)
+def test_the_columns_needed_tell_the_separator_of_the_file(
+    tmp_path: Path, separator: str, names: list[str], row: list[str], said: str | None, label: Any
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("".join(separator.join(line) + "\n" for line in (names, row)))
+    rows = read(path, parse_columns(said)).rows
+    assert rows.labels == [label]
+    assert (rows.second is None) == (names[0] == "text")
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
