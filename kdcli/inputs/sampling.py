@@ -62,21 +62,11 @@ def positions(labels: np.ndarray | None, total: int, count: int, seed: int) -> n
     return np.sort(order(labels, total, seed)[:count])
 
 
-def sample(rows: Encoded, count: int, seed: int, strata: np.ndarray | None = None) -> Encoded:
-    """The same of encoded rows; ``rows`` themselves where there are no more than ``count``.
-
-    Args:
-        rows: N rows.
-        count: How many are wanted.
-        seed: Of the draw.
-        strata: (N,), negative without a label. None: the labels, where they are one class a row; else the draw is
-            uniform.
-    """
+def sample(rows: Encoded, count: int, seed: int) -> Encoded:
+    """The same of encoded rows; ``rows`` themselves where there are no more than ``count``."""
     if count >= len(rows):
         return rows
-    if strata is None and rows.labels is not None and np.issubdtype(rows.labels.dtype, np.integer):
-        strata = rows.labels
-    return rows.take(positions(strata, len(rows), count, seed))
+    return rows.take(positions(rows.labels, len(rows), count, seed))
 
 
 def whole_groups(groups: np.ndarray, count: int, seed: int) -> np.ndarray:

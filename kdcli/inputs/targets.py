@@ -12,9 +12,6 @@ from kdcli.data.labels import printable, suggest
 from kdcli.errors import InputError
 from kdcli.tasks.task import Kind
 
-UNLABELLED = -100
-"""The class of a row that has none."""
-
 
 def as_array(labels: Sequence[Any], kind: Kind, index: Mapping[str, int], outputs: int) -> np.ndarray:
     """The labels of N rows as an array.
@@ -39,12 +36,6 @@ def as_array(labels: Sequence[Any], kind: Kind, index: Mapping[str, int], output
     rows = np.repeat(np.arange(len(labels)), [len(names) for names in labels])
     found[rows, _places(list(chain.from_iterable(labels)), index)] = 1.0
     return found
-
-
-def missing(rows: int, like: np.ndarray) -> np.ndarray:
-    """Labels of as many rows that have none, in the form of others."""
-    whole = np.issubdtype(like.dtype, np.integer)
-    return np.full((rows, *like.shape[1:]), UNLABELLED if whole else np.nan, dtype=like.dtype)
 
 
 def groups(queries: Sequence[str]) -> np.ndarray:

@@ -129,14 +129,16 @@ def encode(
     )
 
 
-def concatenate(first: Encoded, second: Encoded) -> Encoded:
-    """The rows of both; those of a side without labels are unlabelled, and without queries are queries of their own."""
-    like = second.labels if first.labels is None else first.labels
+def concatenate(first: Encoded, second: Encoded, fill: np.ndarray) -> Encoded:
+    """The rows of both; a side without labels gets ``fill``, the labels of one row, unless neither side has any.
+
+    The rows of a side without queries are queries of their own.
+    """
     labels = queries = None
-    if like is not None:
+    if first.labels is not None or second.labels is not None:
         both = (first, second)
         labels = np.concatenate(
-            [targets.missing(len(x), like) if x.labels is None else x.labels for x in both]
+            [np.repeat(fill, len(x), axis=0) if x.labels is None else x.labels for x in both]
         )
     if first.queries is not None or second.queries is not None:
         each = [np.arange(len(x)) if x.queries is None else x.queries for x in (first, second)]

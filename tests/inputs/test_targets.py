@@ -14,6 +14,7 @@ from tests.inputs.test_text import make_tokenizer
 
 SETS = [("a", "c"), (), ("b",), ("a", "b", "c"), ("c",)]
 NAMES = ["c", "a", "unused", "b"]  # the model's own order
+NAN = np.full(1, np.nan, np.float32)
 INDEX = {"a": 1, "b": 3, "c": 0}
 
 
@@ -40,23 +41,33 @@ def test_classes_and_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "kind", "expected"),
+    ("labels", "kind", "fill", "expected"),
     [
-        (["b", "c"], "one-of", [3, 0, -100]),
-        ([("a", "c"), ()], "any-of", [[1, 1, 0, 0], [0, 0, 0, 0], [np.nan] * 4]),
-        ([0.5, 2.0], "number", [0.5, 2.0, np.nan]),
+        (["b", "c"], "one-of", np.array([-100]), [3, 0, -100]),
+        (
+            [("a", "c"), ()],
+            "any-of",
+            np.full((1, 4), np.nan, np.float32),
+            [[1, 1, 0, 0], [0] * 4, [np.nan] * 4],
+        ),
+        ([0.5, 2.0], "number", np.full(1, np.nan, np.float32), [0.5, 2.0, np.nan]),
     ],
 )
-def test_rows_without_labels_have_what_the_contract_says(labels: list, kind: str, expected: list) -> None:  # type: ignore[type-arg]
+def test_rows_without_labels_get_those_of_one_row(
+    labels: list, kind: str, fill: np.ndarray, expected: list
+) -> None:  # type: ignore[type-arg]
     tokenizer = make_tokenizer()
     labelled = encode(rows(labels), tokenizer, 8, INDEX, kind=kind, outputs=4)
     bare = encode(Rows(["d"]), tokenizer, 8, None)
     assert labelled.labels is not None
-    for both, order in ((concatenate(labelled, bare), [0, 1, 2]), (concatenate(bare, labelled), [1, 2, 0])):
+    for both, order in (
+        (concatenate(labelled, bare, fill), [0, 1, 2]),
+        (concatenate(bare, labelled, fill), [1, 2, 0]),
+    ):
         assert both.labels is not None
         assert both.labels.dtype == labelled.labels.dtype
         np.testing.assert_array_equal(both.labels[order], expected)
-    again = concatenate(labelled, bare).take([2, 0])
+    again = concatenate(labelled, bare, fill).take([2, 0])
     np.testing.assert_array_equal(again.labels, [expected[2], expected[0]])
     assert fingerprint(labelled.take([0, 1])) == fingerprint(labelled) != fingerprint(labelled.take([1, 0]))
 
@@ -68,10 +79,10 @@ def test_queries_are_groups_through_take_and_concatenate() -> None:
     assert (made.queries.dtype, made.queries.tolist()) == (np.int64, [1, 0, 1])
     assert made.take([1, 2]).queries.tolist() == [0, 1]
     bare = encode(Rows(["d", "e"]), tokenizer, 8, None)
-    assert concatenate(made, bare).queries.tolist() == [1, 0, 1, 2, 3]  # each a query of its own
-    assert concatenate(bare, made).queries.tolist() == [0, 1, 3, 2, 3]
-    assert concatenate(made, made).queries.tolist() == [1, 0, 1, 3, 2, 3]
-    assert concatenate(bare, bare).queries is None
+    assert concatenate(made, bare, NAN).queries.tolist() == [1, 0, 1, 2, 3]  # each a query of its own
+    assert concatenate(bare, made, NAN).queries.tolist() == [0, 1, 3, 2, 3]
+    assert concatenate(made, made, NAN).queries.tolist() == [1, 0, 1, 3, 2, 3]
+    assert concatenate(bare, bare, NAN).queries is None
     without = Encoded(made.ids, made.type_ids, made.offsets, made.labels)
     assert fingerprint(without) != fingerprint(made)
 
@@ -80,17 +91,6 @@ def test_the_fingerprint_of_classes_is_what_it_was() -> None:
     """Teachers' outputs in caches of users are found by it."""
     made = encode(Rows(["a b", "c"], None, ["c", "b"]), make_tokenizer(), 8, INDEX)
     assert fingerprint(made) == "c2ec10ef8f9d2b6bfd8bd18dddbbdf116e5fdd5ddcbe0353cd5792fcc145c37b"
-
-
-def test_samples_take_the_strata_that_they_are_given() -> None:
-    made = encode(rows([0.5] * 40), make_tokenizer(), 60, {}, kind="number", outputs=1)
-    strata = np.repeat([0, 1], [36, 4])
-    at = sampling.sample(made, 10, 0, strata).lengths
-    assert np.isin(at, made.lengths[strata == 1]).sum() == 1
-    assert np.array_equal(at, made.lengths[sampling.positions(strata, 40, 10, 0)])
-    assert np.array_equal(
-        sampling.sample(made, 10, 0).lengths, made.lengths[sampling.positions(None, 40, 10, 0)]
-    )
 
 
 def test_whole_groups() -> None:

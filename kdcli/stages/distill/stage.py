@@ -52,7 +52,7 @@ def prepare(context: Context) -> None:
     if options.unlabeled is not None:
         extra = sources.load_texts(options.unlabeled, context.request.common.columns)
         more = text.encode(extra, teacher.tokenizer, teacher.max_length, None)
-        train = text.concatenate(train, more)
+        train = text.concatenate(train, more, np.array([UNLABELLED]))
     narrowed = {"train": train, "validation": validation}
     context.encoded = ChainMap(narrowed, context.encoded)  # type: ignore[arg-type]
     context.teacher_came_trained = [] if not teacher.has_head else [options.teachers[0]]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from kdcli.context import Context
@@ -20,6 +21,7 @@ from kdcli.stages.distill.fitting import augmented, options_of
 from kdcli.stages.distill.plan import DistillPlan
 from kdcli.training import layer_map, vocabulary
 from kdcli.training.capture import shape_of
+from kdcli.training.cross_entropy import UNLABELLED
 from kdcli.training.loop import FitOptions, FitResult
 from kdcli.training.terms import Setting, Shape, check
 from kdcli.training.terms import needs as needs_of
@@ -102,7 +104,7 @@ def rows_of(context: Context, plan: DistillPlan, teacher: Checkpoint) -> Texts:
     new = augment.unlike(more, train)
     more = more.take(new)
     context.progress.note(f"{len(more)} further texts made from {len(train)}, for the teacher to label")
-    return Texts(text.concatenate(train, more), origins.take(new))
+    return Texts(text.concatenate(train, more, np.array([UNLABELLED])), origins.take(new))
 
 
 def make(

@@ -187,7 +187,7 @@ def test_a_further_text_has_the_labels_of_its_rows_as_far_as_its_tokens_go(
         np.array([0, 1, 2, 0, 3, 3]), np.array([0, 2, 0, 3, 1, 3]), np.array([1, 0.25, 0.0, 0.5, 0.0, 1])
     )
     given = Given(train)
-    texts = control.Texts(concatenate(train, rows([-100] * 6)), origins)
+    texts = control.Texts(concatenate(train, rows([-100] * 6), np.array([-100])), origins)
     _, second, third = control.lessons(given, given, texts)  # type: ignore[arg-type]
     assert third.rows is second.rows
     # Rows 0 to 2; the texts of 0 alone, of 1 and 2, of nothing but 0, of nothing but 1; none of which row 3 is part.
