@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kdcli.data.columns import SEPARATORS
-from kdcli.data.labels import listed, number_of, plain, printable
+from kdcli.data.labels import number_of, plain
 from kdcli.data.tables import Table
 from kdcli.data.wanted import Wanted
 from kdcli.errors import InputError
+from kdcli.names import listed, printable
 from kdcli.tasks.task import OF_TEXTS
 
 NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from kdcli.data.labels import listed, printable, suggest
+from kdcli.data.labels import suggest
 from kdcli.data.tables import Table
 from kdcli.errors import InputError, UsageError, did_you_mean
+from kdcli.names import listed, printable
 from kdcli.tasks.task import Kind
 
 _TEXT_ROLES = ("text", "text_a", "text_b")

@@ -8,10 +8,11 @@ from typing import Any
 
 from kdcli.data.answers import MAX_IDS, several_labels, undeclared
 from kdcli.data.columns import Columns
-from kdcli.data.labels import number_of, printable
+from kdcli.data.labels import number_of
 from kdcli.data.tables import Table
 from kdcli.data.wanted import Wanted
 from kdcli.errors import InputError
+from kdcli.names import printable
 
 Names = tuple[str, ...]
 """The labels of a row: distinct, sorted."""

@@ -7,10 +7,10 @@ import re
 from typing import Any
 
 from kdcli.data.answers import MISSING, NUMBER, absent
-from kdcli.data.labels import printable
 from kdcli.data.tables import Table
 from kdcli.data.wanted import Wanted
 from kdcli.errors import InputError
+from kdcli.names import printable
 
 _COMMA = re.compile(r"[+-]?[0-9]*,[0-9]+")
 _LARGEST = 3.4e38  # of float32, which models answer in

@@ -24,11 +24,11 @@ from kdcli.data.columns import (
 from kdcli.data.delimited import MAX_CHARACTERS
 from kdcli.data.files import read_table
 from kdcli.data.label_sets import read_flags, read_sets
-from kdcli.data.labels import printable
 from kdcli.data.numbers import read_numbers
 from kdcli.data.tables import Label, Located, Rows, Table
 from kdcli.data.wanted import Wanted
 from kdcli.errors import InputError
+from kdcli.names import printable
 from kdcli.tasks.task import OF_TEXTS, Kind
 
 __all__ = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kdcli.errors import InputError
 from kdcli.tasks.task import Kind
 
-_SAID = {
+SAID = {
     "one-of": "one of several classes",
     "any-of": "any of several labels",
     "number": "a number",
@@ -25,5 +25,5 @@ class Wanted:
     def contradicted(self, found: str, hint: str | None = None) -> InputError:
         """The error that names both sides: what was found, and who wants something else."""
         return InputError(
-            f"{found}, but {self.by} has {_SAID[self.kind]} as answer" if self.by else found, hint
+            f"{found}, but {self.by} has {SAID[self.kind]} as answer" if self.by else found, hint
         )

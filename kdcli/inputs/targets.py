@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from kdcli.data.labels import printable, suggest
+from kdcli.data.labels import suggest
 from kdcli.errors import InputError
+from kdcli.names import printable
 from kdcli.tasks.task import Kind
 
 

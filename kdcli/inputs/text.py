@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from kdcli.data.labels import printable
 from kdcli.data.readers import Rows
 from kdcli.errors import InputError
 from kdcli.inputs import targets
+from kdcli.names import printable
 from kdcli.tasks.task import Kind
 
 _CHUNK = 4096  # rows per tokenizer call, so that its lists of Python integers stay small

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from sklearn.preprocessing import MultiLabelBinarizer
 
+from kdcli import tasks
 from kdcli.data.sources import Dataset, Rows
 from kdcli.errors import InputError
 from kdcli.inputs import picked, sampling, targets
+from kdcli.inputs.splits import Splits
 from kdcli.inputs.text import Encoded, concatenate, encode, fingerprint
+from kdcli.tasks.task import OF_TEXTS
 from tests.inputs.test_text import make_tokenizer
 
 SETS = [("a", "c"), (), ("b",), ("a", "b", "c"), ("c",)]
@@ -121,3 +127,36 @@ def test_the_rows_that_are_judged_of_sets_and_of_queries() -> None:
     known = picked.pick(dataset(queries, "number"), None, None).sha256
     other = Rows(queries.first, None, queries.labels, ["x", *(queries.queries or [])[1:]])
     assert picked.pick(dataset(other, "number"), None, None).sha256 != known
+
+
+def test_splits_are_read_for_a_model_of_the_same_kind_alone() -> None:
+    made: Any = SimpleNamespace(
+        path="out/m", labels=NAMES, tokenizer=make_tokenizer(), max_length=20, task=tasks.get("multi-label")
+    )
+    data = Dataset("d", {"test": rows(SETS)}, "f", ["a", "b", "c"], kind="any-of")
+    found = Splits(data, made)["test"].labels
+    assert np.array_equal(found, targets.as_array(SETS, "any-of", INDEX, 4))
+    numbers = Dataset("d", {"test": rows([0.5, 2.0])}, "f", [], kind="number")
+    with pytest.raises(
+        InputError,
+        match="data 'd' have a number as answer, but the model 'out/m' has any of several labels as answer",
+    ):
+        Splits(numbers, made)
+    made.task, made.labels = tasks.get("regression"), ["score"]
+    assert Splits(numbers, made)["test"].labels.tolist() == [0.5, 2.0]
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_every_task_says_no_label_in_the_form_of_its_labels(name: str) -> None:
+    task = tasks.get(name)
+    labels: Any = {"one-of": ["a", "b"], "any-of": SETS[:2], "number": [0.5, 1.0]}[task.kind]
+    array = targets.as_array(labels, task.kind, INDEX, 4)
+    without = task.unlabelled(1, 4)
+    assert (without.dtype, without.shape[1:]) == (array.dtype, array.shape[1:])
+    assert task.known(np.concatenate([array, without])).tolist() == [True, True, False]
+
+
+def test_the_task_of_a_kind_has_that_kind() -> None:
+    assert {kind: tasks.get(name).kind for kind, name in OF_TEXTS.items()} == {
+        kind: kind for kind in OF_TEXTS
+    }
