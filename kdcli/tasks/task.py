@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 Kind = Literal["one-of", "any-of", "number"]
 """What one answer is: one of C classes, any of C labels, or a number."""
 
+OF_TEXTS: Mapping[Kind, str] = {
+    "one-of": "text-classification",
+    "any-of": "multi-label",
+    "number": "regression",
+}
+"""Kind -> the ``--task`` that gives such answers to texts."""
+
 Reduction = Literal["none", "sum"]
 """As in torch: one value a row, or their sum (as one operation, which rounds in an order of its own)."""
 
