@@ -20,7 +20,7 @@ from kdcli.measure import compute, latency, quality, size
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report.io import sha256_of
-from kdcli.report.schema import Compute, Files, Measurement
+from kdcli.report.schema import Compute, Files, Measurement, Quality
 from kdcli.timing import Timings
 
 LATENCY_ROWS = 128
@@ -142,7 +142,7 @@ def measure(
         else:
             logits = _torch_logits(checkpoint, encoded, progress, title)
         assert encoded.labels is not None
-        found = quality.measure(logits, encoded.labels, split).model_copy(update={"rows_sha256": rows_sha256})
+        found = Quality.of("accuracy", quality.measure(logits, encoded.labels, split), rows_sha256)
     parameters = nonzero = None
     if weights:
         tensors = list(checkpoint.model.parameters())

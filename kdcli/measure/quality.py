@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdcli.errors import InputError
-from kdcli.report.schema import MetricValue, Quality
+from kdcli.report.schema import MetricValue
+from kdcli.tasks.task import Comparison
 
 BINS = 15
 _Z95 = 1.959963984540054  # 97.5% quantile of the normal distribution
 
 
-def measure(logits: np.ndarray, labels: np.ndarray, split: str) -> Quality:
+def measure(logits: np.ndarray, labels: np.ndarray, split: str) -> dict[str, MetricValue]:
     """Measure classification quality.
 
     Args:
@@ -43,11 +44,11 @@ def measure(logits: np.ndarray, labels: np.ndarray, split: str) -> Quality:
         value=value, stderr=math.sqrt(value * (1 - value) / n), ci95=wilson(right, n), n=n, split=split
     )
     macro = float(f1_score(labels, predicted, average="macro", zero_division=0))
-    return Quality(
-        accuracy=accuracy,
-        macro_f1=MetricValue(value=macro, n=n, split=split),
-        ece=MetricValue(value=calibration_error(logits, labels), n=n, split=split, higher_is_better=False),
-    )
+    return {
+        "accuracy": accuracy,
+        "macro_f1": MetricValue(value=macro, n=n, split=split),
+        "ece": MetricValue(value=calibration_error(logits, labels), n=n, split=split, higher_is_better=False),
+    }
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -123,3 +124,16 @@ def paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> Paired:
 def mcnemar(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> float:
     """The p-value of :func:`paired`."""
     return paired(before, after, labels).p_value
+
+
+def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> Comparison:
+    """Two models' answers (N,) to the same rows, in the same order of labels."""
+    pair = paired(before, after, labels)
+    return Comparison(
+        differences={"accuracy": pair.difference},
+        ci95=pair.ci95,
+        p_value=pair.p_value,
+        agreement=float((before == after).mean()),
+        lost=pair.lost,
+        won=pair.won,
+    )

@@ -15,15 +15,15 @@ from kdcli.export import files, own_graph
 from kdcli.export import graph as graphs
 from kdcli.inputs import picked as picked_rows
 from kdcli.inputs import reading, splits
-from kdcli.measure import answers, comparison, environment, measurement
+from kdcli.measure import answers, comparison, environment, measurement, quality
 from kdcli.models import graph_only, safety, tokenizers
 from kdcli.models.checkpoint import Checkpoint, quiet
 from kdcli.models.references import Resolved
 from kdcli.probe import soundness
 from kdcli.progress import Progress
-from kdcli.report import ci, gates, html
+from kdcli.report import ci, gates, html, io
 from kdcli.report.redact import redact
-from kdcli.report.schema import LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
+from kdcli.report.schema import Measurement, Method, ModelInfo, Report, Warning_
 from kdcli.request import EvaluateOptions, Request
 from kdcli.run import life, output, preflight
 from kdcli.run import lineage as lineages
@@ -203,7 +203,7 @@ def _report(
         *lineages.selected(lineage, picked.split, picked.split_sha256),
     ]
     before: Measurement | None = None
-    delta, reasons = comparison.NONE, dict[str, str]()
+    delta, reasons = comparison.compare(None, after), dict[str, str]()
     if baseline is not None:
         before = baseline.measured.measurement
         delta = comparison.compare(before, after)
@@ -213,11 +213,13 @@ def _report(
             assert rows.labels is not None
             delta = comparison.row_by_row(
                 delta,
-                baseline.measured.logits[:, order].argmax(1),
-                one.measured.logits.argmax(1),
-                rows.labels,
+                quality.compare(
+                    baseline.measured.logits[:, order].argmax(1),
+                    one.measured.logits.argmax(1),
+                    rows.labels,
+                ),
             )
-    elif len(one.checkpoint.log.lineage) > 1 and (recorded := _recorded(lineage[0])) is not None:
+    elif len(one.checkpoint.log.lineage) > 1 and (recorded := io.recorded(lineage[0])) is not None:
         before = comparison.from_record(recorded, after)
         delta = comparison.compare(before, after)
         told, reasons = comparison.of_record(recorded, before, lineage[0].model)
@@ -225,7 +227,7 @@ def _report(
     warnings.extend(comparison.honest(delta, before, after))
     verdicts = gates.judge(request.common.gates, before, after, delta, reasons)
     report = Report(
-        schema_version=1,
+        schema_version=2,
         kind="kdcli.report",
         complete=True,
         exit_code=0,
@@ -259,11 +261,6 @@ def _report(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     return report.model_copy(update={"exit_code": int(report.verdict)})
-
-
-def _recorded(first: LineageEntry) -> Measurement | None:
-    stored = first.params.get("measurement")
-    return Measurement.model_validate(stored) if stored is not None else None
 
 
 def _write(one: _Judged, report: Report, out: Path, timings: Timings, *, force: bool) -> Report:

@@ -25,7 +25,7 @@ from kdcli.export import graph as graphs
 from kdcli.inputs import picked as picked_rows
 from kdcli.inputs import reading
 from kdcli.inputs.splits import Splits
-from kdcli.measure import answers, comparison, environment, measurement
+from kdcli.measure import answers, comparison, environment, measurement, quality
 from kdcli.models import activations, mapped, placement, transforms
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.aliases import MODELS
@@ -167,6 +167,8 @@ def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timi
     before = measurement.measure(
         context.checkpoint, input_graph, rows, split, conditions, title="before", rows_sha256=picked.sha256
     )
+    if before.measurement.quality is not None:
+        gates.check(request.common.gates, before.measurement.quality.metrics)
     given, input_labels = context.checkpoint, list(context.checkpoint.labels)
     first = not given.log.lineage
     history = lineage.lineage_of(given, source, before.measurement)
@@ -186,7 +188,8 @@ def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timi
             method=applied.method.name,
             report_sha256=None,
             model=source,
-            accuracy=None,
+            metric=None,
+            value=None,
             params=applied.method.params,
             chosen=lineage.chosen(
                 request, applied.method.detail, fine_tuned=bool(context.teacher_detail.get("fine_tuned"))
@@ -250,11 +253,9 @@ def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timi
         assert after_rows.labels is not None
         delta = comparison.row_by_row(
             comparison.compare(before.measurement, after.measurement),
-            before.logits[:, order].argmax(1),
-            after.logits.argmax(1),
-            after_rows.labels,
+            quality.compare(before.logits[:, order].argmax(1), after.logits.argmax(1), after_rows.labels),
         )
-        entry = entry.model_copy(update={"accuracy": lineage.accuracy_of(after.measurement)})
+        entry = entry.model_copy(update=lineage.outcome_of(after.measurement))
         method = applied.method.model_copy(update={"detail": applied.method.detail | {"onnx": graph.detail}})
         warnings = [
             *doubts,
@@ -269,7 +270,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timi
         ]
         judged = gates.judge(request.common.gates, before.measurement, after.measurement, delta)
         report = Report(
-            schema_version=1,
+            schema_version=2,
             kind="kdcli.report",
             complete=True,
             exit_code=0,

@@ -23,7 +23,7 @@ def rows(n: int = 200, classes: int = 4, seed: int = 0) -> tuple[np.ndarray, np.
 
 def test_accuracy_and_its_standard_error_by_hand() -> None:
     logits = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0], [0.5, 0.1]])
-    found = quality.measure(logits, np.array([0, 1, 0, 1]), "test").accuracy
+    found = quality.measure(logits, np.array([0, 1, 0, 1]), "test")["accuracy"]
     assert (found.value, found.n, found.split, found.higher_is_better) == (0.75, 4, "test", True)
     assert found.stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 4), rel=1e-12)
 
@@ -36,7 +36,7 @@ def test_wilson_is_scipys_interval(right: int, n: int) -> None:
 
 def test_the_interval_of_the_report_is_wilsons_and_holds_the_value() -> None:
     logits, labels = rows()
-    found = quality.measure(logits, labels, "test").accuracy
+    found = quality.measure(logits, labels, "test")["accuracy"]
     right = int((logits.argmax(1) == labels).sum())
     assert found.ci95 == quality.wilson(right, len(labels))
     assert found.ci95[0] < found.value < found.ci95[1]
@@ -49,14 +49,14 @@ def test_macro_f1_is_the_mean_over_classes() -> None:
     for label in range(4):
         hits = sum(p == t == label for p, t in zip(predicted, labels, strict=True))
         scores.append(2 * hits / (sum(predicted == label) + sum(labels == label)))
-    found = quality.measure(logits, labels, "test").macro_f1
+    found = quality.measure(logits, labels, "test")["macro_f1"]
     assert found.value == pytest.approx(sum(scores) / 4, abs=1e-12)
     assert found.stderr is None
 
 
 def test_macro_f1_of_a_class_never_answered_is_zero_without_a_warning() -> None:
     found = quality.measure(np.tile([1.0, 0.0], (4, 1)), np.array([0, 0, 0, 1]), "test")
-    assert found.macro_f1.value == pytest.approx((2 * 3 / 7 + 0) / 2)
+    assert found["macro_f1"].value == pytest.approx((2 * 3 / 7 + 0) / 2)
 
 
 def naive_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int) -> float:
@@ -80,7 +80,7 @@ def test_calibration_error_is_the_naive_one(classes: int) -> None:
     want = naive_calibration_error(logits, labels, 15)
     assert want > 0.01
     assert quality.calibration_error(logits, labels) == pytest.approx(want, abs=1e-12)
-    found = quality.measure(logits, labels, "test").ece
+    found = quality.measure(logits, labels, "test")["ece"]
     assert (found.value, found.higher_is_better) == (pytest.approx(want, abs=1e-12), False)
 
 

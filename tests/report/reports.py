@@ -68,7 +68,8 @@ def measurement(accuracy: float | None = 0.9, batches: tuple[int, ...] = (1, 32)
 
     quality = None
     if accuracy is not None:
-        quality = Quality(accuracy=metric(accuracy), macro_f1=metric(0.8), ece=metric(0.05, higher=False))
+        found = {"accuracy": metric(accuracy), "macro_f1": metric(0.8), "ece": metric(0.05, higher=False)}
+        quality = Quality.of("accuracy", found)
     sizes = dict.fromkeys(Size.model_fields, 1000) | size
     latency = [
         Latency(
@@ -89,9 +90,9 @@ def measurement(accuracy: float | None = 0.9, batches: tuple[int, ...] = (1, 32)
     )
 
 
-def delta(**known: float | None) -> Delta:
-    """A delta with the rest unknown."""
-    return Delta(**(dict.fromkeys(Delta.model_fields) | known))
+def delta(**known: Any) -> Delta:
+    """A delta by accuracy, with the rest unknown."""
+    return Delta.model_validate({"primary": "accuracy"} | known)
 
 
 def with_gates(report: Report, *passed: bool, parity: bool | None = None) -> Report:

@@ -21,7 +21,13 @@ def front_matter(text: str) -> dict[str, Any]:
 def quantized(isa: list[str], scheme: str = "dynamic-int8") -> Report:
     report = full()
     entry = LineageEntry(
-        stage="quantize", method=scheme, report_sha256=None, model="out/pruned", accuracy=0.8, params={}
+        stage="quantize",
+        method=scheme,
+        report_sha256=None,
+        model="out/pruned",
+        metric="accuracy",
+        value=0.8,
+        params={},
     )
     environment = report.environment.model_copy(update={"isa": isa})
     return report.model_copy(update={"lineage": [*report.lineage, entry], "environment": environment})

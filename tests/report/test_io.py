@@ -18,7 +18,7 @@ from tests.report.reports import V1, bare, full
 @pytest.mark.parametrize("file", sorted(V1.glob("*.json")), ids=lambda path: path.name)
 def test_reports_of_earlier_releases_keep_loading(file: Path) -> None:
     """Never change these files: a report that does not load any more is a broken promise."""
-    assert io.read(file).schema_version == 1
+    assert io.read(file).schema_version == 2
 
 
 def test_old_values_arrive_where_they_belong() -> None:
@@ -45,7 +45,7 @@ def test_the_text_is_stable_in_declaration_order_and_ends_with_a_newline() -> No
     text = io.dumps(full())
     assert text == io.dumps(io.Report.model_validate(json.loads(text)))
     assert list(json.loads(text)) == list(io.Report.model_fields)
-    assert text.startswith('{\n  "schema_version": 1,\n')
+    assert text.startswith('{\n  "schema_version": 2,\n')
     assert text.endswith("}\n")
 
 
@@ -99,8 +99,12 @@ def test_a_directory_without_a_report_says_so(tmp_path: Path) -> None:
         (b"[]", "not a kdcli report"),
         (b'{"kind": "other"}', "not a kdcli report"),
         (b'{"kind": "kdcli.report"}', "schema version None"),
-        (b'{"kind": "kdcli.report", "schema_version": 2}', "schema version 2"),
+        (b'{"kind": "kdcli.report", "schema_version": 3}', "schema version 3"),
+        (b'{"kind": "kdcli.report", "schema_version": true}', "schema version True"),
+        (b'{"kind": "kdcli.report", "schema_version": [2]}', "schema version"),
         (b'{"kind": "kdcli.report", "schema_version": 1}', "complete: Field required"),
+        (b'{"kind": "kdcli.report", "schema_version": 2}', "complete: Field required"),
+        (b'{"kind": "kdcli.report", "schema_version": 1, "lineage": [3], "after": 1}', "complete: Field"),
     ],
 )
 def test_broken_reports_are_one_line_that_names_the_file(tmp_path: Path, content: bytes, reason: str) -> None:

@@ -17,7 +17,7 @@ from kdcli.errors import KdcliError, UsageError
 from kdcli.export import graph as graphs
 from kdcli.inputs import sampling
 from kdcli.inputs.text import Encoded
-from kdcli.measure import comparison, environment
+from kdcli.measure import comparison, environment, quality
 from kdcli.measure import measurement as measuring
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
@@ -94,7 +94,8 @@ class Tried:
     @property
     def drop(self) -> float:
         assert self.delta is not None
-        return -(self.delta.accuracy or 0.0)
+        assert self.measurement is not None
+        return gates.drop_of(self.measurement, self.delta) or 0.0
 
     def row(self) -> dict[str, Any]:
         """For the report."""
@@ -103,7 +104,7 @@ class Tried:
         if self.measurement is not None and self.delta is not None:
             assert self.measurement.quality is not None
             made |= {
-                "accuracy": self.measurement.quality.accuracy.value,
+                self.measurement.quality.primary: self.measurement.quality.main.value,
                 "drop": self.drop,
                 "agreement": self.delta.agreement,
                 "p50_ms": {str(one.batch): one.p50_ms for one in self.measurement.latency},
@@ -225,9 +226,7 @@ def _try_all(
         one.measurement = measured.measurement
         one.delta = comparison.row_by_row(
             comparison.compare(given.measurement, measured.measurement),
-            given.logits.argmax(1),
-            measured.logits.argmax(1),
-            rows.labels,
+            quality.compare(given.logits.argmax(1), measured.logits.argmax(1), rows.labels),
         )
         one.gates = gates.judge(
             context.request.common.gates, given.measurement, measured.measurement, one.delta
