@@ -16,7 +16,7 @@ from kdcli.export import classifier, files, own_graph, sessions
 from kdcli.inputs import batching, text
 from kdcli.inputs.feeding import torch_runner
 from kdcli.inputs.text import Encoded
-from kdcli.measure import compute, latency, quality, size
+from kdcli.measure import compute, latency, size
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report.io import sha256_of
@@ -142,7 +142,8 @@ def measure(
         else:
             logits = _torch_logits(checkpoint, encoded, progress, title)
         assert encoded.labels is not None
-        found = Quality.of("accuracy", quality.measure(logits, encoded.labels, split), rows_sha256)
+        values = checkpoint.task.measure(logits, encoded.labels, split)
+        found = Quality.of(checkpoint.task.primary, values, rows_sha256)
     parameters = nonzero = None
     if weights:
         tensors = list(checkpoint.model.parameters())

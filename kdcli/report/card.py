@@ -55,18 +55,10 @@ class Use:
     )
     of_graph: str  # the same of ``logits``, an array (1, C), with the graph's metadata ``about``
     limit: str  # what not to expect of an answer; ``{labels}`` is the number of labels
-    pipeline_tag: str = ""  # as the hub knows it; empty: the name of the task
+    pipeline_tag: str  # the task as the hub knows it
 
 
-ONE_OF = Use(
-    of_checkpoint="print(loaded.labels[int(logits.argmax())])",
-    of_graph='print(json.loads(about["labels"])[int(logits[0].argmax())])',
-    limit="It knows {labels} labels and always answers with one of them, also for a text that fits none.",
-)
-"""One label a text."""
-
-
-def card(report: Report, base_model: str | None = None, use: Use = ONE_OF) -> str:
+def card(report: Report, use: Use, base_model: str | None = None) -> str:
     """The model card.
 
     Args:
@@ -227,7 +219,7 @@ def _front_matter(report: Report, name: str, steps: list[str], base_model: str |
     """YAML; every string is quoted as JSON, which YAML reads as the same string."""
     pinned = _PINNED.fullmatch(report.lineage[0].model) if report.lineage else None
     base = base_model or (pinned[1] if pinned else None)
-    tag = _quoted(use.pipeline_tag or report.model.task)
+    tag = _quoted(use.pipeline_tag)
     lines = ["---", "library_name: transformers", f"pipeline_tag: {tag}"]
     if base:
         lines.append(f"base_model: {_quoted(base)}")

@@ -126,7 +126,13 @@ def multi_label() -> Report:
     before = {"micro_f1": (0.5521, 0.0101), "macro_f1": (0.4413, None), "subset_accuracy": (0.4102, None)}
     after = {"micro_f1": (0.5492, 0.0102), "macro_f1": (0.4397, None), "subset_accuracy": (0.4080, None)}
     found = {"primary": "micro_f1", "micro_f1": -0.0029, "macro_f1": -0.0016, "subset_accuracy": -0.0022}
-    found |= {"ci95": (-0.0071, 0.0012), "p_value": 0.17, "agreement": 0.931, "size_ratio": 3.9, "speedup": 2.1}
+    found |= {
+        "ci95": (-0.0071, 0.0012),
+        "p_value": 0.17,
+        "agreement": 0.931,
+        "size_ratio": 3.9,
+        "speedup": 2.1,
+    }
     return _of_task("multi-label", ["joy", "anger", "fear"], before, after, found, "micro_f1>=0.55", False)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kdcli.context import Applied, Context
+from kdcli.context import Applied, Context, Stage
 from kdcli.data import sources
 from kdcli.errors import InputError, UsageError
 from kdcli.inputs import sampling, text
@@ -22,17 +22,18 @@ from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.schema import Warning_
 from kdcli.stages.distill.fitting import options_of
 from kdcli.stages.distill.plan import DistillPlan, check
+from kdcli.stages.distill.prepared import Prepared
 from kdcli.stages.distill.student import precheck
+from kdcli.tasks.task import Task
 from kdcli.training import teacher as teachers
-from kdcli.training.cross_entropy import UNLABELLED
 from kdcli.training.loop import FitOptions
 
-__all__ = ["apply", "check", "prepare", "teacher_epochs"]
+__all__ = ["STAGE", "check", "teacher_epochs"]
 
 _MODULES = {"assistant-chain": "succession", "self": "succession"}
 
 
-def prepare(context: Context) -> None:
+def prepare(context: Context) -> Prepared:
     """Give every teacher a head for the task, and apply the label budget."""
     plan = check(context.request)
     options = options_of(context)
@@ -40,10 +41,12 @@ def prepare(context: Context) -> None:
     train, validation = context.encoded["train"], context.encoded["validation"]
     assert train.labels is not None
     if options.labels is not None:
-        classes = len(np.unique(train.labels))
-        train = _budget(train, options.labels, context.seed)
+        task = context.checkpoint.task
+        groups = sampling.strata(train, task)
+        classes = 1 if groups is None else len(np.unique(groups))
+        train = _budget(train, options.labels, context.seed, task, len(context.checkpoint.labels))
         count = choosing(options.labels, len(train), len(validation), classes)
-        validation = sampling.sample(validation, count, context.seed)
+        validation = sampling.sample(validation, count, context.seed, task)
         context.progress.note(
             f"--labels {options.labels}: the labels of {options.labels} training rows teach, "
             f"{len(validation)} validation rows choose"
@@ -52,16 +55,17 @@ def prepare(context: Context) -> None:
     if options.unlabeled is not None:
         extra = sources.load_texts(options.unlabeled, context.request.common.columns)
         more = text.encode(extra, teacher.tokenizer, teacher.max_length, None)
-        train = text.concatenate(train, more, UNLABELLED)
+        train = text.concatenate(train, more, teacher.task.unlabelled(1, len(teacher.labels)))
     narrowed = {"train": train, "validation": validation}
     context.encoded = ChainMap(narrowed, context.encoded)  # type: ignore[arg-type]
-    context.teacher_came_trained = [] if not teacher.has_head else [options.teachers[0]]
+    came_trained = [] if not teacher.has_head else [options.teachers[0]]
     if options.strategy == "online" and plan.settings.online == "teacher":
         from kdcli.stages.distill.strategies import online
 
-        online.prepare(context, plan)
-        return
-    context.checkpoint, context.teacher_detail = _with_head(context, plan, teacher)
+        taught, detail = online.together(context, plan)
+        return Prepared(plan, [context.checkpoint], detail, came_trained, taught)
+    context.checkpoint, detail = _with_head(context, plan, teacher)
+    every = [context.checkpoint]
     for ref in options.teachers[1:]:
         found = references.resolve(ref, offline=context.request.common.offline)
         more_teacher = checkpoints.load(found.path, labels=teacher.labels, device=context.device)
@@ -70,21 +74,25 @@ def prepare(context: Context) -> None:
         if more_teacher.has_head and sorted(more_teacher.labels) != sorted(teacher.labels):
             raise InputError(f"teacher '{ref}' knows other labels than '{options.teachers[0]}'")
         if more_teacher.has_head:
-            context.teacher_came_trained.append(ref)
-        context.more_teachers.append(_with_head(context, plan, more_teacher)[0])
+            came_trained.append(ref)
+        every.append(_with_head(context, plan, more_teacher)[0])
+    return Prepared(plan, every, detail, came_trained)
 
 
-def apply(context: Context) -> Applied:
+def apply(context: Context, prepared: Prepared) -> Applied:
     """Run the strategy."""
-    plan = check(context.request)
+    plan = prepared.plan
     name = plan.options.strategy
     module = importlib.import_module(
         f"kdcli.stages.distill.strategies.{_MODULES.get(name, name).replace('-', '_')}"
     )
-    applied: Applied = module.run(context, plan)
-    if plan.options.labels is not None and context.teacher_came_trained:
-        applied.warnings.append(_saw_more(plan.options.labels, context.teacher_came_trained))
+    applied: Applied = module.run(context, prepared)
+    if plan.options.labels is not None and prepared.came_trained:
+        applied.warnings.append(_saw_more(plan.options.labels, prepared.came_trained))
     return applied
+
+
+STAGE = Stage(prepare, apply)
 
 
 def _saw_more(labels: int, teachers: Sequence[str]) -> Warning_:
@@ -122,7 +130,7 @@ def _with_head(
         return teacher, {"fine_tuned": False}
     settings, train = plan.settings, context.encoded["train"]
     assert train.labels is not None
-    labelled = int((train.labels >= 0).sum())
+    labelled = int(teacher.task.known(train.labels).sum())
     context.progress.phase("teacher")
     options = FitOptions(
         epochs=settings.teacher_epochs
@@ -143,21 +151,24 @@ def _with_head(
     )
 
 
-def _budget(train: Encoded, labels: int, seed: int) -> Encoded:
-    """Keep the labels of ``labels`` rows, as evenly over the classes as they come; hide the others."""
+def _budget(train: Encoded, labels: int, seed: int, task: Task, outputs: int) -> Encoded:
+    """Keep the labels of ``labels`` rows, as evenly over the task's strata as they come; hide the others."""
     assert train.labels is not None
-    classes = np.unique(train.labels)
+    groups = sampling.strata(train, task)
+    if groups is None:
+        groups = np.zeros(len(train), dtype=np.int64)
+    classes = np.unique(groups)
     if not len(classes) <= labels <= len(train):
         raise UsageError(
             f"--labels {labels} is out of range: from {len(classes)}, one a label, to {len(train)}, all rows"
         )
     shuffled = np.random.default_rng(seed).permutation(len(train))
-    # Rank of every row within its class, in shuffled order: taking the lowest ranks takes the classes evenly.
-    by_class = shuffled[np.argsort(train.labels[shuffled], kind="stable")]
-    sizes = np.bincount(train.labels)
+    # Rank of every row within its group, in shuffled order: taking the lowest ranks takes the groups evenly.
+    by_class = shuffled[np.argsort(groups[shuffled], kind="stable")]
+    sizes = np.bincount(groups)
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
     rank = np.arange(len(train)) - starts
     kept = by_class[np.argsort(rank, kind="stable")[:labels]]
-    hidden = np.full(len(train), UNLABELLED, dtype=np.int64)
+    hidden = task.unlabelled(len(train), outputs)
     hidden[kept] = train.labels[kept]
     return Encoded(train.ids, train.type_ids, train.offsets, hidden)

@@ -17,7 +17,7 @@ from kdcli.errors import KdcliError, UsageError
 from kdcli.export import graph as graphs
 from kdcli.inputs import sampling
 from kdcli.inputs.text import Encoded
-from kdcli.measure import comparison, environment, quality
+from kdcli.measure import comparison, environment
 from kdcli.measure import measurement as measuring
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
@@ -131,7 +131,9 @@ def apply(context: Context, plan: QuantizePlan) -> Applied:
     ]
     timings = Timings()
     count = min(plan.config.rows, context.request.common.limit or plan.config.rows)
-    rows = sampling.sample(context.encoded["validation"], count, sampling.JUDGING_SEED)
+    rows = sampling.sample(
+        context.encoded["validation"], count, sampling.JUDGING_SEED, context.checkpoint.task
+    )
     conditions = measuring.Conditions(
         threads=environment.threads(),
         device="cpu",
@@ -226,7 +228,7 @@ def _try_all(
         one.measurement = measured.measurement
         one.delta = comparison.row_by_row(
             comparison.compare(given.measurement, measured.measurement),
-            quality.compare(given.logits.argmax(1), measured.logits.argmax(1), rows.labels),
+            context.checkpoint.task.compare(given.logits, measured.logits, rows.labels),
         )
         one.gates = gates.judge(
             context.request.common.gates, given.measurement, measured.measurement, one.delta
