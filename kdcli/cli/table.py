@@ -59,7 +59,7 @@ def of_several(reports: Sequence[Report], console: Console) -> list[str]:
     lines = ["", *(clean(line) for line in table), ""]
     return [
         *lines,
-        f"* no other model here is better in {markdown.title_of(rows)}, size and latency",
+        clean(markdown.legend(rows)),
         *_notes(reports, console),
     ]
 

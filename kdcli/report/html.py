@@ -312,7 +312,7 @@ def _several(reports: Sequence[Report], title: str) -> str:
     parts = [
         f"<h1>{text(title)}</h1>",
         f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>',
-        f'<p class="soft">* no other model here is better in {text(markdown.title_of(rows))}, size and latency</p>',
+        f'<p class="soft">{text(markdown.legend(rows))}</p>',
         _chart(rows),
     ]
     for number, report in enumerate(reports, 1):

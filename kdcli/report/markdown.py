@@ -202,10 +202,16 @@ def _quality(row: Row, *, named: bool) -> str:
     return f"{metrics.of(row.metric).title} {shown}" if named else shown
 
 
+def legend(rows: Sequence[Row]) -> str:
+    """What the star in the last column means."""
+    several = len({row.metric for row in rows if row.metric is not None}) > 1
+    if several:
+        return "the models are judged by different metrics, so none is marked"
+    return f"* no other model here is better in {title_of(rows)}, size and latency"
+
+
 def compare_table(rows: Sequence[Row]) -> str:
     """Several models; a star marks those that no other one beats in the primary metric, size and latency."""
     body = [tuple(escape(cell) for cell in line) for line in cells(rows)]
-    return (
-        grid([escape(one) for one in columns(rows)], body, right=(1, 2, 3, 4))
-        + "\n\n\\* no other model here is better in all three\n"
-    )
+    head = [escape(one) for one in columns(rows)]
+    return f"{grid(head, body, right=(1, 2, 3, 4))}\n\n{escape(legend(rows))}\n"
