@@ -53,6 +53,8 @@ class MultiLabel:
     kind: ClassVar[Kind] = "any-of"
     metrics = ("micro_f1", "macro_f1", "subset_accuracy", "average_precision")
     problem_type = "multi_label_classification"
+    pipeline_tag = "text-classification"
+    limit = "It knows {labels} labels; a text that fits none of them may get some, and one that fits some may get none."
 
     def outputs(self, labels: Sequence[str]) -> int:
         """One a label."""

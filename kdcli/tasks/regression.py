@@ -43,6 +43,8 @@ class Regression:
     kind: ClassVar[Kind] = "number"
     metrics = ("spearman", "pearson", "rmse", "r2", "pair_order", *_RANKING)
     problem_type = "regression"
+    pipeline_tag = "text-classification"
+    limit = "It answers every text with a number, also one that is unlike all that it was trained on."
 
     def outputs(self, labels: Sequence[str]) -> int:
         """One."""

@@ -101,6 +101,16 @@ class Task(Protocol):
         """As transformers' ``config.problem_type`` has it."""
         ...
 
+    @property
+    def pipeline_tag(self) -> str:
+        """As the hub calls the task in a model card."""
+        ...
+
+    @property
+    def limit(self) -> str:
+        """What not to expect of an answer, one sentence for the model card; ``{labels}`` is their number."""
+        ...
+
     def outputs(self, labels: Sequence[str]) -> int:
         """C of a head for these label names."""
         ...
