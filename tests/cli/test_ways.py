@@ -315,3 +315,32 @@ def test_a_recipe_tells_its_command_and_what_it_said() -> None:
 def test_a_recipe_has_no_empty_and_no_strange_key(given: dict[str, Any]) -> None:
     with pytest.raises(KdcliError, match=f"^recipe 'recipe.yaml', stage 1: .*{next(iter(given))}"):
         steps({"prune": given})
+
+
+def test_what_devices_students_and_ranks_are_called() -> None:
+    for device in ("auto", "cpu", "cuda", "cuda:0", "cuda:11", "mps"):
+        assert Common(device=device).device == device
+    for device in ("gpu", "cuda:", "cuda:x", "cpu:0", "CPU", ""):
+        with pytest.raises(OptionError, match="unknown device"):
+            Common(device=device)
+    Path("own").mkdir()
+    distill = options.OPTIONS["distill"]
+    for student in ("tiny", "medium", "3x192", "static", "cnn-64", "own", "out/student", "minilm"):
+        assert read(api.request_of("distill", {"teacher": "a", "student": student}), "student") == student
+    with pytest.raises(OptionError, match="did you mean 'small'"):
+        distill(teachers="a", student="smal")
+    lowrank = options.OPTIONS["lowrank"]
+    assert [dict(lowrank(rank=rank))["rank"] for rank in ("1", 64, "evbmf")] == [1, 64, "evbmf"]
+    for rank in ("evbf", 1.5, "1.5", ""):
+        with pytest.raises(OptionError, match="is neither a whole number nor evbmf"):
+            lowrank(rank=rank)
+
+
+def test_pairs_keep_the_last_of_a_key_and_equal_signs_in_values() -> None:
+    assert dict(Common(settings=["a=1", "b = x=y", "a=2", "c="]).settings) == {"a": "2", "b": "x=y", "c": ""}
+    for wrong in ("a", "=1", " =1"):
+        with pytest.raises(OptionError, match="KEY=VALUE"):
+            Common(settings=[wrong])
+    for wrong in ("crd=-0.1", "crd=nan", "crd=x", "crd"):
+        with pytest.raises(OptionError, match="^weights: '"):
+            options.OPTIONS["distill"](teachers="a", student="tiny", weights=[wrong])
