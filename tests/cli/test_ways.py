@@ -342,5 +342,5 @@ def test_pairs_keep_the_last_of_a_key_and_equal_signs_in_values() -> None:
         with pytest.raises(OptionError, match="KEY=VALUE"):
             Common(settings=[wrong])
     for wrong in ("crd=-0.1", "crd=nan", "crd=x", "crd"):
-        with pytest.raises(OptionError, match="^weights: '"):
+        with pytest.raises(OptionError, match=r"^weights: '"):
             options.OPTIONS["distill"](teachers="a", student="tiny", weights=[wrong])
