@@ -21,8 +21,10 @@ from kdcli.models.references import Resolved
 from kdcli.progress import Progress
 from kdcli.report import io
 from kdcli.report.schema import DataInfo
-from kdcli.request import DEFAULT_DATA, SPLIT_SEED, SUCCESSORS, DistillOptions, EvaluateOptions, Request
+from kdcli.request import DEFAULT_DATA, SPLIT_SEED, SUCCESSORS, Request
 from kdcli.run import output
+from kdcli.stages.distill.options import DistillOptions
+from kdcli.stages.evaluate.options import EvaluateOptions
 
 
 def models_of(request: Request) -> list[str]:
@@ -139,7 +141,7 @@ def settle_data(request: Request, model: Path) -> Request:
         if columns is None and stored is not None and stored.value is not None:
             columns, origins["columns"] = str(stored.value), "model"
     origins["data"] = origin
-    settled = replace(common, data=data, columns=columns)
+    settled = common.model_copy(update={"data": data, "columns": columns})
     return replace(request, common=settled, origins=origins, recorded=recorded)
 
 

@@ -22,7 +22,8 @@ from kdcli.probe import soundness
 from kdcli.progress import Progress
 from kdcli.report import io
 from kdcli.report.schema import Delta, LineageEntry, Measurement, Warning_
-from kdcli.request import EvaluateOptions, Request
+from kdcli.request import Request
+from kdcli.stages.evaluate.options import EvaluateOptions
 from kdcli.timing import Timings
 
 _OF_GRAPH = "quality and size here are those of the graph"

@@ -22,8 +22,8 @@ from kdcli.probe.moments import watching
 from kdcli.probe.product_clock import torch_milliseconds
 from kdcli.probe.speedup import Speed
 from kdcli.report.schema import Method, Warning_
-from kdcli.request import LowRankOptions
 from kdcli.stages.lowrank import rank_budget, speed
+from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.lowrank.patterns import patterns_leave
 from kdcli.stages.lowrank.rank_budget import Choices
 from kdcli.training.recovery import recover

@@ -203,7 +203,7 @@ def test_a_resumed_recovery_belongs_to_the_cut_that_was_measured_then(tmp_path: 
     def apply(folder: str, measure, stop: int = 0, resume: bool = False):
         context = deep(tmp_path, **options)
         context.resume_dir = tmp_path / folder
-        common = replace(context.request.common, resume=resume)
+        common = context.request.common.model_copy(update={"resume": resume})
         context.request = replace(context.request, common=common)
         if stop:
             context.progress = _Stop(stop)
@@ -294,7 +294,7 @@ def test_bisection_keeps_a_try_that_held_where_noise_is_not_monotone() -> None:
 
 
 def searched(context, max_drop: float):
-    common = replace(context.request.common, gates=Gates(max_drop=max_drop))
+    common = context.request.common.model_copy(update={"gates": Gates(max_drop=max_drop)})
     context.request = replace(context.request, common=common)
     return context
 
@@ -482,7 +482,9 @@ def test_an_interrupted_gradual_run_gives_the_same_bytes(structure: str, at: int
     with pytest.raises(InterruptedRun):
         contexts.applied(prune, broken)
     resumed = by_taylor(loaded(tmp_path / "model"), tmp_path / "b", **options)
-    resumed.request = replace(resumed.request, common=replace(resumed.request.common, resume=True))
+    resumed.request = replace(
+        resumed.request, common=resumed.request.common.model_copy(update={"resume": True})
+    )
     later = contexts.applied(prune, resumed)
     state, other = whole.model.state_dict(), resumed.checkpoint.model.state_dict()
     assert state.keys() == other.keys()
@@ -501,7 +503,7 @@ def test_an_interrupted_gradual_run_gives_the_same_bytes(structure: str, at: int
     [
         ({"target_speedup": 1.0}, "above 1"),
         ({"target_speedup": float("nan")}, "above 1"),
-        ({"target_speedup": 2.0, "budget": 0.5}, "--budget and --target-speedup each say"),
+        ({"target_speedup": 2.0, "budget": 0.5}, "budget and target_speedup exclude each other"),
         ({"target_speedup": 2.0, "structure": "weights"}, "heads and neurons, not weights"),
         ({"schedule": "gradual"}, "prunes while it trains"),
         ({"schedule": "gradual", "structure": "2:4", "epochs": 1}, "little by little, not 2:4"),
