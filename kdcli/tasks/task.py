@@ -20,10 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import numpy as np
 
+from kdcli.errors import InputError
 from kdcli.report.schema import MetricValue, Warning_
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ class Blind:
 class Task(Protocol):
     """One kind of answer.
 
-    A task is a frozen dataclass: what a model stores of it (the primary metric that was asked for, thresholds) are
-    its fields.
+    A task is a frozen dataclass: what a model stores of it (the primary metric, thresholds) are its fields. Every one
+    has the field ``primary``, whose default is the task's own metric, so that the registry can replace it by what
+    ``--metric`` asks for.
     """
 
     @property
@@ -79,7 +81,7 @@ class Task(Protocol):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of what :meth:`measure` gives, in the order of reports."""
+        """Names of what :meth:`measure` gives, in the order of reports; some need ``queries``."""
         ...
 
     @property
@@ -94,6 +96,23 @@ class Task(Protocol):
 
     def outputs(self, labels: Sequence[str]) -> int:
         """C of a head for these label names."""
+        ...
+
+    # What a model carries along.
+
+    def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
+        """This task with what rows of a validation split decide (thresholds); itself where they decide nothing."""
+        ...
+
+    def config_fields(self) -> dict[str, object]:
+        """Keys and values of config.json from which :func:`kdcli.tasks.recorded` makes this task again.
+
+        Plain transformers reads ``problem_type`` and keeps the others.
+        """
+        ...
+
+    def about(self, outputs: int) -> dict[str, str]:
+        """What the metadata of a graph with C outputs says of its answers, besides the names of the labels."""
         ...
 
     # Labels as arrays.
@@ -170,12 +189,25 @@ class Task(Protocol):
         ...
 
     def compare(
-        self, before: np.ndarray, after: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None
+        self,
+        before: np.ndarray,
+        after: np.ndarray,
+        labels: np.ndarray,
+        queries: np.ndarray | None = None,
+        first: Self | None = None,
     ) -> Comparison:
-        """Two models' logits (N, C) for the same rows, in the same order of labels."""
+        """Two models' logits (N, C) for the same rows, in the same order of labels.
+
+        Args:
+            before: Of the first model.
+            after: Of the second, whose task this is.
+            labels: Of rows that all have one.
+            queries: As in :meth:`measure`.
+            first: The first model's task, where it may have thresholds of its own; None: they are these.
+        """
         ...
 
-    def same(self, before: np.ndarray, after: np.ndarray) -> float:
+    def same(self, before: np.ndarray, after: np.ndarray, first: Self | None = None) -> float:
         """The agreement of :class:`Comparison` without labels."""
         ...
 
@@ -203,3 +235,17 @@ class Task(Protocol):
                 tensor (C,) and ``loaded`` kdcli's checkpoint.
         """
         ...
+
+
+def check_finite(logits: np.ndarray, split: str) -> None:
+    """Refuse answers (N, C) that no metric can judge.
+
+    Raises:
+        InputError: Some are not finite.
+    """
+    n = len(logits)
+    if broken := n - int(np.isfinite(logits).all(1).sum()):
+        raise InputError(
+            f"the model's answer to {broken} of {n} rows of '{split}' is not a finite number",
+            "something overflows when it runs; use a wider number format or the model as it was before",
+        )
