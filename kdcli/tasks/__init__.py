@@ -11,12 +11,13 @@ from kdcli import registry
 from kdcli.errors import InputError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from kdcli.tasks.classification import Classification
     from kdcli.tasks.multi_label import MultiLabel
     from kdcli.tasks.regression import Regression
     from kdcli.tasks.task import Task
 
     # mypy holds every task to the contract here: the registry itself finds them by name.
-    _KEPT: tuple[Task, ...] = (MultiLabel(), Regression())
+    _KEPT: tuple[Task, ...] = (Classification(), MultiLabel(), Regression())
 
 _CLASSES = {
     "text-classification": ("classification", "Classification"),

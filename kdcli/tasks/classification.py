@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
-from kdcli.errors import InputError
 from kdcli.names import printable
 from kdcli.report.schema import MetricValue, Warning_
-from kdcli.tasks import resampling
-from kdcli.tasks.task import Blind, Comparison, Reduction
+from kdcli.tasks import METRIC, intervals
+from kdcli.tasks.intervals import Statistic, ratio
+from kdcli.tasks.task import Blind, Comparison, Reduction, check_finite
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,19 @@ class Classification:
     def outputs(self, labels: Sequence[str]) -> int:
         """One for every label."""
         return len(labels)
+
+    def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
+        """Itself."""
+        return self
+
+    def config_fields(self) -> dict[str, object]:
+        """``problem_type``, and the metric where it is not accuracy."""
+        found: dict[str, object] = {"problem_type": self.problem_type}
+        return found if self.primary == Classification.primary else found | {METRIC: self.primary}
+
+    def about(self, outputs: int) -> dict[str, str]:
+        """Nothing more."""
+        return {}
 
     def unlabelled(self, rows: int, outputs: int) -> np.ndarray:
         """(N,) int64, -100."""
@@ -134,21 +147,15 @@ class Classification:
         Raises:
             InputError: An answer is not a finite number.
         """
-        n = len(labels)
-        if broken := n - int(np.isfinite(logits).all(1).sum()):
-            raise InputError(
-                f"the model's answer to {broken} of {n} rows of '{split}' is not a finite number",
-                "something overflows when it runs; use a wider number format or the model as it was before",
-            )
-        found = {}
+        check_finite(logits, split)
+        n, found = len(labels), {}
         for name in self.metrics:
             value, stderr, ci95 = _METRICS[name](logits, labels), None, None
             if name == "accuracy":
                 stderr, ci95 = math.sqrt(value * (1 - value) / n), wilson(round(value * n), n)
             elif name == self.primary:
-                metric = _METRICS[name]
-                draws = resampling.drawn(lambda rows: metric(logits[rows], labels[rows]), n)  # noqa: B023
-                stderr, ci95 = float(draws.std(ddof=1)), resampling.interval(draws)
+                drawn = intervals.measured({name: statistic(name, logits, labels)}, n, split)[name]
+                stderr, ci95 = drawn.stderr, drawn.ci95
             found[name] = MetricValue(
                 value=value,
                 stderr=stderr,
@@ -160,19 +167,22 @@ class Classification:
         return found
 
     def compare(
-        self, before: np.ndarray, after: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None
+        self,
+        before: np.ndarray,
+        after: np.ndarray,
+        labels: np.ndarray,
+        queries: np.ndarray | None = None,
+        first: Self | None = None,
     ) -> Comparison:
-        """Paired: McNemar's test for accuracy, for another primary metric rows drawn for both models together."""
+        """McNemar's test for accuracy, the paired bootstrap for another primary metric."""
         one, two = before.argmax(1), after.argmax(1)
         pair = paired(one, two, labels)
         ci95, p_value = pair.ci95, pair.p_value
         if self.primary != "accuracy":
-            metric = _METRICS[self.primary]
-            draws = resampling.drawn(
-                lambda rows: metric(after[rows], labels[rows]) - metric(before[rows], labels[rows]),
-                len(labels),
+            drawn = intervals.paired(
+                statistic(self.primary, before, labels), statistic(self.primary, after, labels)
             )
-            ci95, p_value = resampling.interval(draws), resampling.p_value(draws)
+            ci95, p_value = drawn.ci95, drawn.p_value
         return Comparison(
             differences={name: of(after, labels) - of(before, labels) for name, of in _METRICS.items()},
             ci95=ci95,
@@ -182,7 +192,7 @@ class Classification:
             won=pair.won,
         )
 
-    def same(self, before: np.ndarray, after: np.ndarray) -> float:
+    def same(self, before: np.ndarray, after: np.ndarray, first: Self | None = None) -> float:
         """Share of the rows with the same most probable label."""
         return float((before.argmax(1) == after.argmax(1)).mean())
 
@@ -281,9 +291,7 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) 
     """Expected calibration error of the top-1 confidence over equal-width bins (Guo et al. 2017, eq. 3)."""
     confidence = _probabilities(logits).max(1)
     right = (logits.argmax(1) == labels).astype(np.float64)
-    # Bins are (lower, upper], as in the paper.
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(index, weights=right - confidence, minlength=bins)
+    gap = np.bincount(_bins(confidence, bins), weights=right - confidence, minlength=bins)
     return float(np.abs(gap).sum() / len(labels))
 
 
@@ -294,6 +302,44 @@ _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "ece": calibration_error,
     "log_loss": log_loss,
 }
+
+
+def statistic(metric: str, logits: np.ndarray, labels: np.ndarray) -> Statistic:
+    """A metric of logits (N, C) and labels (N,) as a function of sums over the rows, to draw rows again."""
+    answers, classes = logits.argmax(1), logits.shape[1]
+    right = (answers == labels).astype(np.float64)[:, None]
+    truth, given = (np.eye(classes)[x] for x in (labels, answers))
+    if metric == "accuracy":
+        return intervals.mean(right[:, 0])
+    if metric == "log_loss":
+        scores = logits.astype(np.float64) - logits.max(1, keepdims=True)
+        own = np.log(np.exp(scores).sum(1)) - scores[np.arange(len(labels)), labels]
+        return replace(intervals.mean(own), higher_is_better=False)
+    if metric == "macro_f1":
+
+        def f1(s: np.ndarray) -> np.ndarray:
+            occur = s[:, classes:]
+            return ratio(ratio(2 * s[:, :classes], occur).sum(1), (occur > 0).sum(1))
+
+        return Statistic(np.concatenate([truth * given, truth + given], 1), f1)
+    if metric == "mcc":
+
+        def r(s: np.ndarray) -> np.ndarray:
+            hits, t, g = s[:, 0], s[:, 1 : 1 + classes], s[:, 1 + classes :]
+            n = t.sum(1)
+            spread = np.sqrt(np.maximum((n * n - (t * t).sum(1)) * (n * n - (g * g).sum(1)), 0))
+            return ratio(hits * n - (t * g).sum(1), spread)
+
+        return Statistic(np.concatenate([right, truth, given], 1), r)
+    confidence = _probabilities(logits).max(1)
+    bins = np.eye(BINS)[_bins(confidence, BINS)]
+    gaps = np.concatenate([bins * (right[:, 0] - confidence)[:, None], np.ones((len(labels), 1))], 1)
+    return Statistic(gaps, lambda s: np.abs(s[:, :-1]).sum(1) / s[:, -1], higher_is_better=False)
+
+
+def _bins(confidence: np.ndarray, bins: int) -> np.ndarray:
+    # Bins are (lower, upper], as in the paper.
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
 
 def _probabilities(logits: np.ndarray) -> np.ndarray:
