@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from kdcli.names import printable
 from kdcli.report.schema import MetricValue, Warning_
 from kdcli.tasks import METRIC, intervals
+from kdcli.tasks.f1 import macro_f1_statistic
 from kdcli.tasks.intervals import Statistic, ratio
 from kdcli.tasks.task import Blind, Comparison, Reduction, check_finite
 
@@ -56,16 +57,18 @@ class Classification:
         return len(labels)
 
     def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
-        """Itself."""
+        """Itself: the most probable label needs no threshold."""
         return self
 
     def config_fields(self) -> dict[str, object]:
-        """``problem_type``, and the metric where it is not accuracy."""
+        """``problem_type``, and the metric where it is not the default one."""
         found: dict[str, object] = {"problem_type": self.problem_type}
-        return found if self.primary == Classification.primary else found | {METRIC: self.primary}
+        if self.primary != Classification.primary:
+            found[METRIC] = self.primary
+        return found
 
     def about(self, outputs: int) -> dict[str, str]:
-        """Nothing more."""
+        """Nothing."""
         return {}
 
     def unlabelled(self, rows: int, outputs: int) -> np.ndarray:
@@ -147,15 +150,16 @@ class Classification:
         Raises:
             InputError: An answer is not a finite number.
         """
+        n = len(labels)
         check_finite(logits, split)
-        n, found = len(labels), {}
+        found = {}
         for name in self.metrics:
             value, stderr, ci95 = _METRICS[name](logits, labels), None, None
             if name == "accuracy":
                 stderr, ci95 = math.sqrt(value * (1 - value) / n), wilson(round(value * n), n)
             elif name == self.primary:
-                drawn = intervals.measured({name: statistic(name, logits, labels)}, n, split)[name]
-                stderr, ci95 = drawn.stderr, drawn.ci95
+                one = intervals.measured({name: _STATISTICS[name](logits, labels)}, n, split)[name]
+                stderr, ci95 = one.stderr, one.ci95
             found[name] = MetricValue(
                 value=value,
                 stderr=stderr,
@@ -174,14 +178,13 @@ class Classification:
         queries: np.ndarray | None = None,
         first: Self | None = None,
     ) -> Comparison:
-        """McNemar's test for accuracy, the paired bootstrap for another primary metric."""
+        """Paired: McNemar's test for accuracy, for another primary metric the paired bootstrap."""
         one, two = before.argmax(1), after.argmax(1)
         pair = paired(one, two, labels)
         ci95, p_value = pair.ci95, pair.p_value
         if self.primary != "accuracy":
-            drawn = intervals.paired(
-                statistic(self.primary, before, labels), statistic(self.primary, after, labels)
-            )
+            statistic = _STATISTICS[self.primary]
+            drawn = intervals.paired(statistic(before, labels), statistic(after, labels))
             ci95, p_value = drawn.ci95, drawn.p_value
         return Comparison(
             differences={name: of(after, labels) - of(before, labels) for name, of in _METRICS.items()},
@@ -291,7 +294,9 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) 
     """Expected calibration error of the top-1 confidence over equal-width bins (Guo et al. 2017, eq. 3)."""
     confidence = _probabilities(logits).max(1)
     right = (logits.argmax(1) == labels).astype(np.float64)
-    gap = np.bincount(_bins(confidence, bins), weights=right - confidence, minlength=bins)
+    # Bins are (lower, upper], as in the paper.
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(index, weights=right - confidence, minlength=bins)
     return float(np.abs(gap).sum() / len(labels))
 
 
@@ -304,42 +309,45 @@ _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
-def statistic(metric: str, logits: np.ndarray, labels: np.ndarray) -> Statistic:
-    """A metric of logits (N, C) and labels (N,) as a function of sums over the rows, to draw rows again."""
-    answers, classes = logits.argmax(1), logits.shape[1]
-    right = (answers == labels).astype(np.float64)[:, None]
-    truth, given = (np.eye(classes)[x] for x in (labels, answers))
-    if metric == "accuracy":
-        return intervals.mean(right[:, 0])
-    if metric == "log_loss":
-        scores = logits.astype(np.float64) - logits.max(1, keepdims=True)
-        own = np.log(np.exp(scores).sum(1)) - scores[np.arange(len(labels)), labels]
-        return replace(intervals.mean(own), higher_is_better=False)
-    if metric == "macro_f1":
+def _macro_f1(logits: np.ndarray, labels: np.ndarray) -> Statistic:
+    each = np.eye(logits.shape[1], dtype=bool)
+    return macro_f1_statistic(each[logits.argmax(1)], each[labels])
 
-        def f1(s: np.ndarray) -> np.ndarray:
-            occur = s[:, classes:]
-            return ratio(ratio(2 * s[:, :classes], occur).sum(1), (occur > 0).sum(1))
 
-        return Statistic(np.concatenate([truth * given, truth + given], 1), f1)
-    if metric == "mcc":
+def _correlation(logits: np.ndarray, labels: np.ndarray) -> Statistic:
+    classes = logits.shape[1]
+    given, truth = np.eye(classes)[logits.argmax(1)], np.eye(classes)[labels]
 
-        def r(s: np.ndarray) -> np.ndarray:
-            hits, t, g = s[:, 0], s[:, 1 : 1 + classes], s[:, 1 + classes :]
-            n = t.sum(1)
-            spread = np.sqrt(np.maximum((n * n - (t * t).sum(1)) * (n * n - (g * g).sum(1)), 0))
-            return ratio(hits * n - (t * g).sum(1), spread)
+    def of(s: np.ndarray) -> np.ndarray:
+        g, t, right = s[:, :classes], s[:, classes:-1], s[:, -1]
+        n = t.sum(1)
+        spread = (n**2 - (g**2).sum(1)) * (n**2 - (t**2).sum(1))
+        return ratio(right * n - (g * t).sum(1), np.sqrt(np.maximum(spread, 0.0)))
 
-        return Statistic(np.concatenate([right, truth, given], 1), r)
+    return Statistic(np.concatenate([given, truth, (given * truth).sum(1, keepdims=True)], 1), of)
+
+
+def _log_loss(logits: np.ndarray, labels: np.ndarray) -> Statistic:
+    scores = logits.astype(np.float64)
+    scores -= scores.max(1, keepdims=True)
+    return intervals.mean(np.log(np.exp(scores).sum(1)) - scores[np.arange(len(labels)), labels])
+
+
+def _calibration_error(logits: np.ndarray, labels: np.ndarray) -> Statistic:
     confidence = _probabilities(logits).max(1)
-    bins = np.eye(BINS)[_bins(confidence, BINS)]
-    gaps = np.concatenate([bins * (right[:, 0] - confidence)[:, None], np.ones((len(labels), 1))], 1)
-    return Statistic(gaps, lambda s: np.abs(s[:, :-1]).sum(1) / s[:, -1], higher_is_better=False)
+    gap = (logits.argmax(1) == labels) - confidence
+    index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    sums = np.concatenate([np.eye(BINS)[index] * gap[:, None], np.ones((len(labels), 1))], 1)
+    return Statistic(sums, lambda s: ratio(np.abs(s[:, :-1]).sum(1), s[:, -1]))
 
 
-def _bins(confidence: np.ndarray, bins: int) -> np.ndarray:
-    # Bins are (lower, upper], as in the paper.
-    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+# The same metrics as functions of sums over rows, for their resamples.
+_STATISTICS: dict[str, Callable[[np.ndarray, np.ndarray], Statistic]] = {
+    "macro_f1": _macro_f1,
+    "mcc": _correlation,
+    "ece": _calibration_error,
+    "log_loss": _log_loss,
+}
 
 
 def _probabilities(logits: np.ndarray) -> np.ndarray:

@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 
 from kdcli.errors import InputError
-from kdcli.report.facts import visible
+from kdcli.names import printable
 from kdcli.report.schema import MetricValue, Warning_
 from kdcli.tasks import METRIC, THRESHOLDS, intervals
-from kdcli.tasks.intervals import Statistic, ratio
+from kdcli.tasks.f1 import macro_f1_statistic, micro_f1_statistic
+from kdcli.tasks.intervals import Statistic
 from kdcli.tasks.task import Blind, Comparison, Kind, Reduction, check_finite
 
 if TYPE_CHECKING:
@@ -280,7 +281,9 @@ class MultiLabel:
         answers = self.chosen(logits)
         if metric == "subset_accuracy":
             return intervals.mean((answers == truth).all(1).astype(np.float64))
-        return micro_f1(answers, truth) if metric == "micro_f1" else macro_f1(answers, truth)
+        return (
+            micro_f1_statistic(answers, truth) if metric == "micro_f1" else macro_f1_statistic(answers, truth)
+        )
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -288,25 +291,6 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     from scipy.special import expit
 
     return expit(logits.astype(np.float64))
-
-
-def micro_f1(answers: np.ndarray, truth: np.ndarray) -> Statistic:
-    """F1 of all N C decisions, (N, C) bool each; 0 where no label is given nor answered."""
-    given = answers.sum(1) + truth.sum(1)
-    return Statistic(
-        np.stack([2 * (answers & truth).sum(1), given], 1).astype(float), lambda s: ratio(s[:, 0], s[:, 1])
-    )
-
-
-def macro_f1(answers: np.ndarray, truth: np.ndarray) -> Statistic:
-    """Mean F1 of the labels that occur among truth or answers, (N, C) bool each; 0 where there are none."""
-    labels = truth.shape[1]
-
-    def of(s: np.ndarray) -> np.ndarray:
-        right, given = s[:, :labels], s[:, labels:]
-        return ratio(ratio(right, given).sum(1), (given > 0).sum(1))
-
-    return Statistic(np.concatenate([2.0 * (answers & truth), answers + 1.0 * truth], 1), of)
 
 
 def average_precision(logits: np.ndarray, truth: np.ndarray) -> Statistic:
@@ -374,7 +358,7 @@ def fit_thresholds(logits: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
 
 
 def _listed(chosen: np.ndarray, names: Sequence[str]) -> str:
-    given = [f"'{visible(names[i][:60])}'" for i in np.flatnonzero(chosen).tolist()]
+    given = [f"'{printable(names[i])}'" for i in np.flatnonzero(chosen).tolist()]
     if not given:
         return "no label"
     shown = ", ".join(given[:3]) + (f" and {len(given) - 3} more" if len(given) > 3 else "")

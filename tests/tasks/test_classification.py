@@ -14,6 +14,7 @@ from sklearn.metrics import log_loss, matthews_corrcoef
 
 from kdcli.errors import InputError
 from kdcli.tasks import classification
+from tests.tasks.references import spread
 
 TASK = classification.Classification()
 
@@ -149,6 +150,26 @@ def test_mcnemar_of_models_that_do_not_differ_is_one() -> None:
     assert mcnemar(np.array([1, 1, 0, 1]), np.array([0, 1, 0, 0]), labels) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("metric", ["macro_f1", "mcc", "ece", "log_loss"])
+def test_what_is_resampled_is_the_metric(metric: str) -> None:
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 200)
+    logits = generator.normal(size=(200, 5)) + 2 * np.eye(5)[labels]  # two classes only among the answers
+    task = classification.Classification(metric)
+    assert classification._STATISTICS[metric](logits, labels).value == pytest.approx(
+        classification._METRICS[metric](logits, labels), rel=1e-9
+    )
+    found = task.measure(logits, labels, "test")[metric]
+    naive = spread(lambda rows: classification._METRICS[metric](logits[rows], labels[rows]), 200)
+    # 3.5% of the naive one and 1.6% of ours, four of them.
+    assert found.stderr == pytest.approx(naive, rel=4 * 0.039)
+    same = task.compare(logits, logits, labels)
+    assert (same.p_value, same.ci95) == (1.0, (0.0, 0.0))
+    worse = task.compare(logits, -logits, labels)
+    assert worse.p_value is not None
+    assert worse.p_value < 0.01
+
+
 # ------------------------------------------------- the other metrics
 
 
@@ -176,11 +197,6 @@ def test_any_metric_can_be_the_primary_one(metric: str) -> None:
     assert low < high
     sign = 1 if found[metric].higher_is_better else -1
     assert other.score(logits, labels) == pytest.approx(sign * found[metric].value)
-    drawn = classification.statistic(metric, logits, labels)
-    assert (drawn.value, drawn.higher_is_better) == (
-        pytest.approx(found[metric].value),
-        found[metric].higher_is_better,
-    )
     assert {name: one.value for name, one in found.items()} == {
         name: one.value for name, one in TASK.measure(logits, labels, "test").items()
     }

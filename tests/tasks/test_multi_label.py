@@ -14,7 +14,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from kdcli.errors import InputError
 from kdcli.tasks import intervals
-from kdcli.tasks.multi_label import MultiLabel, average_precision, fit_thresholds, macro_f1, micro_f1
+from kdcli.tasks.f1 import macro_f1_statistic, micro_f1_statistic
+from kdcli.tasks.multi_label import MultiLabel, average_precision, fit_thresholds
 from tests.tasks.references import curvature, spread
 
 N, C = 300, 5
@@ -185,7 +186,7 @@ def test_the_influence_on_average_precision_is_its_derivative_by_the_weights(
 
 def test_nothing_given_and_nothing_answered_has_a_value() -> None:
     nothing = np.zeros((4, 3), bool)
-    assert micro_f1(nothing, nothing).value == macro_f1(nothing, nothing).value == 0
+    assert micro_f1_statistic(nothing, nothing).value == macro_f1_statistic(nothing, nothing).value == 0
     assert average_precision(np.zeros((4, 3)), nothing).value == 0
     perfect = MultiLabel().measure(np.array([[5.0, -5], [-5, 5]]), np.eye(2), "test")
     assert all(one.value == 1 for one in perfect.values())
