@@ -227,8 +227,9 @@ def _decide(
         nonlocal best
         best = latest
 
-    tried = search(attempt, full - amount["max_drop"], keep)
-    detail["search"] = {"rows": len(judged), "accuracy": full, "max_drop": amount["max_drop"], "steps": tried}
+    metric = context.checkpoint.task.primary
+    tried = search(attempt, full - amount["max_drop"], keep, metric)
+    detail["search"] = {"rows": len(judged), metric: full, "max_drop": amount["max_drop"], "steps": tried}
     return best
 
 

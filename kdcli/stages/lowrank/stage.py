@@ -53,7 +53,7 @@ def apply(context: Context, plan: LowRankPlan) -> Applied:
     layer the fewest directions with the share F of what the method minimises, ``--rank N`` N directions in each
     (``evbmf``: as many as stand out of noise), ``--target-speedup F`` as many as leave the model F times as fast,
     which is measured on its finished graph. With ``--max-drop`` and none of them the smallest budget is searched that
-    keeps the accuracy on the validation rows. ``--merge`` multiplies factors back where that pays.
+    keeps the score on the validation rows. ``--merge`` multiplies factors back where that pays.
 
     Raises:
         UsageError: A bad option, a pattern that matches nothing, or an amount that cannot be met.
@@ -87,7 +87,7 @@ def apply(context: Context, plan: LowRankPlan) -> Applied:
         if not plan.units:
             reason = "the encoder has no dense linear layer left"
         elif "max_drop" in plan.amount:
-            reason = f"no budget below 1 keeps the accuracy within {plan.amount['max_drop']:g}"
+            reason = f"no budget below 1 keeps the {context.checkpoint.task.primary} within {plan.amount['max_drop']:g}"
         else:
             reason = "no rank is below break-even"
         text = f"nothing was factorised, the model is unchanged: {reason}"
