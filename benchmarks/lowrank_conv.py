@@ -50,6 +50,7 @@ from kdcli.models.conv_factors import KINDS
 from kdcli.registry import load
 from kdcli.stages.lowrank import rank_budget
 from kdcli.stages.lowrank.rank_budget import Choices
+from kdcli.stages.lowrank.rule import ConvolutionRule
 
 EPOCHS, BATCH, RATE = 15, 64, 1e-3
 TRIED = 5
@@ -257,7 +258,7 @@ class Bench:
         self.found.setdefault((way, kind, budget), []).append(row)
 
     def run(self, kind: str, budgets: Sequence[str]) -> None:
-        net, module, layers = self.net, load("lowrank", kind), convolutions(self.net)
+        net, module, layers = self.net, load("lowrank", kind, ConvolutionRule), convolutions(self.net)
         for text in budgets:
             budget = float(text)
             shares = even(module, kind, layers, budget)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from kdcli import registry
 from kdcli.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -52,17 +53,8 @@ STRUCTURES: dict[str, str] = {
 STRUCTURE_NAMES: tuple[str, ...] = tuple("2:4" if name == "n:m" else name for name in STRUCTURES)
 """What ``--structure`` may be given as; beside 2:4 any other N:M."""
 
-SCHEMES: dict[str, str] = {
-    "dynamic-int8": "dynamic",
-    "static-int8": "static",
-    "int8-qat": "qat",
-    "int4": "blocks",
-    "fp16": "half",
-    "ternary": "qat",
-    "binary": "qat",
-    "auto": "auto",
-}
-"""Scheme of ``quantize`` -> the file of ``stages/quantize/`` that does it."""
+SCHEMES: tuple[str, ...] = (*registry.names("quantize"), "auto")
+"""What ``quantize --scheme`` may be: the files of ``stages/quantize/schemes``, and the choice among them."""
 
 EMBEDDINGS: tuple[str, ...] = ("int8", "int4", "fp16", "fp32")
 

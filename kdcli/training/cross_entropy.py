@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcli.training.loop import Batch, Loss
+from kdcli.training.loop import Batch, BatchLoss
 
 UNLABELLED = -100  # the index that cross entropy ignores
 
 
-def cross_entropy(labels: np.ndarray, device: torch.device) -> Loss:
+def cross_entropy(labels: np.ndarray, device: torch.device) -> BatchLoss:
     """Cross entropy with the labels (N,); rows labelled -100 do not count."""
     targets = torch.from_numpy(labels).to(device)
 
@@ -26,7 +26,7 @@ def cross_entropy(labels: np.ndarray, device: torch.device) -> Loss:
 
 def mixed_cross_entropy(
     first: np.ndarray, second: np.ndarray, share: np.ndarray, device: torch.device
-) -> Loss:
+) -> BatchLoss:
     """Cross entropy of rows that belong to two labels, as far as ``share`` says.
 
     L = mean over the rows of share * CE(first) + (1 - share) * CE(second), as in CutMix (Yun et al. 2019,

@@ -34,7 +34,7 @@ class Batch:
     progress: float  # share of the training that is done, in [0, 1)
 
 
-Loss = Callable[[Any, Batch], Tensor]
+BatchLoss = Callable[[Any, Batch], Tensor]
 """(model output, batch) -> scalar, a mean over the batch's rows."""
 
 
@@ -103,7 +103,7 @@ def fit(
     model: nn.Module,
     train: Encoded,
     validation: Encoded,
-    loss: Loss,
+    loss: BatchLoss,
     options: FitOptions,
     *,
     pad_id: int,
@@ -158,7 +158,7 @@ class _Run:
 
     model: nn.Module
     extra: nn.Module
-    loss: Loss
+    loss: BatchLoss
     options: FitOptions
     pad_id: int
     device: torch.device

@@ -21,7 +21,7 @@ from kdcli.training.cross_entropy import UNLABELLED
 from kdcli.training.features import TeacherSignals
 from kdcli.training.loop import FitOptions, fit
 from kdcli.training.losses import response
-from kdcli.training.objective import Chosen, Objective
+from kdcli.training.objective import ChosenLoss, Objective
 from kdcli.training.resume import ResumePoint
 from kdcli.training.terms import Needs
 
@@ -106,7 +106,7 @@ def recover(
         seed=context.seed,
     )
     labels = train.labels if train.labels is not None else np.full(len(train), UNLABELLED, dtype=np.int64)
-    chosen = Chosen("response", response, response.Config(temperature=TEMPERATURE), ALPHA)
+    chosen = ChosenLoss("response", response.METHOD, response.Config(temperature=TEMPERATURE), ALPHA)
     terms, _ = objective.bind([chosen], shape_of(student), shape_of(dense), [], context.seed, context.device)
     signals = TeacherSignals(
         dense, read, targets, Needs(), budget=0, device=context.device, progress=context.progress

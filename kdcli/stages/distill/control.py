@@ -35,7 +35,7 @@ from kdcli.stages.distill.fitting import run_fit
 from kdcli.stages.distill.student import Taught, Texts, set_dropout
 from kdcli.training.cross_entropy import cross_entropy, mixed_cross_entropy
 from kdcli.training.first_token import first_token_only
-from kdcli.training.loop import FitOptions, Loss, evaluate, inference
+from kdcli.training.loop import BatchLoss, FitOptions, evaluate, inference
 from kdcli.training.terms import Needs
 
 CONTROL_STEPS = 50  # the fewest of an epoch
@@ -50,7 +50,7 @@ class Lesson:
 
     name: str
     rows: Encoded  # with labels; those of a further text are of the first row it was made from
-    loss: Loss
+    loss: BatchLoss
     further: int  # texts among the rows
     dropout: float
 

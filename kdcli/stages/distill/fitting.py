@@ -15,7 +15,7 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models import students
 from kdcli.request import DistillOptions
 from kdcli.stages.distill.plan import DistillPlan
-from kdcli.training.loop import FitOptions, FitResult, Loss, fit
+from kdcli.training.loop import BatchLoss, FitOptions, FitResult, fit
 from kdcli.training.resume import ResumePoint
 
 BATCH_SIZE = 128
@@ -77,7 +77,7 @@ def run_fit(
     model: nn.Module,
     pad_id: int,
     rows: Encoded,
-    loss: Loss,
+    loss: BatchLoss,
     options: FitOptions,
     title: str,
     *,

@@ -22,8 +22,7 @@ from kdcli.training import layer_map, vocabulary
 from kdcli.training.capture import shape_of
 from kdcli.training.cross_entropy import UNLABELLED
 from kdcli.training.loop import FitOptions, FitResult
-from kdcli.training.terms import Setting, Shape, check
-from kdcli.training.terms import needs as needs_of
+from kdcli.training.terms import Setting, Shape
 
 NEIGHBOURS = 8  # tokens that may stand for a token
 
@@ -63,8 +62,8 @@ def precheck(context: Context, plan: DistillPlan) -> None:
     reads = False
     for one in plan.chosen:
         setting = Setting(one.config, student, teacher, pairs)
-        check(one.module, setting)
-        needs = needs_of(one.module, setting)[0]
+        one.method.check(setting)
+        needs = one.method.needs(setting)[0]
         reads = reads or bool(needs.hidden or needs.attention)
     if spec is not None and not reads:
         names = ", ".join(one.name for one in plan.chosen)

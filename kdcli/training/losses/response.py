@@ -18,10 +18,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from kdcli.training.terms import Setting, Signals, Step
-
-KIND = "response"
-WEIGHT = 1.0
+from kdcli.training.terms import Loss, Setting, Signals, Step
 
 
 class Config(BaseModel):
@@ -58,3 +55,11 @@ def loss(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
 def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
     """The loss on the logits of both."""
     return loss(student.logits, teacher.logits, setting.config)
+
+
+METHOD = Loss(
+    kind="response",
+    weight=1.0,
+    config=Config,
+    term=term,
+)

@@ -38,6 +38,7 @@ from kdcli.training import distributed
 from kdcli.training.capture import Capture, Cut
 from kdcli.training.cross_entropy import cross_entropy, hard
 from kdcli.training.loop import Batch, FitOptions, evaluate, inference
+from kdcli.training.losses import response
 from kdcli.training.side_by_side import Outputs
 from kdcli.training.terms import Needs
 
@@ -230,7 +231,7 @@ def _loss(context: Context, plan: DistillPlan, rows: Encoded, targets: np.ndarra
         own = labels[torch.from_numpy(batch.rows).to(context.device)]
         theirs = torch.from_numpy(targets[batch.rows]).to(context.device)
         parts = [
-            (1 - alpha) * hard(logits, own) + alpha * soft.module.loss(logits, theirs[:, m], soft.config)
+            (1 - alpha) * hard(logits, own) + alpha * response.loss(logits, theirs[:, m], soft.config)
             for m, logits in enumerate(output["every"])
         ]
         return torch.stack(parts).mean()

@@ -30,6 +30,7 @@ from kdcli.stages.distill.strategies import succession, teacher_assisted
 from kdcli.stages.distill.student import Taught
 from kdcli.training.cross_entropy import hard
 from kdcli.training.loop import Batch
+from kdcli.training.losses import response
 from kdcli.training.side_by_side import Outputs, Together
 
 TEACHER_RATE = 1e-4  # of a teacher that trains along, for an encoder of up to 384 features
@@ -51,7 +52,7 @@ def prepare(context: Context, plan: DistillPlan) -> None:
         targets = labels[torch.from_numpy(batch.rows).to(context.device)]
         own, theirs = output.every
         value = hard(theirs, targets) + (1 - alpha) * hard(own, targets)
-        return value + alpha * soft.module.loss(own, theirs.detach(), soft.config)
+        return value + alpha * response.loss(own, theirs.detach(), soft.config)
 
     result = fitting.run_fit(context, both, teacher.pad_id, rows, loss, options, "student and teacher")
     teacher.has_head = True
@@ -83,7 +84,7 @@ def _peers(context: Context, plan: DistillPlan) -> Taught:
 
     def loss(output: Outputs, batch: Batch) -> Tensor:
         targets = labels[torch.from_numpy(batch.rows).to(context.device)]
-        return mutual(output.every, targets, alpha, lambda s, t: soft.module.loss(s, t, soft.config))
+        return mutual(output.every, targets, alpha, lambda s, t: response.loss(s, t, soft.config))
 
     result = fitting.run_fit(context, peers, made[0].checkpoint.pad_id, rows, loss, options, "peers")
     accuracies = [_validation(context, one.checkpoint) for one in made]

@@ -26,9 +26,7 @@ from torch import Tensor, nn
 from kdcli.inputs.feeding import Labelled
 from kdcli.models import families
 from kdcli.models.families import Family
-from kdcli.stages.prune.criterion import Chosen, LayerJob
-
-STRUCTURES = ("layers",)
+from kdcli.stages.prune.criterion import Criterion, Kept, LayerJob
 
 
 class Config(BaseModel):
@@ -63,7 +61,7 @@ def without(model: nn.Module, family: Family, kept: Sequence[int], batches: Iter
         model.set_submodule(family.layers, whole)
 
 
-def choose(job: LayerJob, config: Config) -> Chosen:
+def choose(job: LayerJob, config: Config) -> Kept:
     """Drop layers greedily until those gone cost ``job.remove``; one stays.
 
     The trace has, for every step, the layer that went and the KL without each candidate.
@@ -83,4 +81,7 @@ def choose(job: LayerJob, config: Config) -> Chosen:
             kept.remove(least)
             gone += float(job.prices[least])
             trace.append({"dropped": least, "kl": found[least], "candidates": found})
-    return Chosen(kept, trace)
+    return Kept(kept, trace)
+
+
+METHOD = Criterion(config=Config, choose=choose)
