@@ -109,7 +109,9 @@ def load(stage: str, name: str, kind: type[Declared]) -> Declared:
     return found
 
 
-def need_answers(methods: Mapping[str, Method], kind: Kind, task: str) -> None:
+def need_answers(
+    methods: Mapping[str, Method], kind: Kind = "one-of", task: str = "text-classification"
+) -> None:
     """Refuse methods that cannot work with the answers of a task.
 
     Args:

@@ -175,3 +175,66 @@ class TestContract:
         assert (
             Path(__file__).parent / registry.FOLDERS[stage] / f"test_{name.replace('-', '_')}.py"
         ).is_file()
+
+
+class Wide(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    ratio: float = 0.5
+    patience: int = 1
+
+
+def test_a_key_goes_to_all_that_have_it_and_a_named_one_to_one() -> None:
+    methods = {"a": MADE_UP, "b": Method(config=Wide)}
+    given = {"ratio": "1", "b.ratio": "2", "samples": "3", "patience": "4"}
+    for order in (given, dict(reversed(given.items()))):
+        assert registry.share_out("distill", order, methods) == (
+            {},
+            {"a": {"ratio": "1", "samples": "3"}, "b": {"ratio": "2", "patience": "4"}},
+        )
+
+
+def test_the_stage_takes_a_plain_key_before_any_method() -> None:
+    own, rest = registry.share_out("distill", {"ratio": "1", "a.ratio": "2"}, {"a": MADE_UP}, Wide)
+    assert (own, rest) == ({"ratio": "1"}, {"a": {"ratio": "2"}})
+
+
+@pytest.mark.parametrize(
+    ("key", "message", "hint"),
+    [
+        (
+            "rati",
+            "unknown setting 'rati': did you mean 'ratio'? choose one of: centred, ratio, samples",
+            None,
+        ),
+        (
+            "distance_weight",
+            "unknown setting 'distance_weight': choose one of",
+            "distance_weight is a setting of rkd",
+        ),
+        (
+            "rkd.distance_weight",
+            "unknown setting 'rkd.distance_weight'",
+            "rkd is not among the chosen methods: a",
+        ),
+        ("a.patience", "unknown setting 'a.patience'", None),
+    ],
+)
+def test_a_key_that_nobody_takes_says_who_would(key: str, message: str, hint: str | None) -> None:
+    with pytest.raises(UsageError) as caught:
+        registry.share_out("distill", {key: "1"}, {"a": MADE_UP})
+    assert str(caught.value).startswith(message)
+    assert caught.value.hint == hint
+
+
+def test_answers_that_a_method_cannot_compare_are_refused_with_the_reason() -> None:
+    methods = {"response": response.METHOD, "dkd": registry.load("distill", "dkd", Loss)}
+    registry.need_answers(methods, "one-of", "text-classification")
+    registry.need_answers({"response": response.METHOD}, "number", "regression")
+    with pytest.raises(
+        UsageError,
+        match=r"^method 'dkd' is for answers that are one of several labels, and those of the task multi-label are "
+        r"any of several labels: DKD splits the target class from the others",
+    ) as caught:
+        registry.need_answers(methods, "any-of", "multi-label")
+    assert caught.value.hint == "use --method response or --method logit-mse"
+    assert caught.value.exit_code == 2

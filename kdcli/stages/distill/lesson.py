@@ -60,7 +60,7 @@ def soft_targets(
     if len(found) == 1:
         return found[0]
     temperature = next(
-        (float(c.config.temperature) for c in plan.chosen if hasattr(c.config, "temperature")), 1.0
+        (float(c.config.temperature) for c in plan.chosen if "temperature" in c.method.settings), 1.0
     )
     return features.combined(found, teacher_weights(plan.settings, len(found)), temperature)
 

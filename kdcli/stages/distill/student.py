@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from kdcli import registry
 from kdcli.context import Context
 from kdcli.errors import UnavailableError, UsageError
 from kdcli.inputs import augment, text
@@ -49,6 +50,7 @@ def precheck(context: Context, plan: DistillPlan) -> None:
     Raises:
         UsageError: Says which and why.
     """
+    registry.need_answers({one.name: one.method for one in plan.chosen})
     size = students.size_of(plan.options.student, STUDENT_PRESETS)
     if size is None:  # a checkpoint of the user's own: known when it is loaded
         return

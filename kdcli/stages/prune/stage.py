@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from kdcli import registry
 from kdcli.context import Applied, Context
 from kdcli.stages.prune import combined, search, speed, units, weights
 from kdcli.stages.prune import plan as plans
@@ -12,10 +13,12 @@ from kdcli.stages.prune import plan as plans
 def prepare(context: Context) -> None:
     """Refuse bad options and unknown architectures before anything is measured."""
     if combined.is_chain(context.request):
-        combined.check(context.request)
+        parts = combined.check(context.request).parts
+        registry.need_answers({part.name: part.criterion for part in parts})
         combined.check_model(context)
         return
     plan = plans.check(context.request)
+    registry.need_answers({plan.name: plan.criterion})
     assert context.checkpoint.family  # raises for an architecture that kdcli cannot operate on
     if plan.options.target_speedup is not None:
         speed.check(context, plan)

@@ -14,7 +14,6 @@ which differ between teacher and student. The paper's Gaussian kernel, expanded 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 import torch
@@ -82,6 +81,12 @@ def need_directions(name: str, setting: Setting) -> None:
         )
 
 
+def check(setting: Setting) -> None:
+    """Refuse the directions of a single logit; see :func:`need_directions`."""
+    if setting.config.kernel == "cosine":
+        need_directions("similarity", setting)
+
+
 def needs(setting: Setting) -> tuple[Needs, Needs]:
     """The pooled rows of both, unless the logits are compared."""
     asked = Needs(pooled=setting.config.on == "pooled")
@@ -102,5 +107,5 @@ METHOD = Loss(
     config=Config,
     term=term,
     needs=needs,
-    check=partial(need_directions, "similarity"),
+    check=check,
 )
