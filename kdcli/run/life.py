@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kdcli import __version__, devices, memory, processes
-from kdcli.context import Applied, Context
+from kdcli.context import Context, Stage
 from kdcli.data import recorded
 from kdcli.data.sources import Dataset
 from kdcli.errors import InputError
@@ -98,7 +98,7 @@ def _run(request: Request, progress: Progress, found: Resolved, out: Path | None
         checkpoint = checkpoints.load(found.path, labels=dataset.label_names, device=home)
         if request.dequantize:
             activations.detach(checkpoint.model)
-        stage = importlib.import_module(f"kdcli.stages.{request.stage}.stage")
+        stage = stage_of(request)
         if not checkpoint.has_head and request.stage != "distill":
             raise InputError(
                 f"'{source}' has no classification head",
@@ -127,15 +127,22 @@ def _run(request: Request, progress: Progress, found: Resolved, out: Path | None
     return Outcome(final, report, [report])
 
 
-def _follow(context: Context, stage: Any) -> None:
+def stage_of(request: Request) -> Stage[Any]:
+    """What a stage that makes a model declares."""
+    declared: Stage[Any] = importlib.import_module(f"kdcli.stages.{request.stage}.stage").STAGE
+    return declared
+
+
+def _follow(context: Context, stage: Stage[Any]) -> None:
     """What the other processes of a run do: their share of the training, in the same order."""
-    if hasattr(stage, "prepare"):
-        stage.prepare(context)
+    plan = stage.prepare(context)
     devices.seed_everything(context.seed)
-    stage.apply(context)
+    stage.apply(context, plan)
 
 
-def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timings: Timings) -> Report:
+def _live(
+    context: Context, stage: Stage[Any], source: str, work: Path, out: Path, timings: Timings
+) -> Report:
     """Everything between loading and publishing; returns the report that is in ``work``."""
     request, progress = context.request, context.progress
     threads = environment.threads()
@@ -146,9 +153,8 @@ def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timi
     doubts = [*context.checkpoint.doubts, *soundness.probe(context.checkpoint, read[split])]
     doubts += reading.check_reading(context.checkpoint, context.dataset.splits[split], read[split], split)
     doubts += reading.told(context.checkpoint, {split: read[split]})
-    if hasattr(stage, "prepare"):
-        with timings.phase("prepare"):
-            stage.prepare(context)
+    with timings.phase("prepare"):
+        plan = stage.prepare(context)
     conditions = measurement.Conditions(
         threads=threads,
         device=devices.session_device(context.device),
@@ -179,7 +185,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timi
     if large:
         memory.give_back()
     with timings.phase("apply"):
-        applied: Applied = stage.apply(context)
+        applied = stage.apply(context, plan)
     with timings.phase("save"):
         entry = LineageEntry(
             stage=request.stage,
@@ -188,9 +194,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timi
             model=source,
             accuracy=None,
             params=applied.method.params,
-            chosen=lineage.chosen(
-                request, applied.method.detail, fine_tuned=bool(context.teacher_detail.get("fine_tuned"))
-            ),
+            chosen=lineage.chosen(request, applied.method.detail),
             chosen_on=picked_rows.pick(context.dataset, "validation", None).sha256,
         )
         applied.checkpoint.log.lineage = [e.model_dump(mode="json") for e in (*history, entry)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdcli.context import Applied, Context
+from kdcli.context import Applied, Context, Stage
 from kdcli.report.schema import Warning_
 from kdcli.request import QuantizeOptions, Request
 from kdcli.stages.quantize import auto, guard, oldest_runtime
@@ -25,13 +25,12 @@ def prepare(context: Context) -> QuantizePlan | AutoPlan:
     return plan
 
 
-def apply(context: Context) -> Applied:
+def apply(context: Context, plan: QuantizePlan) -> Applied:
     """Quantise the model of ``context``; its weights become the rounded values, so that it can be measured.
 
     Raises:
         UsageError: A bad option, or patterns that match nothing or leave nothing.
     """
-    plan = prepare(context)
     had = zero_shares(context.checkpoint)
     applied = auto.apply(context, plan) if isinstance(plan, AutoPlan) else guard.apply(context, plan)
     filled = [name for name, share in zero_shares(applied.checkpoint).items() if share < had[name] / 2]
@@ -40,6 +39,9 @@ def apply(context: Context) -> Applied:
         advice = "--scheme ternary keeps them"
         applied.warnings.append(Warning_(code="zeros-refilled", message=f"{text}; {advice}"))
     return applied
+
+
+STAGE = Stage(prepare, apply)
 
 
 def foreseen(request: Request) -> tuple[dict[str, Any], str | None]:
