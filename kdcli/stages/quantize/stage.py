@@ -25,7 +25,7 @@ def prepare(context: Context) -> QuantizePlan | AutoPlan:
     return plan
 
 
-def apply(context: Context, plan: QuantizePlan) -> Applied:
+def apply(context: Context, plan: QuantizePlan | AutoPlan) -> Applied:
     """Quantise the model of ``context``; its weights become the rounded values, so that it can be measured.
 
     Raises:
