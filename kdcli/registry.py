@@ -20,7 +20,7 @@ from kdcli.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from kdcli.tasks.task import Kind
+    from kdcli.tasks.task import Kind, Task
 
 FOLDERS: dict[str, str] = {
     "distill": "training/losses",
@@ -109,38 +109,47 @@ def load(stage: str, name: str, kind: type[Declared]) -> Declared:
     return found
 
 
-def need_answers(
-    methods: Mapping[str, Method], kind: Kind = "one-of", task: str = "text-classification"
-) -> None:
+def need_answers(methods: Mapping[str, Method], task: Task) -> None:
     """Refuse methods that cannot work with the answers of a task.
 
     Args:
         methods: Those that were chosen, by name.
-        kind: Of the task's answers.
-        task: Its name.
+        task: What the model answers.
 
     Raises:
         UsageError: Says which method, why, and what to use.
     """
     for name, method in methods.items():
-        if kind not in method.answers:
+        if task.kind not in method.answers:
             able = " or ".join(ANSWERS[one] for one in method.answers)
             raise UsageError(
-                f"method '{name}' is for answers that are {able}, and those of the task {task} are "
-                f"{ANSWERS[kind]}: {method.because}",
+                f"method '{name}' is for answers that are {able}, and those of the task {task.name} are "
+                f"{ANSWERS[task.kind]}: {method.because}",
                 f"use --method {method.instead}" if method.instead else None,
             )
 
 
 def text(stage: str, name: str) -> str:
     """A method's docstring, read without importing it."""
-    path = Path(__file__).parent / FOLDERS[stage] / f"{name.replace('-', '_')}.py"
-    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return _docstring(_file(stage, name))
 
 
 def summary(stage: str, name: str) -> str:
     """First line of a method's docstring, read without importing it."""
-    return text(stage, name).partition("\n")[0].strip()
+    return first_line_of(_file(stage, name))
+
+
+def first_line_of(path: Path) -> str:
+    """First line of a file's docstring, read without importing it."""
+    return _docstring(path).partition("\n")[0].strip()
+
+
+def _file(stage: str, name: str) -> Path:
+    return Path(__file__).parent / FOLDERS[stage] / f"{name.replace('-', '_')}.py"
+
+
+def _docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
 def share_out(

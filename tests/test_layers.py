@@ -28,6 +28,7 @@ LEVEL = {
     "tasks": 2,
     "families": 2,
     "report": 1,
+    "names": 0,
     "cache": 0,
     "devices": 1,
     "memory": 0,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kdcli import registry
+from kdcli import registry, tasks
 from kdcli.errors import UsageError
 from kdcli.registry import Method
 from kdcli.stages.lowrank.rule import ConvolutionRule, LinearRule
@@ -228,13 +228,13 @@ def test_a_key_that_nobody_takes_says_who_would(key: str, message: str, hint: st
 
 def test_answers_that_a_method_cannot_compare_are_refused_with_the_reason() -> None:
     methods = {"response": response.METHOD, "dkd": registry.load("distill", "dkd", Loss)}
-    registry.need_answers(methods, "one-of", "text-classification")
-    registry.need_answers({"response": response.METHOD}, "number", "regression")
+    registry.need_answers(methods, tasks.get("text-classification"))
+    registry.need_answers({"response": response.METHOD}, tasks.get("regression"))
     with pytest.raises(
         UsageError,
         match=r"^method 'dkd' is for answers that are one of several labels, and those of the task multi-label are "
         r"any of several labels: DKD splits the target class from the others",
     ) as caught:
-        registry.need_answers(methods, "any-of", "multi-label")
+        registry.need_answers(methods, tasks.get("multi-label"))
     assert caught.value.hint == "use --method response or --method logit-mse"
     assert caught.value.exit_code == 2

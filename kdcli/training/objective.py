@@ -1,6 +1,6 @@
 """The loss of a distillation: labels and any number of terms, each one method with its weight.
 
-L = (1 - alpha) * CE(y, s) + alpha * L_response + beta * L_feature + gamma * L_relation + sum(weight_i * L_i)
+L = (1 - alpha) * L_labels + alpha * L_response + beta * L_feature + gamma * L_relation + sum(weight_i * L_i)
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.errors import UsageError
-from kdcli.tasks.task import Kind
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 from kdcli.training.capture import Capture
-from kdcli.training.cross_entropy import hard
 from kdcli.training.features import TeacherSignals
+from kdcli.training.label_loss import hard
 from kdcli.training.loop import Batch
 from kdcli.training.terms import Loss, Needs, Setting, Shape, Step
 
@@ -47,9 +48,8 @@ def bind(
     pairs: Sequence[tuple[int, int]],
     seed: int,
     device: torch.device,
-    answer: Kind = "one-of",
 ) -> tuple[list[Term], list[str]]:
-    """Bind methods to two models of one task; projections get their first weights from ``seed``.
+    """Bind methods to the sizes of two models; projections get their first weights from ``seed``.
 
     Returns:
         The terms, and a sentence for each of them that fell back to something else.
@@ -59,7 +59,7 @@ def bind(
     """
     terms, notes = [], []
     for number, one in enumerate(chosen):
-        setting = Setting(one.config, student, teacher, pairs, answer=answer)
+        setting = Setting(one.config, student, teacher, pairs)
         note = one.method.check(setting)
         if note:
             notes.append(note)
@@ -83,11 +83,12 @@ class Objective:
 
     Args:
         terms: Bound methods.
-        hard_weight: Of the cross entropy with the labels, 1 - alpha.
-        labels: (N,) class indices, -100 where a row has none.
+        hard_weight: Of the task's loss against the labels, 1 - alpha.
+        labels: Of N rows.
         student: Hooks on the student, which is about to run on the same batch.
         teacher: Gives the teacher's signals of any rows.
         device: Of the student.
+        task: What a label is.
     """
 
     def __init__(
@@ -98,8 +99,9 @@ class Objective:
         student: Capture,
         teacher: TeacherSignals,
         device: torch.device,
+        task: Task = CLASSIFICATION,
     ) -> None:
-        self.terms, self.hard_weight = list(terms), hard_weight
+        self.terms, self.hard_weight, self.task = list(terms), hard_weight, task
         self.student, self.teacher, self.device = student, teacher, device
         self.labels = torch.from_numpy(labels).to(device)
         self.extra = nn.ModuleDict(
@@ -116,9 +118,9 @@ class Objective:
         labels = self.labels[torch.from_numpy(batch.rows).to(self.device)]
         value = logits.new_zeros(())
         if self.hard_weight > 0:
-            value = value + self.hard_weight * hard(logits, labels)
+            value = value + self.hard_weight * hard(self.task, logits, labels)
         own, theirs = self.student.signals(logits, batch.mask), self.teacher(batch)
-        step = Step(labels, batch.progress)
+        step = Step(labels, batch.progress, self.task)
         for term in self.terms:
             found = term.chosen.method.term(own, theirs, term.setting, step)
             value = value + term.chosen.weight * found

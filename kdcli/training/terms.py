@@ -15,7 +15,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from kdcli.registry import Method
-from kdcli.tasks.task import Kind
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,15 @@ class Setting:
     teacher: Shape
     pairs: Sequence[tuple[int, int]] = ()  # (student layer, teacher layer), from 1, by the layer map
     trained: nn.Module | None = None  # what :attr:`Loss.trained` returned, on the model's device
-    answer: Kind = "one-of"  # what an answer of both models is
 
 
 @dataclass(frozen=True)
 class Step:
     """What changes from batch to batch."""
 
-    labels: Tensor  # (B,) class indices, -100 where a row has none
+    labels: Tensor  # of B rows, in the form of the task
     progress: float  # share of the training that is done, in [0, 1)
+    task: Task = CLASSIFICATION
 
 
 def _logits_alone(setting: Setting) -> tuple[Needs, Needs]:

@@ -10,7 +10,6 @@ import pytest
 
 from kdcli.cli import console as consoles
 from kdcli.cli import table
-from kdcli.measure import answers
 from kdcli.progress import Progress
 from kdcli.report import facts, html, markdown
 from kdcli.report.schema import LineageEntry, Report
@@ -23,7 +22,8 @@ from kdcli.request import (
     QuantizeOptions,
     Request,
 )
-from kdcli.run import evaluation, life, lineage
+from kdcli.run import life, lineage
+from kdcli.tasks.classification import CLASSIFICATION
 from tests import tiny
 
 NAMES = ["negative", "positive"]
@@ -47,9 +47,9 @@ def logits(given: list[int], classes: int = 2) -> np.ndarray:
     ],
 )
 def test_answers_that_say_nothing(given: list[int], truth: list[int], codes: set[str]) -> None:
-    found = answers.doubts(logits(given), np.array(truth), NAMES)
+    found = CLASSIFICATION.doubts(logits(given), np.array(truth), NAMES)
     assert {w.code for w in found} == codes
-    of_input = answers.doubts(logits(given), np.array(truth), NAMES, of_input=True)
+    of_input = CLASSIFICATION.doubts(logits(given), np.array(truth), NAMES, of_input=True)
     assert {w.code.removeprefix("input-") for w in of_input} == codes
     assert not {w.code for w in of_input} & set(facts.ALARMS)
 
@@ -58,7 +58,7 @@ def test_the_rarer_of_many_labels_is_no_majority() -> None:
     truth = np.arange(150).repeat(2)
     given = truth.copy()
     given[::2] = (given[::2] + 1) % 150
-    assert answers.doubts(logits(given.tolist(), 150), truth, [str(i) for i in range(150)]) == []
+    assert CLASSIFICATION.doubts(logits(given.tolist(), 150), truth, [str(i) for i in range(150)]) == []
 
 
 def constant(place: Path) -> Path:
@@ -76,7 +76,7 @@ def constant(place: Path) -> Path:
 def judge(model: Path, data: Path, **options) -> Report:
     given = EvaluateOptions(models=(str(model),), batch_sizes=(1,), **options)
     request = Request(stage="evaluate", model=None, options=given, common=Common(data=str(data)))
-    return evaluation.run(request, Progress()).report
+    return life.run(request, Progress()).report
 
 
 def prune(model: Path, data: Path, out: Path, **options) -> Report:
@@ -130,13 +130,15 @@ def test_rows_that_chose_are_not_judged_silently(data_dir: Path, tmp_path: Path)
 
 
 def test_what_a_stage_lets_the_rows_choose() -> None:
-    def of(options, detail: dict | None = None, **more) -> list[str]:
+    def of(options, detail: dict | None = None) -> list[str]:
         stage = {DistillOptions: "distill", PruneOptions: "prune", LowRankOptions: "lowrank"}
         request = Request(stage=stage.get(type(options), "quantize"), model="m", options=options)
-        return lineage.chosen(request, detail or {}, **more)
+        return lineage.chosen(request, detail or {})
 
     assert of(DistillOptions(teachers=("t",), student="tiny"))
-    assert "the teacher's epoch" in of(DistillOptions(teachers=("t",), student="tiny"), fine_tuned=True)
+    assert "the teacher's epoch" in of(
+        DistillOptions(teachers=("t",), student="tiny"), {"teacher": {"fine_tuned": True}}
+    )
     assert of(PruneOptions()) == of(LowRankOptions()) == of(QuantizeOptions()) == []
     assert of(PruneOptions(), {"search": {}}) == ["how much was removed"]
     assert of(PruneOptions(structure="vocab+heads")) == ["the tokens that stay"]

@@ -115,7 +115,7 @@ def _plan(context: Context) -> LowRankPlan:
     options = context.request.options
     assert isinstance(options, LowRankOptions)
     rule = rule_of(options.method)
-    registry.need_answers({options.method: rule})
+    registry.need_answers({options.method: rule}, context.checkpoint.task)
     said = (options.budget, options.energy, options.rank, options.target_speedup)
     given: dict[str, Any] = {k: v for k, v in zip(AMOUNTS, said, strict=True) if v is not None}
     flags = ["--" + k.replace("_", "-") for k in given]

@@ -17,6 +17,8 @@ from kdcli.models.families import Family, Layer
 from kdcli.models.transforms import Cut
 from kdcli.progress import Progress
 from kdcli.registry import Method
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class UnitJob:
     #: What a method found out about the model as it came, by a name of its own: the same model may come again
     #: with another ``remove``.
     memo: dict[str, Any] = field(default_factory=dict)
+    task: Task = CLASSIFICATION
 
 
 @dataclass
@@ -109,6 +112,7 @@ class LayerJob:
     remove: float  # in the unit of the prices; less than all layers cost
     batches: Sequence[Labelled]
     progress: Progress = field(default_factory=Progress)
+    task: Task = CLASSIFICATION
 
 
 @dataclass(frozen=True)

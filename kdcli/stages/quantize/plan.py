@@ -80,7 +80,7 @@ def of(
     check_options(options)
     settings = context.request.common.settings if settings is None else settings
     found = settle(name, settings)
-    registry.need_answers({name: found.scheme})
+    registry.need_answers({name: found.scheme}, context.checkpoint.task)
     declared, embeddings = (
         found.scheme,
         tables_of(name, found.scheme.tables, options, found.scheme.embeddings),

@@ -58,7 +58,7 @@ def loss(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
 def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
     """The loss on the logits of both; their mean is only free where they stand for one of several labels."""
     config = setting.config
-    if setting.answer != "one-of":
+    if step.task.kind != "one-of":
         config = config.model_copy(update={"centred": False})
     return loss(student.logits, teacher.logits, config)
 
