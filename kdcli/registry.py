@@ -6,7 +6,6 @@ Every file ends in ``METHOD``, one object that says what the method is: a :class
 
 from __future__ import annotations
 
-import ast
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kdcli.docstrings import first_line_of, text_of
 from kdcli.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def need_answers(methods: Mapping[str, Method], task: Task) -> None:
 
 def text(stage: str, name: str) -> str:
     """A method's docstring, read without importing it."""
-    return _docstring(_file(stage, name))
+    return text_of(_file(stage, name))
 
 
 def summary(stage: str, name: str) -> str:
@@ -139,17 +139,8 @@ def summary(stage: str, name: str) -> str:
     return first_line_of(_file(stage, name))
 
 
-def first_line_of(path: Path) -> str:
-    """First line of a file's docstring, read without importing it."""
-    return _docstring(path).partition("\n")[0].strip()
-
-
 def _file(stage: str, name: str) -> Path:
     return Path(__file__).parent / FOLDERS[stage] / f"{name.replace('-', '_')}.py"
-
-
-def _docstring(path: Path) -> str:
-    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
 def share_out(

@@ -29,6 +29,7 @@ LEVEL = {
     "families": 2,
     "report": 1,
     "names": 0,
+    "docstrings": 0,
     "cache": 0,
     "devices": 1,
     "memory": 0,
