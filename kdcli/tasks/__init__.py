@@ -36,6 +36,8 @@ _PROBLEMS = {
 METRIC, THRESHOLDS = "kdcli_metric", "kdcli_thresholds"
 """Keys of config.json that kdcli adds to ``problem_type``; transformers keeps what it does not know."""
 
+KEYS = frozenset({METRIC, THRESHOLDS})
+
 
 def names() -> tuple[str, ...]:
     """Names of all tasks, in the order of the documentation."""
