@@ -33,7 +33,7 @@ def drop(context: Context, part: Part, state: State) -> None:
     vocabulary = tokens.Vocabulary(before.tokenizer)
     size = len(vocabulary.tokens)
     job = TokenJob(_counts(context, part, size), vocabulary.protected(before.config))
-    kept = np.flatnonzero(vocabulary.closed(part.module.keep(job, part.config)))
+    kept = np.flatnonzero(vocabulary.closed(part.criterion.keep(job, part.config)))
     picked = pick(context.dataset, None, context.request.common.limit)
     split, rows = picked.split, picked.of(context.encoded)
     unknown = _unknown_share(rows, vocabulary)
