@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from kdcli import registry
 from kdcli.context import Applied, Context, Stage
 from kdcli.stages.prune import combined, search, speed, units, weights
 from kdcli.stages.prune import plan as plans
@@ -15,9 +16,11 @@ def prepare(context: Context) -> PrunePlan | CombinedPlan:
     """Refuse bad options and unknown architectures before anything is measured."""
     if combined.is_combined(context.request):
         parts = combined.check(context.request)
+        registry.need_answers({part.name: part.criterion for part in parts.parts}, context.checkpoint.task)
         combined.check_model(context)
         return parts
     plan = plans.check(context.request)
+    registry.need_answers({plan.name: plan.criterion}, context.checkpoint.task)
     assert context.checkpoint.family  # raises for an architecture that kdcli cannot operate on
     if plan.options.target_speedup is not None:
         speed.check(context, plan)
@@ -35,7 +38,7 @@ def apply(context: Context, plan: PrunePlan | CombinedPlan) -> Applied:
     Of layers and of the width, ``--sparsity F`` removes the share F of their number. Structures joined by ``+``
     are pruned one after the other.
     ``--target-speedup F`` cuts until the model is F times faster, as measured here at batch 1. Without any of
-    them ``--max-drop F`` searches the smallest model whose accuracy falls by no more on the validation rows.
+    them ``--max-drop F`` searches the smallest model whose primary metric falls by no more on the validation rows.
 
     Raises:
         UsageError: A bad option, or a budget that the structure cannot meet.

@@ -347,7 +347,7 @@ def test_full_rank_in_every_layer_leaves_the_model_as_it_is(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Full ranks never pay, so break-even is moved out of the way; the batch is padded, and its rows are new."""
-    monkeypatch.setattr(rank_budget.Size, "break_even", property(lambda size: 33.0))
+    monkeypatch.setattr(rank_budget.LayerSize, "break_even", property(lambda size: 33.0))
     made = tiny.checkpoint()
     dense = logits(made, "bert")
     applied = contexts.applied(lowrank, context_of(made, tmp_path, method=method, rank=32))
@@ -529,7 +529,7 @@ def test_max_drop_searches_the_smallest_budget_that_keeps_it(
         )
         return 0.9 - 0.1 * (1 - kept / whole)
 
-    monkeypatch.setattr(calibration, "accuracy", accuracy)
+    monkeypatch.setattr(calibration, "score", accuracy)
     applied = contexts.applied(lowrank, with_drop(context_of(made, tmp_path), 0.05))
     assert applied.method.params["max_drop"] == 0.05
     steps = applied.method.detail["search"]["steps"]
@@ -548,7 +548,7 @@ def test_max_drop_that_nothing_keeps_leaves_the_model_as_it_is(
     made = tiny.checkpoint()
     before = logits(made, "bert")
     answers = iter([0.9, 0.5])
-    monkeypatch.setattr(calibration, "accuracy", lambda context, rows: next(answers))
+    monkeypatch.setattr(calibration, "score", lambda context, rows: next(answers))
     applied = contexts.applied(lowrank, with_drop(context_of(made, tmp_path), 0.01))
     assert [w.code for w in applied.warnings] == ["nothing-factorised"]
     assert "no budget below 1 keeps the accuracy within 0.01" in applied.warnings[0].message

@@ -311,7 +311,7 @@ def test_search_returns_the_smallest_model_that_keeps_the_drop(
         return sum(int((w != 0).sum()) for w in encoder_weights(checkpoint.model))
 
     whole = left(context.checkpoint)
-    monkeypatch.setattr(search, "accuracy", lambda context: left(context.checkpoint) / whole)
+    monkeypatch.setattr(search, "score", lambda context: left(context.checkpoint) / whole)
     applied = contexts.applied(prune, context)
     rows = applied.method.detail["search"]["tries"]
     assert len(rows) == search.TRIES
@@ -335,7 +335,7 @@ def test_search_goes_over_layers_too(tmp_path: Path, monkeypatch) -> None:
     def layers(context) -> int:
         return len(encoder_layers(context.checkpoint.model, context.checkpoint.family))
 
-    monkeypatch.setattr(search, "accuracy", lambda context: layers(context) / 4)
+    monkeypatch.setattr(search, "score", lambda context: layers(context) / 4)
     applied = contexts.applied(prune, context)
     assert len(encoder_layers(applied.checkpoint.model, applied.checkpoint.family)) == 2
     assert applied.method.params["sparsity"] == pytest.approx(0.6, abs=0.1)
