@@ -21,10 +21,12 @@ from torch import nn
 
 from kdcli import cache
 from kdcli.export import fusion, onnx, sessions
+from kdcli.families.family import Encoder
+from kdcli.families.layer import Layer
+from kdcli.families.stack import encoder_layers
 from kdcli.inputs.batching import Arrays
 from kdcli.inputs.feeding import accepted
 from kdcli.measure import environment
-from kdcli.models.families import Family, Layer, encoder_layers
 from kdcli.progress import Progress
 
 Change = Callable[[Layer], None]
@@ -38,7 +40,7 @@ _WORDS = 4  # rows of the small embedding besides those up to the padding
 
 
 def stack(
-    model: nn.Module, family: Family, sources: Sequence[int], change: Change | None = None
+    model: nn.Module, family: Encoder, sources: Sequence[int], change: Change | None = None
 ) -> nn.Module:
     """A copy of ``model`` with other encoder layers, each of them a copy of one that it has.
 

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcli.families.family import Encoder
+from kdcli.families.layer import Layer
 from kdcli.inputs.feeding import Labelled
-from kdcli.models.families import Family, Layer
 from kdcli.probe import definite
 from kdcli.probe.from_layer import starting_at
 
@@ -87,7 +88,7 @@ class Stream:
     """
 
     def __init__(
-        self, model: nn.Module, family: Family, layers: Sequence[Layer], batches: Sequence[Labelled]
+        self, model: nn.Module, family: Encoder, layers: Sequence[Layer], batches: Sequence[Labelled]
     ):
         self.model, self.family, self.layers = model, family, list(layers)
         self.states: list[Tensor] = []
@@ -191,7 +192,7 @@ class Pair:
     def __init__(
         self,
         model: nn.Module,
-        family: Family,
+        family: Encoder,
         layers: Sequence[Layer],
         batches: Sequence[Labelled],
         *,

@@ -41,7 +41,9 @@ class Comparison:
     differences: Mapping[str, float]  # metric -> in the unit of the metric
     ci95: tuple[float, float] | None  # of the primary metric's difference, paired
     p_value: float | None  # that the two are equally good, paired
-    agreement: float  # share of rows with the same answer; for numbers the share of pairs of rows in the same order
+    agreement: (
+        float  # share of rows with the same answer; for numbers the share of pairs of rows in the same order
+    )
     lost: int | None = None  # rows that only the first got right; None where a row is not right or wrong
     won: int | None = None
 

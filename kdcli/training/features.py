@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcli import cache
+from kdcli import cache, families
+from kdcli.families.layer import Layer
+from kdcli.families.stack import encoder_layers
 from kdcli.inputs import batching, text
 from kdcli.inputs.feeding import model_inputs
 from kdcli.inputs.text import Encoded
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.families import FAMILIES, Layer, encoder_layers
 from kdcli.progress import Progress
 from kdcli.training import distributed
 from kdcli.training.capture import Capture, check_layers, run_cut, shape_of
@@ -71,7 +72,7 @@ class TeacherSignals:
         self.teacher, self.encoded, self.logits, self.device = teacher, encoded, logits, device
         self.needs = needs
         self._layers: list[Layer] = []
-        if teacher.model_type in FAMILIES:
+        if families.is_encoder(teacher.model_type):
             self._layers = encoder_layers(teacher.model, teacher.family)
         self._states: dict[int, np.ndarray] = {}
         self._pooled: np.ndarray | None = None

@@ -11,8 +11,8 @@ from onnx import numpy_helper
 
 from kdcli.export import attention, fusion, sessions
 from kdcli.export import onnx as exporter
+from kdcli.families.stack import encoder_linears
 from kdcli.models import transforms
-from kdcli.models.families import encoder_linears
 from tests import tiny
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.models.families import Family
+from kdcli.families.family import Encoder
 from kdcli.probe.moments import Moments, watching
 from kdcli.stages.lowrank import factors
 from kdcli.stages.lowrank.factor_units import Unit, install
@@ -83,7 +83,7 @@ class _Call:
         return _first(layer(hidden, *self.args, **self.kwargs))
 
 
-def _calls(model: nn.Module, family: Family, samples: Sequence[Sample]) -> tuple[list[_Call], list[Tensor]]:
+def _calls(model: nn.Module, family: Encoder, samples: Sequence[Sample]) -> tuple[list[_Call], list[Tensor]]:
     """How the first encoder layer is called, and its hidden state (B, T, D), batch by batch."""
     layers: Any = model.get_submodule(family.layers)
     made: list[_Call] = []
@@ -109,7 +109,7 @@ def _calls(model: nn.Module, family: Family, samples: Sequence[Sample]) -> tuple
 @torch.no_grad()
 def collect(
     model: nn.Module,
-    family: Family,
+    family: Encoder,
     units: Mapping[str, Unit],
     samples: Sequence[Sample],
     *,
@@ -215,7 +215,7 @@ class Fit:
 @torch.no_grad()
 def replace_all(
     model: nn.Module,
-    family: Family,
+    family: Encoder,
     units: Mapping[str, Unit],
     ranks: Mapping[str, int],
     found: Mapping[str, Factors],
@@ -334,7 +334,7 @@ def _answer(unit: Unit, kept: Tensor, counted: Tensor) -> Tensor:
     return nn.functional.linear(kept[counted], unit.dense.weight, unit.dense.bias)
 
 
-def _groups(family: Family) -> list[tuple[str, ...]]:
+def _groups(family: Encoder) -> list[tuple[str, ...]]:
     return [
         (family.query, family.key, family.value),
         (family.attention_output,),
@@ -345,7 +345,7 @@ def _groups(family: Family) -> list[tuple[str, ...]]:
 
 def _moments(
     layer: nn.Module,
-    family: Family,
+    family: Encoder,
     group: tuple[str, ...],
     todo: Sequence[Unit],
     prefix: str,

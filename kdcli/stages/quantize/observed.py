@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.context import Context
+from kdcli.families.modules import SmoothLinear
 from kdcli.inputs.feeding import model_inputs
-from kdcli.models.layers import SmoothLinear
 from kdcli.stages.quantize import integer_weights
 
 Layers = Mapping[str, nn.Module]

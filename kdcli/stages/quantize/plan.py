@@ -14,6 +14,7 @@ from torch import nn
 from kdcli import registry
 from kdcli.context import Context
 from kdcli.errors import UsageError, did_you_mean
+from kdcli.families.stack import is_token_table
 from kdcli.request import EMBEDDINGS, SCHEMES, QuantizeOptions
 
 INTEGER_TABLES = ("int8", "int4", "fp32")
@@ -150,7 +151,7 @@ def choose(
     """
     layers: dict[str, Layer] = {}
     for name, module in model.named_modules():
-        table = isinstance(module, nn.Embedding) and name.endswith("_embeddings")
+        table = isinstance(module, nn.Embedding) and is_token_table(name)
         convolution = isinstance(module, Convolution) and convolutions
         if isinstance(module, nn.Linear) or convolution or (table and tables):
             layers[name] = module

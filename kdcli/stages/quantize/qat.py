@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from kdcli import families
 from kdcli.context import Applied, Context
 from kdcli.errors import UsageError
+from kdcli.families.stack import classifier
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models.families import FAMILIES
 from kdcli.models.integers import Integers
 from kdcli.stages.quantize import fake_quant, integer_weights, static
 from kdcli.stages.quantize import nearest as rounds
@@ -105,11 +106,12 @@ def _trained(context: Context, plan: QuantizePlan) -> set[str]:
     checkpoint = context.checkpoint
     if getattr(plan.module, "ACTIVATIONS", False):
         return set(plan.matrices)
-    if checkpoint.model_type in FAMILIES:
+    if families.is_encoder(checkpoint.model_type):
         inside = f"{checkpoint.family.layers}."
         names = {name for name in plan.matrices if name.startswith(inside)}
     else:
-        names = {name for name in plan.matrices if name != "classifier"}
+        last = classifier(checkpoint.model, families.find(checkpoint.model_type))
+        names = {name for name, layer in plan.matrices.items() if layer is not last}
     if plan.config.tables:
         model: Any = checkpoint.model
         token = model.get_input_embeddings()

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdcli import families
 from kdcli.context import Context
+from kdcli.families.modules import SmoothLinear
+from kdcli.families.stack import encoder_layers
 from kdcli.models import transforms
-from kdcli.models.families import FAMILIES, encoder_layers
-from kdcli.models.layers import SmoothLinear
 from kdcli.models.transforms import Smooth
 from kdcli.stages.quantize.observed import observe
 from kdcli.stages.quantize.plan import QuantizePlan
@@ -92,7 +93,7 @@ def _fold_into_values(
 ) -> set[str]:
     """Divide rows of value projections by the factors of the attention outputs behind them; who was folded."""
     checkpoint = context.checkpoint
-    if checkpoint.model_type not in FAMILIES:
+    if not families.is_encoder(checkpoint.model_type):
         return set()
     names = {id(module): name for name, module in checkpoint.model.named_modules()}
     folded = set()

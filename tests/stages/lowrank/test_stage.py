@@ -11,10 +11,10 @@ import torch
 from kdcli import memory, processes
 from kdcli.context import Context
 from kdcli.errors import UsageError
+from kdcli.families.modules import LowRankEmbedding, LowRankLinear
+from kdcli.families.stack import encoder_linears
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import mapped, transforms
-from kdcli.models.families import encoder_linears
-from kdcli.models.layers import LowRankEmbedding, LowRankLinear
 from kdcli.models.transforms import Cut, Factorise, Layers, Width
 from kdcli.probe import rows as calibration
 from kdcli.probe import speedup

@@ -18,10 +18,10 @@ from kdcli.context import Context
 from kdcli.errors import UsageError
 from kdcli.export import fusion, sessions
 from kdcli.export import onnx as exporter
+from kdcli.families.modules import SmoothLinear
 from kdcli.inputs.feeding import model_inputs
 from kdcli.models import activations, transforms
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models.layers import SmoothLinear
 from kdcli.models.transforms import Cut
 from kdcli.request import QuantizeOptions
 from kdcli.stages.quantize import plan as plans

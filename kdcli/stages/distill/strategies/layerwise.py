@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdcli import cache
+from kdcli import cache, families
 from kdcli.context import Applied, Context
 from kdcli.errors import UsageError
+from kdcli.families.stack import encoder_layers
 from kdcli.inputs import batching, text
 from kdcli.inputs.feeding import accepted, model_inputs
 from kdcli.inputs.text import Encoded
 from kdcli.models import ensemble
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.families import FAMILIES, encoder_layers
 from kdcli.models.students import Student
 from kdcli.models.transforms import TransformLog
 from kdcli.stages.distill import control, fitting, lesson
@@ -100,10 +100,10 @@ def mean_of(states: Tensor, mask: Tensor) -> Tensor:
 def run(context: Context, plan: DistillPlan) -> Applied:
     """Tune the layers, train their students, mix them; the report has the accuracy of each."""
     teacher = context.checkpoint
-    if teacher.model_type not in FAMILIES:
+    if not families.is_encoder(teacher.model_type):
         raise UsageError(f"strategy 'layerwise' needs encoder layers, a '{teacher.model_type}' shows none")
     made = students.make(context, plan, teacher, plan.options.student)
-    if made.checkpoint.model_type not in FAMILIES or made.checkpoint.log.transforms:
+    if not families.is_encoder(made.checkpoint.model_type) or made.checkpoint.log.transforms:
         raise UsageError(
             "strategy 'layerwise' makes ensembles of plain encoders only", "such as --student tiny"
         )

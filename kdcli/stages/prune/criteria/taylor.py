@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from kdcli.families.layer import Layer
 from kdcli.inputs.feeding import Labelled
-from kdcli.models.families import Layer
 from kdcli.stages.prune.budget import search
 from kdcli.stages.prune.criterion import Found, UnitJob, Units
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from kdcli.models import families
+from kdcli.families import stack
 from kdcli.stages.prune.criteria import layer_kl
 from kdcli.stages.prune.criterion import LayerJob
 from tests import tiny
@@ -31,7 +31,7 @@ def batches(made, count: int = 3, extra: int = 0):
 
 
 def job_of(made, remove: float, prices=None, extra: int = 0) -> LayerJob:
-    layers = families.encoder_layers(made.model, made.family)
+    layers = stack.encoder_layers(made.model, made.family)
     prices = np.ones(len(layers)) if prices is None else np.array(prices, dtype=float)
     return LayerJob(made.model, made.family, prices, remove, batches(made, extra=extra))
 
@@ -46,7 +46,7 @@ def reference(made, kept: list[int], job: LayerJob) -> float:
     dense = probabilities()
     hooks = [
         layer.module.register_forward_hook(lambda _, args, output: args[0])
-        for layer in families.encoder_layers(made.model, made.family)
+        for layer in stack.encoder_layers(made.model, made.family)
         if layer.index not in kept
     ]
     sparse = probabilities()
@@ -84,7 +84,7 @@ def test_layers_go_greedily_and_the_trace_says_why() -> None:
 
 def test_a_layer_that_does_nothing_goes_first_and_costs_nothing() -> None:
     made = tiny.checkpoint(layers=3)
-    layer = families.encoder_layers(made.model, made.family)[1]
+    layer = stack.encoder_layers(made.model, made.family)[1]
     with torch.no_grad():  # norm(x) of what is normalised already is x
         for module in (layer.attention_output, layer.ffn_out):
             module.weight.zero_()
@@ -92,7 +92,7 @@ def test_a_layer_that_does_nothing_goes_first_and_costs_nothing() -> None:
         for norm in (
             layer.attention_norm,
             layer.ffn_norm,
-            families.encoder_layers(made.model, made.family)[0].ffn_norm,
+            stack.encoder_layers(made.model, made.family)[0].ffn_norm,
         ):
             norm.weight.fill_(1.0)
             norm.bias.zero_()
