@@ -35,6 +35,7 @@ LEVEL = {
     "timing": 0,
     "processes": 0,
     "interrupts": -1,
+    "input_names": -1,
     "errors": -2,
 }
 

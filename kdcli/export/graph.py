@@ -11,11 +11,11 @@ import numpy as np
 import onnxruntime
 import torch
 
-from kdcli import __version__, cache
+from kdcli import __version__, cache, families
 from kdcli.errors import InputError, ParityError, first_line
 from kdcli.export import files, fusion, onnx, own_graph, parity, runtimes, sessions
 from kdcli.export.fusion import Fusion
-from kdcli.inputs import batching, sampling
+from kdcli.inputs import batching, kinds, sampling
 from kdcli.inputs.feeding import model_inputs, torch_runner
 from kdcli.inputs.text import Encoded
 from kdcli.models import activations
@@ -95,7 +95,7 @@ def build(
     warnings: list[Warning_] = []
     try:
         with timings.phase("export"):
-            example = onnx.example(
+            example = kinds.of(names).example(
                 int(checkpoint.config.vocab_size), names, checkpoint.device, tokens=checkpoint.max_length
             )
             with activations.paused(checkpoint.model):
@@ -116,7 +116,10 @@ def build(
         with timings.phase("fusion"):
             counts = {}
             if attention != "none":
-                counts = fusion.fuse(plain, fused, embeddings=rewrite is None, attention=attention)
+                family = families.find(checkpoint.model_type)
+                counts = fusion.fuse(
+                    plain, fused, embeddings=rewrite is None, attention=attention, family=family
+                )
         with timings.phase("parity"):
             try:
                 fused_result = _check(reference, fused, batches, threads) if counts else None

@@ -12,7 +12,6 @@ from kdcli.families.family import Encoder, FirstToken
 
 FAMILY = Encoder(
     name="bert",
-    base="bert",
     layers="bert.encoder.layer",
     embeddings="bert.embeddings",
     attention="attention.self",
@@ -40,7 +39,6 @@ def relative(name: str, reader: str) -> Encoder:
     return replace(
         FAMILY,
         name=name,
-        base=name,
         layers=f"{name}.encoder.layer",
         embeddings=f"{name}.embeddings",
         reader=reader,

@@ -11,7 +11,6 @@ from kdcli.families.family import ConfigKeys, Encoder
 FAMILY = Encoder(
     name="distilbert",
     keys=ConfigKeys(hidden="dim", layers="n_layers", heads="n_heads", neurons="hidden_dim"),
-    base="distilbert",
     layers="distilbert.transformer.layer",
     embeddings="distilbert.embeddings",
     attention="attention",

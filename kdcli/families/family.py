@@ -82,7 +82,6 @@ class Encoder(Family):
     parts of a layer to the layer. Every sub-layer adds to the residual stream and normalises behind it.
     """
 
-    base: str
     layers: str
     #: What looks up the tokens, their positions and their segments: one table each, added up.
     embeddings: str

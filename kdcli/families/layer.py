@@ -209,7 +209,7 @@ def _bias_hook() -> Callable[..., tuple[tuple[object, ...], dict[str, object]]]:
     def hook(
         module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]]:
-        # (hidden_states, attention_mask, position_bias): the third, by place or by name.
+        # (hidden states, mask, position_bias): the third, by place or by name.
         heads: Any = module.kdcli_heads
         if len(args) > 2 and isinstance(args[2], Tensor):
             args = (*args[:2], args[2][:, heads], *args[3:])

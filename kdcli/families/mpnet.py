@@ -11,7 +11,6 @@ from kdcli.families.family import Encoder
 FAMILY = Encoder(
     name="mpnet",
     positions_after_padding=True,
-    base="mpnet",
     layers="mpnet.encoder.layer",
     embeddings="mpnet.embeddings",
     attention="attention.attn",

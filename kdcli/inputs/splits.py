@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from kdcli.data import labels as label_names
 from kdcli.data.sources import Dataset
-from kdcli.inputs import text
+from kdcli.inputs import kinds
 from kdcli.inputs.text import Encoded
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
@@ -30,7 +30,8 @@ class Splits(Mapping[str, Encoded]):
     def __getitem__(self, split: str) -> Encoded:
         if split not in self._made:
             made, rows = self._checkpoint, self._dataset.splits[split]
-            encoded = text.encode(rows, made.tokenizer, made.max_length, self._index, split)
+            kind = kinds.of(made.tokenizer.model_input_names)
+            encoded = kind.encode(rows, made.tokenizer, made.max_length, self._index, split)
             if encoded.cut:
                 what = f"{encoded.cut} of {len(rows)} rows of {split}"
                 self._progress.note(f"{what} are longer than {made.max_length} tokens: they are cut there")

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from kdcli import families
 from kdcli.errors import InputError
+from kdcli.input_names import IDS
 
 MOST = 48  # members: as many as a teacher may have layers
 
@@ -49,7 +50,7 @@ class EnsembleForSequenceClassification(PreTrainedModel):
     """
 
     config_class = EnsembleConfig
-    main_input_name = "input_ids"
+    main_input_name = IDS
     base_model_prefix = "ensemble"
 
     def __init__(self, config: EnsembleConfig) -> None:

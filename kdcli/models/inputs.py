@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdcli.errors import InputError
 from kdcli.families import positions
+from kdcli.input_names import IDS, MASK
 from kdcli.models.safety import show
 
 # More positions than anybody classifies; a tokenizer without a limit says 1e30.
@@ -84,15 +85,13 @@ def must_pad_left(model: nn.Module, tokenizer: Any) -> bool:
 def padding_difference(model: nn.Module, tokenizer: Any, *, left: bool) -> float:
     """How much a logit changes at most when a text of a few tokens is padded with three more."""
     size = int(getattr(model.config, "vocab_size", 0) or 0)
-    ids = [i for i in tokenizer("a b c")["input_ids"] if not size or i < size] or [0]
+    ids = [i for i in tokenizer("a b c")[IDS] if not size or i < size] or [0]
     device = next(model.parameters()).device
     fill, pad = [padding(model, tokenizer, left=left)] * 3, [0] * 3
 
     def answer(tokens: list[int], mask: list[int]) -> Tensor:
-        logits: Tensor = model(
-            input_ids=torch.tensor([tokens], device=device),
-            attention_mask=torch.tensor([mask], device=device),
-        ).logits
+        given = {IDS: tokens, MASK: mask}
+        logits: Tensor = model(**{k: torch.tensor([v], device=device) for k, v in given.items()}).logits
         return logits.float()
 
     alone, ones = answer(ids, [1] * len(ids)), [1] * len(ids)

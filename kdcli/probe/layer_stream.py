@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kdcli.families.family import Encoder
 from kdcli.families.layer import Layer
+from kdcli.inputs import kinds
 from kdcli.inputs.feeding import Labelled
 from kdcli.probe import definite
 from kdcli.probe.from_layer import starting_at
@@ -92,7 +93,7 @@ class Stream:
     ):
         self.model, self.family, self.layers = model, family, list(layers)
         self.states: list[Tensor] = []
-        self.masks = [inputs["attention_mask"].bool() for inputs, _ in batches]
+        self.masks = [kinds.mask(inputs).bool() for inputs, _ in batches]
         self._inputs = [inputs for inputs, _ in batches]
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         hook = layers[0].module.register_forward_pre_hook(self._keep, with_kwargs=True)

@@ -22,7 +22,7 @@ from kdcli import cache, families
 from kdcli.families.layer import Layer
 from kdcli.families.stack import encoder_layers
 from kdcli.inputs import batching, text
-from kdcli.inputs.feeding import model_inputs
+from kdcli.inputs.feeding import model_inputs, real
 from kdcli.inputs.text import Encoded
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
@@ -188,7 +188,7 @@ class TeacherSignals:
             for rows in batches:
                 collated = batching.collate(encoded, rows, self.teacher.pad_id)
                 run_cut(model, model_inputs(model, collated, self.device))
-                mask = torch.from_numpy(collated["attention_mask"]).to(self.device).bool()
+                mask = real(collated, self.device)
                 found = capture.signals(mask.new_zeros(()), mask)
                 for layer, state in found.hidden.items():
                     states[layer][encoded.positions(rows)] = state[mask].half().cpu().numpy()

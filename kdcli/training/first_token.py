@@ -18,6 +18,7 @@ from kdcli import families
 from kdcli.families.family import FirstToken
 from kdcli.families.layer import Layer
 from kdcli.families.stack import encoder_layers
+from kdcli.input_names import MASK
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.training.terms import Needs
 
@@ -60,10 +61,11 @@ def _forward(layer: Layer, parts: FirstToken) -> Any:
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, layer.head_size)).transpose(1, 2)
 
-    def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map (B, T, D) to the state of the first token, (B, 1, D)."""
         first = hidden_states[:, :1]
-        mask = None if attention_mask is None else attention_mask[:, :, :1]
+        whole = args[0] if args else kwargs.get(MASK)  # (B, 1, T, T), as a layer gets it
+        mask = None if whole is None else whole[:, :, :1]
         dropped = dropout.p if module.training else 0.0
         mixed = F.scaled_dot_product_attention(
             heads(layer.query(first)),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.families.family import Encoder
+from kdcli.inputs import kinds
 from kdcli.probe.moments import Moments, watching
 from kdcli.stages.lowrank import factors
 from kdcli.stages.lowrank.factor_units import Unit, install
@@ -32,7 +33,7 @@ class Sample:
 
     def of(self, unit: Unit) -> tuple[Tensor, Tensor | None]:
         """Which tokens count for a unit, (B, T) bool, and how much each of them does."""
-        real = self.inputs["attention_mask"].bool()
+        real = kinds.mask(self.inputs).bool()
         parts = [self.weights[m] for m in unit.members if m in self.weights]
         if not parts:
             return real, None
@@ -126,7 +127,7 @@ def collect(
         model: Dense, in eval mode; what is done to a layer that was given does not matter any more.
         family: Of the model.
         units: By name; tables are left out, their statistics are the tokens' own.
-        samples: Calibration rows; tokens whose ``attention_mask`` (B, T) is 0 do not count.
+        samples: Calibration rows; padding does not count.
         magnitudes: Whether the mean of |x| (I,) over the tokens is wanted.
         done: Called after every layer.
 

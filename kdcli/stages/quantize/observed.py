@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdcli.context import Context
 from kdcli.families.modules import SmoothLinear
+from kdcli.inputs import kinds
 from kdcli.inputs.feeding import model_inputs
 from kdcli.stages.quantize import integer_weights
 
@@ -66,7 +67,7 @@ def observe(
             for batch in integer_weights.calibration_batches(context, rows):
                 model(**model_inputs(model, batch, context.device))
                 added.clear()
-                task.advance(len(batch["input_ids"]))
+                task.advance(kinds.size(batch))
     finally:
         for handle in handles:
             handle.remove()

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from kdcli.families import stack
 from kdcli.families.family import Encoder
 from kdcli.families.modules import LowRankLinear, Projection
+from kdcli.inputs import kinds
 from kdcli.models import transforms
 from kdcli.models.transforms import Width
 from kdcli.probe import definite
@@ -213,7 +214,7 @@ def _watch(
     """Run the sample and show ``take`` the inputs and outputs (N, D) of every writer at real tokens."""
     with torch.no_grad():
         for inputs, _ in job.batches:
-            mask = inputs["attention_mask"].bool()
+            mask = kinds.mask(inputs).bool()
             with _hooks(places, mask, take):
                 job.model(**inputs)
             advance()
