@@ -116,9 +116,12 @@ def build(
         with timings.phase("fusion"):
             counts = {}
             if attention != "none":
-                family = families.find(checkpoint.model_type)
                 counts = fusion.fuse(
-                    plain, fused, embeddings=rewrite is None, attention=attention, family=family
+                    plain,
+                    fused,
+                    embeddings=rewrite is None,
+                    attention=attention,
+                    optimiser=families.presumed(checkpoint.model_type).optimiser,
                 )
         with timings.phase("parity"):
             try:

@@ -30,6 +30,11 @@ def find(model_type: str) -> Family | None:
     return every().get(model_type)
 
 
+def presumed(model_type: str) -> Family:
+    """The family of a ``model_type``; of an architecture that kdcli does not know, what most of them have in common."""
+    return find(model_type) or Family(name=model_type)
+
+
 def encoders() -> dict[str, Encoder]:
     """The families that are stacks of layers with heads and neurons."""
     return {name: family for name, family in every().items() if isinstance(family, Encoder)}

@@ -42,7 +42,7 @@ class Family:
     name: str
     keys: ConfigKeys = field(default_factory=ConfigKeys)
     #: The linear layer that gives the logits.
-    classifier: str = "classifier"
+    logits: str = "classifier"
     #: Segments where ``config.json`` has no ``type_vocab_size``; None: there is no table, and any id will do.
     segments: int | None = None
     #: The position of a token counts from the padding's id on, so the tables keep the rows up to that.

@@ -115,15 +115,9 @@ def head_linears(model: nn.Module, family: Encoder) -> dict[str, nn.Linear]:
     }
 
 
-def classifier(model: nn.Module, family: Family | None = None) -> nn.Linear | None:
-    """The linear layer that gives the logits of a model that is no stack of layers; None where it has none.
-
-    Args:
-        model: Any; of an architecture that kdcli does not know it is looked for under the usual name.
-        family: Of the model.
-    """
-    path = Family.classifier if family is None else family.classifier
-    found = model.get_submodule(path) if _has(model, path) else None
+def logits_layer(model: nn.Module, family: Family) -> nn.Linear | None:
+    """The linear layer that gives the logits; None where that is no linear layer, or has another name."""
+    found = model.get_submodule(family.logits) if _has(model, family.logits) else None
     return found if isinstance(found, nn.Linear) else None
 
 

@@ -37,8 +37,7 @@ def accepted(model: nn.Module) -> frozenset[str]:
     # A model with one segment or none would look segment ids up in a table that is too small. One that does not say
     # how many it has (XLNet) has no table of them.
     config: Any = model.config
-    family = families.find(str(config.model_type))
-    segments = getattr(config, "type_vocab_size", None if family is None else family.segments)
+    segments = getattr(config, "type_vocab_size", families.presumed(str(config.model_type)).segments)
     return names if segments is None or int(segments or 0) >= 2 else names - {SEGMENTS}
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from kdcli import families
 from kdcli.errors import InputError
-from kdcli.families.family import encoder_weights
 
 MAX_JSON = 10 * 2**20  # bytes
 MAX_HEADER = 16 * 2**20  # bytes; a BERT has 25 kB
@@ -355,9 +354,8 @@ def _described(config: dict[str, Any]) -> int:
 
     sizes = {role: size(*families.spellings(role)) for role in ("hidden", "layers", "neurons")}
     rows = size("vocab_size") + size("max_position_embeddings") + len(config.get("id2label") or ())
-    family = families.find(config["model_type"])
-    weights = encoder_weights if family is None else family.weights
-    return sizes["hidden"] * (rows + size("num_labels")) + weights(sizes, config)
+    weights = families.presumed(config["model_type"]).weights(sizes, config)
+    return sizes["hidden"] * (rows + size("num_labels")) + weights
 
 
 def _check_no_code(config: dict[str, Any], path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdcli import families
 from kdcli.errors import InputError, KdcliError, UsageError, did_you_mean
-from kdcli.families import bert, stack
+from kdcli.families import bert, ensemble, stack
 from kdcli.families import positions as positions_of
 from kdcli.families.family import Encoder
 from kdcli.models import inits, transforms
@@ -133,7 +133,7 @@ def _own(
         ) from error
     student = load(path, labels=labels)
     _same_vocabulary(student, teacher, str(path))
-    if student.model_type == "kdcli-ensemble":
+    if student.model_type == ensemble.FAMILY.name:
         raise InputError(
             f"{path} is an ensemble, which can teach but not be a student", "name a student such as tiny"
         )
@@ -218,7 +218,8 @@ def _new_head(student: Checkpoint, labels: Sequence[str]) -> None:
     if base := model.base_model_prefix:
         getattr(model, base).load_state_dict(getattr(student.model, base).state_dict())
     else:
-        state = {k: v for k, v in student.model.state_dict().items() if not k.startswith("classifier.")}
+        head = f"{families.presumed(student.model_type).logits}."
+        state = {k: v for k, v in student.model.state_dict().items() if not k.startswith(head)}
         model.load_state_dict(state, strict=False)
     student.model, student.labels, student.has_head = model.eval(), list(labels), False
 

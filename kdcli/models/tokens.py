@@ -77,8 +77,7 @@ class Vocabulary:
         for index in _token_ids(config).values():
             if 0 <= index < len(kept):
                 kept[index] = True
-        family = families.find(str(config.model_type))
-        if family is not None and family.positions_after_padding:
+        if families.presumed(str(config.model_type)).positions_after_padding:
             kept[: int(config.pad_token_id) + 1] = True
         return kept & np.array([token is not None for token in self.tokens])
 

@@ -27,7 +27,7 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
     config: Any = checkpoint.config
     classes = len(checkpoint.labels)
     if not families.is_encoder(checkpoint.model_type):
-        head = _classifier(checkpoint)
+        head = _logits_layer(checkpoint)
         pooled = 0 if head is None else head.in_features
         return Shape(0, int(getattr(config, "hidden_size", 0) or 0), 0, classes, pooled)
     layers = encoder_layers(checkpoint.model, checkpoint.family)
@@ -35,8 +35,8 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
     return Shape(len(layers), hidden, int(config.num_attention_heads), classes, hidden)
 
 
-def _classifier(checkpoint: Checkpoint) -> nn.Linear | None:
-    return stack.classifier(checkpoint.model, families.find(checkpoint.model_type))
+def _logits_layer(checkpoint: Checkpoint) -> nn.Linear | None:
+    return stack.logits_layer(checkpoint.model, families.presumed(checkpoint.model_type))
 
 
 def check_layers(layers: Sequence[Layer], needs: Needs) -> None:
@@ -83,7 +83,7 @@ class Capture:
             return
         if families.is_encoder(checkpoint.model_type):
             self._hook_layers(encoder_layers(checkpoint.model, checkpoint.family), cut)
-        elif needs.hidden or needs.attention or (head := _classifier(checkpoint)) is None:
+        elif needs.hidden or needs.attention or (head := _logits_layer(checkpoint)) is None:
             raise UsageError(
                 f"a model of type '{checkpoint.model_type}' shows no encoder layers to compare",
                 "use a response method, or 'pooled' and the relation methods where the model has a classifier",

@@ -66,9 +66,9 @@ def fit_options(context: Context, plan: DistillPlan, made: students.Student, row
 
 def default_rate(made: students.Student) -> float:
     """Peak learning rate of AdamW by kind and width; trained weights want a gentler one."""
-    family = families.find(made.checkpoint.model_type)
-    if family is not None and family.rate is not None:
-        return family.rate
+    own = families.presumed(made.checkpoint.model_type).rate
+    if own is not None:
+        return own
     hidden = int(made.checkpoint.config.hidden_size)
     rate = 2e-3 if hidden <= 128 else 1e-3 if hidden <= 256 else 4e-4 if hidden <= 512 else 2e-4
     return rate / 2 if made.init in ("hub", "checkpoint") else rate

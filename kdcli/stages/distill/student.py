@@ -143,8 +143,7 @@ def set_dropout(student: Checkpoint, rate: float | None) -> None:
     By default it is what the family says.
     """
     if rate is None:
-        family = families.find(student.model_type)
-        rate = 0.0 if family is None else family.dropout
+        rate = families.presumed(student.model_type).dropout
     for module in student.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = rate

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kdcli import families
 from kdcli.context import Applied, Context
 from kdcli.errors import UsageError
-from kdcli.families.stack import classifier
+from kdcli.families.stack import logits_layer
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.integers import Integers
 from kdcli.stages.quantize import fake_quant, integer_weights, static
@@ -110,7 +110,7 @@ def _trained(context: Context, plan: QuantizePlan) -> set[str]:
         inside = f"{checkpoint.family.layers}."
         names = {name for name in plan.matrices if name.startswith(inside)}
     else:
-        last = classifier(checkpoint.model, families.find(checkpoint.model_type))
+        last = logits_layer(checkpoint.model, families.presumed(checkpoint.model_type))
         names = {name for name, layer in plan.matrices.items() if layer is not last}
     if plan.config.tables:
         model: Any = checkpoint.model
