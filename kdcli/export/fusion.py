@@ -42,7 +42,7 @@ def fuse(
     *,
     embeddings: bool = True,
     attention: Fusion = "packed",
-    optimiser: str = Family.optimiser,
+    fused_as: str = Family.fused_as,
 ) -> dict[str, int]:
     """Write ``source`` with attention, layer norms and GELUs as single operators of onnxruntime.
 
@@ -51,7 +51,7 @@ def fuse(
         target: Where the fused graph goes; it runs in onnxruntime only.
         embeddings: Also fuse the embedding layer (an operator that cannot hold per-row scales).
         attention: Whether query, key and value become part of the attention operator.
-        optimiser: What onnxruntime's optimiser shall look for, as the family of the model says.
+        fused_as: The model type whose fusions are tried, as the family of the model says.
 
     Returns:
         How often each fused operator occurs, zeros left out.
@@ -70,12 +70,12 @@ def fuse(
             model = _put_aside(source, folder)
             stack.enter_context(contextlib.chdir(folder))  # where references to external data start
         make_head_counts_explicit(model.graph)
-        options = FusionOptions(optimiser)
+        options = FusionOptions(fused_as)
         options.enable_embed_layer_norm = embeddings
         options.use_multi_head_attention = attention == "separate"
         # opt_level 0: no session is made here; onnxruntime does its own constant folding when it loads.
         optimised = optimizer.optimize_model(
-            model, model_type=optimiser, num_heads=0, hidden_size=0, opt_level=0, optimization_options=options
+            model, model_type=fused_as, num_heads=0, hidden_size=0, opt_level=0, optimization_options=options
         )
         if attentions.fuse(optimised.model.graph):
             optimised.prune_graph()

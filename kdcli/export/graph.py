@@ -121,7 +121,7 @@ def build(
                     fused,
                     embeddings=rewrite is None,
                     attention=attention,
-                    optimiser=families.presumed(checkpoint.model_type).optimiser,
+                    fused_as=families.presumed(checkpoint.model_type).fused_as,
                 )
         with timings.phase("parity"):
             try:

@@ -52,8 +52,8 @@ class Family:
     dropout: float = 0.0
     #: Peak learning rate of a student that starts from nothing; None: it goes by the width.
     rate: float | None = None
-    #: Which fusions of onnxruntime's optimiser fit its graph.
-    optimiser: str = "bert"
+    #: The model type whose fusions onnxruntime's optimiser shall try.
+    fused_as: str = "bert"
     #: Weights between tables and head, from sizes (0 where there is none) and the whole configuration.
     weights: Callable[[Mapping[str, int], Mapping[str, Any]], int] = encoder_weights
     #: What else than "--student static-64" makes one smaller that has no matrices to take out; None: it may have some.

@@ -21,12 +21,11 @@ if TYPE_CHECKING:
     from kdcli.data.readers import Rows
     from kdcli.inputs.text import Encoded
 
-Batch = Mapping[str, Any]
 Array = TypeVar("Array", np.ndarray, "Tensor")
 
 
 class Inputs(Protocol):
-    """One kind of inputs. Units are what a row has more or fewer of and what its time goes by: tokens of a text."""
+    """One kind of inputs. T tokens are what a row has more or fewer of and what its time goes by."""
 
     @property
     def name(self) -> str:
@@ -50,7 +49,7 @@ class Inputs(Protocol):
 
     @property
     def masking(self) -> str | None:
-        """The name that says which units are real; graphs may want it in another type."""
+        """The name that says which tokens are real; graphs may want it in another type."""
         ...
 
     @property
@@ -66,7 +65,7 @@ class Inputs(Protocol):
         Args:
             rows: N of them.
             tokenizer: The checkpoint's.
-            longest: Units that a row may have; what is over is cut.
+            longest: Tokens that a row may have; what is over is cut.
             label_index: Label name -> index; None leaves the labels out.
             title: What the rows are called in a message.
 
@@ -76,11 +75,11 @@ class Inputs(Protocol):
         ...
 
     def mask(self, batch: Mapping[str, Array]) -> Array:
-        """(B, units): 1 where a unit is real."""
+        """(B, T), 1 where a token is real and 0 where it is padding."""
         ...
 
-    def shape(self, batch: Batch) -> tuple[int, int]:
-        """B, and units of a row, padding included."""
+    def shape(self, batch: Mapping[str, Any]) -> tuple[int, int]:
+        """B and T, padding included."""
         ...
 
     def filled(self, batch: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -96,12 +95,12 @@ class Inputs(Protocol):
             vocabulary: Different values that an id may have.
             names: What the model takes.
             device: Where the tensors go.
-            tokens: Units that a row may have at most.
+            tokens: That a row may have at most.
         """
         ...
 
     def row(self, config: Any, tokens: int, device: torch.device | str) -> dict[str, Tensor]:
-        """One row that a model of this configuration answers, of so many units and no padding."""
+        """One row that a model of this configuration answers, of so many tokens and no padding."""
         ...
 
 
@@ -123,20 +122,20 @@ def of(names: Iterable[str]) -> Inputs:
 
 
 def mask(batch: Mapping[str, Array]) -> Array:
-    """(B, units), 1 where a unit of a row is real and 0 where it is padding."""
+    """(B, T), 1 where a token of a row is real and 0 where it is padding."""
     return of(batch).mask(batch)
 
 
-def shape(batch: Batch) -> tuple[int, int]:
-    """B, and units of a row, padding included."""
+def shape(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """B and T, padding included."""
     return of(batch).shape(batch)
 
 
-def size(batch: Batch) -> int:
+def size(batch: Mapping[str, Any]) -> int:
     """B, the rows of a batch."""
     return shape(batch)[0]
 
 
-def units(batch: Batch) -> float:
-    """Real units of all rows together."""
+def tokens(batch: Mapping[str, Any]) -> float:
+    """Real tokens of all rows together."""
     return float(mask(batch).sum())

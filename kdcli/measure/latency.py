@@ -52,7 +52,7 @@ def collect(
     """Time ``run`` on real batches of one size, as :func:`times` does; their lengths are the data's own."""
     found = times(run, batches, warmup=warmup, min_runs=min_runs, max_runs=max_runs, max_seconds=max_seconds)
     size = kinds.size(batches[0])
-    tokens = np.array([kinds.units(batch) / size for batch in batches])
+    tokens = np.array([kinds.tokens(batch) / size for batch in batches])
     return Samples(size, found, tokens[np.arange(len(found)) % len(batches)])
 
 

@@ -180,7 +180,7 @@ def _graph(model: Any, path: Path) -> Path:
     device, config = next(model.parameters()).device, model.config
     plain = path.with_suffix(".plain")
     onnx.export(model, TEXT.example(_pad(model) + 1 + _WORDS, names, device), plain)
-    if fusion.fuse(plain, path, optimiser=families.presumed(str(config.model_type)).optimiser):
+    if fusion.fuse(plain, path, fused_as=families.presumed(str(config.model_type)).fused_as):
         plain.unlink()
     else:
         plain.replace(path)

@@ -95,11 +95,10 @@ def test_a_blank_one_has_the_sizes_that_were_asked_for(family: str) -> None:
     assert isinstance(stack.entrance(model, own), nn.LayerNorm)  # embeddings as wide as the layers
 
 
-@pytest.mark.parametrize("name", families.every())
+# An ensemble's members say it.
+@pytest.mark.parametrize("name", sorted(set(families.every()) - {"kdcli-ensemble"}))
 def test_weights_are_those_of_a_model_that_is_built(name: str) -> None:
     """``inspect`` and the safety check tell a model's size from its configuration alone."""
-    if name == "kdcli-ensemble":
-        pytest.skip("its members say it")
     family = families.every()[name]
     own = family.sizes(2, 16, 2) if isinstance(family, Encoder) else {"hidden_size": 16}
     config = AutoConfig.for_model(name, **own, vocab_size=30, max_position_embeddings=20, num_labels=3)

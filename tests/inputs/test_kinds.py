@@ -24,11 +24,11 @@ def test_a_batch_tells_its_rows_its_shape_and_its_real_tokens() -> None:
     batch = collated()
     real = [2 + 2, 9 + 2]  # words, and the special tokens around them
     assert kinds.of(batch) is TEXT
-    assert (kinds.size(batch), kinds.shape(batch), kinds.units(batch)) == (2, (2, max(real)), sum(real))
+    assert (kinds.size(batch), kinds.shape(batch), kinds.tokens(batch)) == (2, (2, max(real)), sum(real))
     assert kinds.mask(batch).sum(1).tolist() == real
     tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
     assert kinds.shape(tensors) == (2, 11)
-    assert kinds.units(tensors) == 15.0
+    assert kinds.tokens(tensors) == 15.0
     assert torch.equal(feeding.real(batch, "cpu"), kinds.mask(tensors).bool())
 
 
