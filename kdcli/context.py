@@ -1,11 +1,11 @@
-"""What the runner hands to a stage, and what it gets back."""
+"""What a stage is: what it is given, and what it gives back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from kdcli.progress import Progress
 from kdcli.report.schema import Method, Warning_
@@ -33,14 +33,6 @@ class Context:
     seed: int
     progress: Progress
     resume_dir: Path  # where a resume point of a training goes
-    #: distill: how its teacher was prepared.
-    teacher_detail: dict[str, Any] = field(default_factory=dict)
-    #: distill: references of teachers that had a head for the task already.
-    teacher_came_trained: list[str] = field(default_factory=list)
-    #: distill: teachers after the first.
-    more_teachers: list[Checkpoint] = field(default_factory=list)
-    #: distill: a student that was trained together with its teacher, before that one is measured.
-    prepared: Any = None
     #: The ONNX form of the input, once it has been measured.
     input_graph: Path | None = None
 
@@ -62,3 +54,19 @@ class Applied:
     #: The rewritten graph rounds no activation, so its logits must be those of the checkpoint.
     exact: bool = False
     warnings: list[Warning_] = field(default_factory=list)
+
+
+Plan = TypeVar("Plan")
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Plan]):
+    """One stage that makes a model, as ``stages/<name>/stage.py`` declares it in ``STAGE``.
+
+    Both are called once: ``prepare`` before the input is measured, ``apply`` after it with what ``prepare`` gave.
+    """
+
+    #: Refuses bad options and models, does what has to happen before the input is measured, and makes the plan.
+    prepare: Callable[[Context], Plan]
+    #: Works on the model of the context in place.
+    apply: Callable[[Context, Plan], Applied]

@@ -75,11 +75,13 @@ def execute(
         else:
             from kdcli.run import preflight
 
-            preflight.check(request)  # a model that is not here, a taken output: said before torch is loaded
+            found = preflight.check(
+                request
+            )  # a model that is not here, a taken output: said before torch is loaded
             with cached(console):
                 from kdcli.run import life
 
-                outcome = life.run(request, console)
+                outcome = life.run(request, console, found)
             if outcome is None:  # another process of this run speaks
                 return
             interrupts.check()  # a run that was told to stop prints no path

@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -286,13 +287,26 @@ def save(
 
 
 def weights_digest(path: Path) -> str:
-    """sha256 over what decides a checkpoint's answers: configuration, log, weights, and any tokenizer's files."""
+    """sha256 over what decides a checkpoint's answers: configuration, log, weights, and any tokenizer's files.
+
+    Computed once for the files as they are: their sizes and times of change are looked at, not their content.
+    """
+    deciding = [
+        file
+        for file in sorted(path.iterdir())
+        if file.suffix in _DECIDING and file.name not in _TELLING and file.is_file()
+    ]
+    stats = [(file, file.stat()) for file in deciding]
+    return _digest(tuple((file, s.st_size, s.st_mtime_ns, s.st_ino) for file, s in stats))
+
+
+@lru_cache(maxsize=64)
+def _digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        if file.suffix in _DECIDING and file.name not in _TELLING and file.is_file():
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for file, *_ in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 

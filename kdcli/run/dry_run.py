@@ -122,7 +122,7 @@ def plan(request: Request, progress: Progress) -> DryRun:
         from kdcli.stages.prune import combined
         from kdcli.stages.prune import plan as pruning
 
-        if combined.is_chain(request):
+        if combined.is_combined(request):
             parts = combined.check(request)
             chosen, max_drop = "+".join(part.name for part in parts.parts), parts.max_drop
         else:

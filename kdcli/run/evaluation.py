@@ -1,91 +1,69 @@
-"""Evaluate: measure models on the same rows, compare, judge the gates, change nothing."""
+"""The life of ``evaluate``: measure models on the same rows, judge the gates, write what was asked for."""
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 
-from kdcli import __version__, devices
-from kdcli.data import recorded as recorded_data
-from kdcli.data.labels import printable
-from kdcli.errors import InputError, UsageError
-from kdcli.export import files, own_graph
-from kdcli.export import graph as graphs
-from kdcli.inputs import picked as picked_rows
-from kdcli.inputs import reading, splits
-from kdcli.measure import answers, comparison, environment, measurement
-from kdcli.models import graph_only, safety, tokenizers
-from kdcli.models.checkpoint import Checkpoint, quiet
+from kdcli import devices
+from kdcli.data.sources import Dataset
+from kdcli.errors import UsageError
+from kdcli.inputs.picked import Picked, pick
+from kdcli.measure import answers, measurement
 from kdcli.models.references import Resolved
-from kdcli.probe import soundness
 from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
-from kdcli.report.redact import redact
-from kdcli.report.schema import LineageEntry, Measurement, Method, ModelInfo, Report, Warning_
+from kdcli.report.schema import Method, Report
 from kdcli.request import EvaluateOptions, Request
-from kdcli.run import life, output, preflight
 from kdcli.run import lineage as lineages
-from kdcli.run.life import Outcome
+from kdcli.run import output, preflight, report_of
+from kdcli.run.outcome import Outcome
+from kdcli.stages.evaluate import stage
+from kdcli.stages.evaluate.stage import Candidate
 from kdcli.timing import Timings
 
-_OF_GRAPH = "quality and size here are those of the graph"
-_OF_TORCH = "quality here is that of the checkpoint, size that of the graph"
-RUNTIMES = {"onnx": ("onnx",), "torch": ("torch",), "both": ("onnx", "torch")}
 
-
-@dataclass
-class _Judged:
-    source: str
-    checkpoint: Checkpoint
-    timed: measurement.Timed
-    warnings: list[Warning_]
-    agreement: own_graph.Agreement | None  # of its own graph with the checkpoint beside it
-
-    @property
-    def measured(self) -> measurement.Measured:
-        return self.timed.measured
-
-    @property
-    def graph(self) -> Path | None:
-        return self.timed.graph
-
-
-def run(request: Request, progress: Progress) -> Outcome:
+def run(request: Request, found: Sequence[Resolved], out: Path | None, progress: Progress) -> Outcome:
     """Measure every model of the request and judge the gates on each.
 
     Without ``--baseline`` a model is compared with the first model of its lineage, as that one's report
     recorded it. With ``-o`` the (single) model is copied there with its ONNX export and the report.
+
+    Args:
+        request: What was asked for.
+        found: Its models; the baseline, where there is one, is the last.
+        out: The output directory, if one is wanted.
+        progress: Observer.
     """
     options = request.options
     assert isinstance(options, EvaluateOptions)
     timings = Timings()
-    found = preflight.check(request)
-    out = preflight.place(request, found)
     first = found[-1] if options.baseline is not None else None
     models = found[: len(found) - (first is not None)]
     devices.device_of(request.common.device)
     request = preflight.settle_data(request, models[0].path)
-    dataset = life.load_data(request, [one.path for one in found], progress)
-    picked = picked_rows.pick(dataset, options.split, request.common.limit)
+    dataset = preflight.told_data(request, [one.path for one in found], progress)
+    picked = pick(dataset, options.split, request.common.limit)
     baseline = None
     if first is not None:
         progress.phase(f"measure baseline {first.ref}")
-        baseline = _measure(request, options, first, dataset, picked, timings, progress)
-    ours: list[_Judged] = []
+        baseline = stage.measure(request, options, first, dataset, picked, timings, progress)
+    ours: list[Candidate] = []
     for model in models:
         progress.phase(f"measure {model.ref}")
-        ours.append(_measure(request, options, model, dataset, picked, timings, progress))
+        ours.append(stage.measure(request, options, model, dataset, picked, timings, progress))
     progress.phase("measure latency")
-    judges = [baseline, *ours] if baseline is not None else ours
+    everyone = [baseline, *ours] if baseline is not None else ours
     if dataset.ids:
-        _check_ids(judges)
-    everyone = [one.timed for one in judges]
-    measurement.time_together(everyone, _conditions(request, options, timings, progress))
+        stage.check_ids(everyone)
+    conditions = stage.conditions_of(request, options, timings, progress)
+    measurement.time_together([one.timed for one in everyone], conditions)
     reports = [_report(request, options, one, baseline, dataset, picked, timings) for one in ours]
     if out is not None:
-        reports = [_write(ours[0], reports[0], out, timings, force=request.common.force)]
+        with output.building(out, stage.bytes_of(ours[0]) + (64 << 20)) as work:
+            stage.copy(ours[0], work)
+            reports = [report_of.finish(reports[0], work, timings)]
+            output.publish(work, out, force=request.common.force)
     if options.html is not None:
         _write_text(options.html, html.page(reports))
     if options.junit is not None:
@@ -97,208 +75,51 @@ def run(request: Request, progress: Progress) -> Outcome:
     return Outcome(out or models[0].graph or models[0].path, _worst(reports), reports)
 
 
-def _measure(
-    request: Request,
-    options: EvaluateOptions,
-    found: Resolved,
-    dataset: life.Dataset,
-    picked: picked_rows.Picked,
-    timings: Timings,
-    progress: Progress,
-) -> _Judged:
-    device = devices.device_of(request.common.device)
-    devices.seed_everything(request.common.seed)
-    conditions = _conditions(request, options, timings, progress)
-    with timings.phase("load"):
-        loaded = own_graph.load(found, device=device)
-        checkpoint, warnings = loaded.checkpoint, list(loaded.warnings)
-        if not checkpoint.has_head:
-            raise InputError(f"'{found.ref}' has no classification head, so there is nothing to evaluate")
-        own_graph.check(loaded, RUNTIMES[options.runtime])
-        encoded = splits.Splits(dataset, checkpoint, progress)
-    split, rows = picked.split, picked.of(encoded)
-    weights = not graph_only.is_one(checkpoint)
-    warnings += reading.check_reading(checkpoint, dataset.splits[split], encoded[split], split)
-    warnings += reading.told(checkpoint, {split: encoded[split]})
-    if weights:
-        warnings += soundness.probe(checkpoint, encoded[split])
-    graph, agreed = loaded.graph, None
-    if graph is None:
-        optional = options.runtime == "torch" and request.common.out is None
-        graph, told = (graphs.of_teacher if optional else graphs.of_input)(
-            checkpoint, encoded[split], threads=conditions.threads, timings=timings, progress=progress
-        )
-        warnings += told
-    elif weights:
-        with timings.phase("parity"):
-            agreed = own_graph.agreement(checkpoint, graph, rows, threads=conditions.threads)
-        if agreed.differs:
-            by_torch = options.runtime == "torch"
-            warnings.append(own_graph.differ(checkpoint, graph, agreed, _OF_TORCH if by_torch else _OF_GRAPH))
-            weights = by_torch
-    measured = measurement.measure(
-        checkpoint,
-        graph,
-        rows,
-        picked.split,
-        conditions,
-        title=found.ref,
-        rows_sha256=picked.sha256,
-        weights=weights,
-    )
-    timed = measurement.Timed(checkpoint, graph, rows, measured)
-    return _Judged(found.ref, checkpoint, timed, warnings, agreed)
-
-
-def _check_ids(judges: list[_Judged]) -> None:
-    """Refuse models that a number in the data would mean different labels of.
-
-    Raises:
-        InputError: Two models have the same labels in another order.
-    """
-    first = judges[0]
-    for one in judges[1:]:
-        ours, theirs = first.checkpoint.labels, one.checkpoint.labels
-        if ours != theirs and set(ours) == set(theirs):
-            at = next(i for i, name in enumerate(ours) if theirs[i] != name)
-            raise InputError(
-                f"with :ids in --columns a number means another label to '{one.source}' "
-                f"({at} is {printable(theirs[at])}) than to '{first.source}' ({at} is {printable(ours[at])}), "
-                "so they can't be compared",
-                "write the names of the labels into the data",
-            )
-
-
-def _conditions(
-    request: Request, options: EvaluateOptions, timings: Timings, progress: Progress
-) -> measurement.Conditions:
-    return measurement.Conditions(
-        threads=environment.threads(),
-        device=devices.session_device(devices.device_of(request.common.device)),
-        batch_sizes=options.batch_sizes,
-        runtimes=RUNTIMES[options.runtime],
-        timings=timings,
-        progress=progress,
-    )
-
-
 def _report(
     request: Request,
     options: EvaluateOptions,
-    one: _Judged,
-    baseline: _Judged | None,
-    dataset: life.Dataset,
-    picked: picked_rows.Picked,
+    one: Candidate,
+    baseline: Candidate | None,
+    dataset: Dataset,
+    picked: Picked,
     timings: Timings,
 ) -> Report:
     after = one.measured.measurement
     lineage = lineages.lineage_of(one.checkpoint, one.source, after)
     labels = one.timed.encoded.labels
     assert labels is not None
+    against = stage.compare(one, baseline, lineage)
     warnings = [
         *one.checkpoint.doubts,
         *one.warnings,
-        *life.of_data(dataset),
+        *report_of.of_data(dataset),
         *answers.doubts(one.measured.logits, labels, one.checkpoint.labels),
         *lineages.selected(lineage, picked.split, picked.split_sha256),
+        *against.warnings,
     ]
-    before: Measurement | None = None
-    delta, reasons = comparison.NONE, dict[str, str]()
-    if baseline is not None:
-        before = baseline.measured.measurement
-        delta = comparison.compare(before, after)
-        if set(baseline.checkpoint.labels) == set(one.checkpoint.labels):
-            order = [baseline.checkpoint.labels.index(name) for name in one.checkpoint.labels]
-            rows = one.timed.encoded
-            assert rows.labels is not None
-            delta = comparison.row_by_row(
-                delta,
-                baseline.measured.logits[:, order].argmax(1),
-                one.measured.logits.argmax(1),
-                rows.labels,
-            )
-    elif len(one.checkpoint.log.lineage) > 1 and (recorded := _recorded(lineage[0])) is not None:
-        before = comparison.from_record(recorded, after)
-        delta = comparison.compare(before, after)
-        told, reasons = comparison.of_record(recorded, before, lineage[0].model)
-        warnings.extend(told)
-    warnings.extend(comparison.honest(delta, before, after))
-    verdicts = gates.judge(request.common.gates, before, after, delta, reasons)
-    report = Report(
-        schema_version=1,
-        kind="kdcli.report",
-        complete=True,
-        exit_code=0,
-        kdcli_version=__version__,
-        stage="evaluate",
-        command=[redact(part) for part in request.argv],
-        config=life.config_of(request),
-        model=ModelInfo(
-            source=redact(one.source),
-            family=one.checkpoint.model_type,
-            task="text-classification",
-            labels=one.checkpoint.labels,
+    report = report_of.build(
+        request,
+        one.source,
+        one.checkpoint,
+        dataset,
+        request.common.out,
+        report_of.Judged(
+            before=against.before,
+            after=after,
+            delta=against.delta,
+            gates=gates.judge(request.common.gates, against.before, after, against.delta, against.reasons),
+            lineage=lineage,
+            warnings=warnings,
+            method=Method(
+                name="evaluate",
+                params={"runtime": options.runtime, "split": options.split},
+                detail={} if one.agreement is None else {"checkpoint": one.agreement.to_json()},
+                layers=[],
+            ),
         ),
-        data=recorded_data.info(dataset, str(request.common.data), request.common.out),
-        before=before,
-        after=after,
-        delta=delta,
-        method=Method(
-            name="evaluate",
-            params={"runtime": options.runtime, "split": options.split},
-            detail={} if one.agreement is None else {"checkpoint": one.agreement.to_json()},
-            layers=[],
-        ),
-        parity=None,
-        gates=verdicts,
-        lineage=lineage,
-        environment=environment.environment(str(one.checkpoint.device), request.common.seed),
-        timings=timings.rounded(),
-        warnings=life.unique(warnings),
-        artifacts=[],
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        device=str(one.checkpoint.device),
     )
-    return report.model_copy(update={"exit_code": int(report.verdict)})
-
-
-def _recorded(first: LineageEntry) -> Measurement | None:
-    stored = first.params.get("measurement")
-    return Measurement.model_validate(stored) if stored is not None else None
-
-
-def _write(one: _Judged, report: Report, out: Path, timings: Timings, *, force: bool) -> Report:
-    """Copy the model unchanged, with the graph that was judged, the card and the report.
-
-    Where plain transformers, which the card has people call, would make another tokenizer out of the copy, its settings
-    name the class that reads it rightly.
-    """
-    source, tokenizer = one.checkpoint.path, one.checkpoint.tokenizer
-    assert one.graph is not None
-    beside = files.beside(one.graph)
-    copied = [path for path in sorted(source.iterdir()) if path.is_file() and _belongs(path)]
-    needed = sum(path.stat().st_size for path in (*copied, one.graph, *beside))
-    with output.building(out, needed + (64 << 20)) as work:
-        for path in copied:
-            shutil.copyfile(path, work / path.name)
-        shutil.copyfile(one.graph, work / own_graph.FILE)
-        for path in beside:
-            place = work / path.relative_to(one.graph.parent)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, place)
-        with quiet():
-            if not tokenizers.plainly_alike(tokenizer, work, tokenizer.padding_side):
-                tokenizers.save(tokenizer, source, work, max_length=one.checkpoint.max_length)
-        report = life.finish(report, work, timings)
-        output.publish(work, out, force=force)
-    return report
-
-
-def _belongs(path: Path) -> bool:
-    """Whether a file is copied with a model: not what is written anew, no graph but the judged one, no pickle."""
-    name = path.name
-    return (
-        name not in ("report.json", "README.md") and ".onnx" not in name and path.suffix not in safety.PICKLES
-    )
+    return report.model_copy(update={"timings": timings.rounded()})
 
 
 def _write_text(path: Path, content: str) -> None:

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdcli import __version__, devices, memory, processes
-from kdcli.context import Applied, Context
-from kdcli.data import recorded
-from kdcli.data.sources import Dataset
+from kdcli import devices, memory, processes
+from kdcli.context import Context, Stage
 from kdcli.errors import InputError
 from kdcli.export import graph as graphs
 from kdcli.inputs import picked as picked_rows
@@ -28,38 +24,31 @@ from kdcli.inputs.splits import Splits
 from kdcli.measure import answers, comparison, environment, measurement
 from kdcli.models import activations, mapped, placement, transforms
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models.aliases import MODELS
 from kdcli.models.references import Resolved
 from kdcli.probe import soundness
 from kdcli.progress import Progress
-from kdcli.report import card, gates, io
-from kdcli.report.redact import redact
+from kdcli.report import gates
 from kdcli.report.schema import (
-    Artifact,
     LineageEntry,
-    ModelInfo,
     Report,
-    Warning_,
 )
 from kdcli.request import Request
-from kdcli.run import lineage, output, preflight
+from kdcli.run import evaluation, lineage, output, preflight, report_of
+from kdcli.run.outcome import Outcome
+from kdcli.run.report_of import Judged
 from kdcli.timing import Timings
 from kdcli.training import distributed
 
 BATCH_SIZES = (1, 32)
 
 
-@dataclass
-class Outcome:
-    """What a finished stage hands back; ``report.exit_code`` is the verdict."""
-
-    path: Path
-    report: Report
-    reports: list[Report] = field(default_factory=list)
-
-
-def run(request: Request, progress: Progress) -> Outcome | None:
+def run(request: Request, progress: Progress, resolved: Sequence[Resolved] | None = None) -> Outcome | None:
     """Run one stage from its input to its published output directory.
+
+    Args:
+        request: What is asked for.
+        progress: Observer.
+        resolved: What :func:`preflight.check` found, where that was done already.
 
     Returns:
         What came out; None in every process but the first, when several share the training.
@@ -67,14 +56,12 @@ def run(request: Request, progress: Progress) -> Outcome | None:
     Raises:
         KdcliError: Anything a user can act on; nothing half-written is left behind.
     """
-    resolved = preflight.check(request)
+    resolved = preflight.check(request) if resolved is None else resolved
     if not processes.first():
         return None if request.stage == "evaluate" else _run(request, progress, resolved[0], None)
     with preflight.reserved(request, resolved) as out:
         if request.stage == "evaluate":
-            from kdcli.run import evaluation
-
-            return evaluation.run(request, progress)
+            return evaluation.run(request, resolved, out, progress)
         return _run(request, progress, resolved[0], out)
 
 
@@ -90,7 +77,7 @@ def _run(request: Request, progress: Progress, found: Resolved, out: Path | None
         out = distributed.of_first(out)
         assert out is not None
         request = preflight.settle_data(request, found.path)
-        dataset = load_data(request, [found.path], progress)
+        dataset = preflight.told_data(request, [found.path], progress)
     devices.seed_everything(request.common.seed)
     with timings.phase("load"):
         # A teacher that is larger than the device waits in memory, and is spread when it has to answer.
@@ -98,7 +85,7 @@ def _run(request: Request, progress: Progress, found: Resolved, out: Path | None
         checkpoint = checkpoints.load(found.path, labels=dataset.label_names, device=home)
         if request.dequantize:
             activations.detach(checkpoint.model)
-        stage = importlib.import_module(f"kdcli.stages.{request.stage}.stage")
+        stage = stage_of(request)
         if not checkpoint.has_head and request.stage != "distill":
             raise InputError(
                 f"'{source}' has no classification head",
@@ -127,15 +114,22 @@ def _run(request: Request, progress: Progress, found: Resolved, out: Path | None
     return Outcome(final, report, [report])
 
 
-def _follow(context: Context, stage: Any) -> None:
+def stage_of(request: Request) -> Stage[Any]:
+    """What a stage that makes a model declares."""
+    declared: Stage[Any] = importlib.import_module(f"kdcli.stages.{request.stage}.stage").STAGE
+    return declared
+
+
+def _follow(context: Context, stage: Stage[Any]) -> None:
     """What the other processes of a run do: their share of the training, in the same order."""
-    if hasattr(stage, "prepare"):
-        stage.prepare(context)
+    plan = stage.prepare(context)
     devices.seed_everything(context.seed)
-    stage.apply(context)
+    stage.apply(context, plan)
 
 
-def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timings: Timings) -> Report:
+def _live(
+    context: Context, stage: Stage[Any], source: str, work: Path, out: Path, timings: Timings
+) -> Report:
     """Everything between loading and publishing; returns the report that is in ``work``."""
     request, progress = context.request, context.progress
     threads = environment.threads()
@@ -146,9 +140,8 @@ def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timi
     doubts = [*context.checkpoint.doubts, *soundness.probe(context.checkpoint, read[split])]
     doubts += reading.check_reading(context.checkpoint, context.dataset.splits[split], read[split], split)
     doubts += reading.told(context.checkpoint, {split: read[split]})
-    if hasattr(stage, "prepare"):
-        with timings.phase("prepare"):
-            stage.prepare(context)
+    with timings.phase("prepare"):
+        plan = stage.prepare(context)
     conditions = measurement.Conditions(
         threads=threads,
         device=devices.session_device(context.device),
@@ -179,7 +172,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timi
     if large:
         memory.give_back()
     with timings.phase("apply"):
-        applied: Applied = stage.apply(context)
+        applied = stage.apply(context, plan)
     with timings.phase("save"):
         entry = LineageEntry(
             stage=request.stage,
@@ -188,9 +181,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timi
             model=source,
             accuracy=None,
             params=applied.method.params,
-            chosen=lineage.chosen(
-                request, applied.method.detail, fine_tuned=bool(context.teacher_detail.get("fine_tuned"))
-            ),
+            chosen=lineage.chosen(request, applied.method.detail),
             chosen_on=picked_rows.pick(context.dataset, "validation", None).sha256,
         )
         applied.checkpoint.log.lineage = [e.model_dump(mode="json") for e in (*history, entry)]
@@ -259,7 +250,7 @@ def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timi
         warnings = [
             *doubts,
             *warnings,
-            *of_data(context.dataset),
+            *report_of.of_data(context.dataset),
             *applied.warnings,
             *graph.warnings,
             *comparison.honest(delta, before.measurement, after.measurement),
@@ -268,99 +259,25 @@ def _live(context: Context, stage: Any, source: str, work: Path, out: Path, timi
             *lineage.selected([*history, entry], split, picked.split_sha256),
         ]
         judged = gates.judge(request.common.gates, before.measurement, after.measurement, delta)
-        report = Report(
-            schema_version=1,
-            kind="kdcli.report",
-            complete=True,
-            exit_code=0,
-            kdcli_version=__version__,
-            stage=request.stage,
-            command=[redact(part) for part in request.argv],
-            config=config_of(request),
-            model=ModelInfo(
-                source=redact(source),
-                family=after_model.model_type,
-                task="text-classification",
-                labels=after_model.labels,
+        report = report_of.build(
+            request,
+            source,
+            after_model,
+            context.dataset,
+            out,
+            Judged(
+                before=before.measurement,
+                after=after.measurement,
+                delta=delta,
+                gates=judged,
+                lineage=[*history, entry],
+                warnings=warnings,
+                method=method,
+                parity=graph.parity,
             ),
-            data=recorded.info(context.dataset, str(request.common.data), out),
-            before=before.measurement,
-            after=after.measurement,
-            delta=delta,
-            method=method,
-            parity=graph.parity,
-            gates=judged,
-            lineage=[*history, entry],
-            environment=environment.environment(str(context.device), context.seed),
-            timings={},
-            warnings=unique(warnings),
-            artifacts=[],
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            device=str(context.device),
         )
-        report = report.model_copy(update={"exit_code": int(report.verdict)})
-        return finish(report, work, timings)
-
-
-def finish(report: Report, work: Path, timings: Timings) -> Report:
-    """Write the model card, list the artifacts, then report.json, which marks the directory complete."""
-    first = MODELS.get(report.lineage[0].model) if report.lineage else None
-    base_model = None if first is None else first.repo
-    (work / "README.md").write_text(card.card(report, base_model=base_model), encoding="utf-8")
-    artifacts = [
-        Artifact(path=path.relative_to(work).as_posix(), bytes=path.stat().st_size, sha256=io.sha256_of(path))
-        for path in sorted(work.rglob("*"))
-        if path.is_file() and path.name != "report.json"
-    ]
-    report = report.model_copy(update={"artifacts": artifacts, "timings": timings.rounded()})
-    io.write(report, work)
-    return report
-
-
-def load_data(request: Request, models: Sequence[Path], progress: Progress) -> Dataset:
-    """:func:`kdcli.run.preflight.load_data`, and say what there is to say of the data."""
-    common = request.common
-    assert common.data is not None
-    said = {"default": "the default; --data names another", "model": "as in the model's own report"}
-    if (origin := request.origins.get("data", "flag")) in said:
-        progress.note(f"data: {common.data} ({said[origin]})")
-    dataset = preflight.load_data(request, models)
-    for note in dataset.notes:
-        progress.note(note)
-    return dataset
-
-
-def config_of(request: Request) -> dict[str, Any]:
-    """Every resolved option with where its value came from."""
-    common = asdict(request.common)
-    limits = common.pop("gates")
-    values = common | asdict(request.options) | limits
-    for name in ("debug",):
-        values.pop(name, None)
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Path):
-            return redact(str(value))
-        if isinstance(value, str):
-            return redact(value)
-        if isinstance(value, Mapping):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(v) for v in value]
-        return value
-
-    return {
-        name: {"value": plain(value), "origin": request.origins.get(name, "default")}
-        for name, value in sorted(values.items())
-    }
-
-
-def of_data(dataset: Dataset) -> list[Warning_]:
-    """What the report says of the data."""
-    return [Warning_(code=code, message=message) for code, message in dataset.warnings]
-
-
-def unique(warnings: list[Warning_]) -> list[Warning_]:
-    return list({(w.code, w.message): w for w in warnings}.values())
+        return report_of.finish(report, work, timings)
 
 
 def _weights_bytes(path: Path) -> int:

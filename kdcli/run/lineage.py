@@ -43,19 +43,18 @@ def lineage_of(checkpoint: Checkpoint, source: str, before: Measurement) -> list
     return entries
 
 
-def chosen(request: Request, detail: dict[str, Any], *, fine_tuned: bool = False) -> list[str]:
+def chosen(request: Request, detail: dict[str, Any]) -> list[str]:
     """What a stage let the rows of the validation split choose, in words.
 
     Args:
         request: What was asked for.
-        detail: Of the method, in the report: a search leaves its tries there.
-        fine_tuned: The teacher was given a head for the task first.
+        detail: Of the method, in the report: a search leaves its tries there, distill how its teacher got a head.
     """
     options = request.options
     found = []
     if isinstance(options, DistillOptions):
         found = ["the epoch", "whether there is a first phase"] if options.epochs != 1 else ["the training"]
-        found += ["the teacher's epoch"] if fine_tuned else []
+        found += ["the teacher's epoch"] if detail.get("teacher", {}).get("fine_tuned") else []
     elif isinstance(options, PruneOptions):
         found = ["how much was removed"] if "search" in detail else []
         found += ["the tokens that stay"] if "vocab" in options.structure.split("+") else []

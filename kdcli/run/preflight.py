@@ -16,6 +16,7 @@ from kdcli.data.sources import Dataset, Judging
 from kdcli.errors import InputError, UsageError
 from kdcli.models import foreign, references
 from kdcli.models.references import Resolved
+from kdcli.progress import Progress
 from kdcli.report import io
 from kdcli.report.schema import DataInfo
 from kdcli.request import DEFAULT_DATA, SPLIT_SEED, SUCCESSORS, DistillOptions, EvaluateOptions, Request
@@ -75,7 +76,7 @@ def _said(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def place(request: Request, found: list[Resolved]) -> Path | None:
+def place(request: Request, found: Sequence[Resolved]) -> Path | None:
     """Where the output goes; None for an ``evaluate`` that writes no directory.
 
     Raises:
@@ -86,7 +87,7 @@ def place(request: Request, found: list[Resolved]) -> Path | None:
 
 
 @contextlib.contextmanager
-def reserved(request: Request, found: list[Resolved]) -> Iterator[Path | None]:
+def reserved(request: Request, found: Sequence[Resolved]) -> Iterator[Path | None]:
     """:func:`place`, kept free of other runs inside the block.
 
     Raises:
@@ -101,7 +102,7 @@ def reserved(request: Request, found: list[Resolved]) -> Iterator[Path | None]:
         yield path
 
 
-def _wanted(request: Request, found: list[Resolved]) -> dict[str, Any] | None:
+def _wanted(request: Request, found: Sequence[Resolved]) -> dict[str, Any] | None:
     """What :func:`output.choose` has to know."""
     common = request.common
     if isinstance(request.options, EvaluateOptions):
@@ -200,3 +201,16 @@ def check(request: Request) -> list[Resolved]:
     check_chain(request, found[0].path)
     place(request, found)
     return found
+
+
+def told_data(request: Request, models: Sequence[Path], progress: Progress) -> Dataset:
+    """:func:`load_data`, and say what there is to say of the data."""
+    common = request.common
+    assert common.data is not None
+    said = {"default": "the default; --data names another", "model": "as in the model's own report"}
+    if (origin := request.origins.get("data", "flag")) in said:
+        progress.note(f"data: {common.data} ({said[origin]})")
+    dataset = load_data(request, models)
+    for note in dataset.notes:
+        progress.note(note)
+    return dataset

@@ -21,7 +21,7 @@ from kdcli.request import Request
 
 @dataclass
 class Outcome:
-    """As ``kdcli.run.life.Outcome``."""
+    """As ``kdcli.run.outcome.Outcome``."""
 
     path: Path
     report: Any
@@ -150,7 +150,7 @@ class Recorder:
         assert len(self.requests) == 1
         return self.requests[0]
 
-    def run(self, request: Request, progress: Any) -> Outcome:
+    def run(self, request: Request, progress: Any, resolved: Any = None) -> Outcome:
         """As ``runner.run``."""
         self.requests.append(request)
         progress.phase("measure before")
@@ -207,7 +207,7 @@ def _process() -> None:
     what = os.environ.get("FAKE_STAGE", "")
     recorder = Recorder()
 
-    def run(request: Request, progress: Any) -> Outcome:
+    def run(request: Request, progress: Any, resolved: Any = None) -> Outcome:
         print("a library prints")
         os.write(1, b"native code prints\n")
         os.system("echo a child prints")

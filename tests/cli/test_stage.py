@@ -131,7 +131,7 @@ def test_several_models_are_one_table_with_the_pareto_set(call: Call, recorder: 
 
 
 def test_warnings_of_libraries_are_counted(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(request: object, progress: object) -> Outcome:
+    def run(request: object, progress: object, resolved: object) -> Outcome:
         warnings.warn("old API", DeprecationWarning, stacklevel=1)
         warnings.warn("odd number", UserWarning, stacklevel=1)
         return Outcome(Path("out/made"), fakes.report())

@@ -13,7 +13,7 @@ from kdcli.progress import Progress
 from kdcli.report import io
 from kdcli.report.schema import DataInfo, Report
 from kdcli.request import Common, EvaluateOptions, Gates, PruneOptions, Request
-from kdcli.run import evaluation, life, recipe
+from kdcli.run import life, recipe
 from tests import tiny
 
 
@@ -39,7 +39,7 @@ def prune(model: str, out: str, data: str | None = None) -> Report:
 def judge(model: str, **common) -> Report:
     options = EvaluateOptions(models=(model,), batch_sizes=(1,))
     request = Request(stage="evaluate", model=None, options=options, common=Common(**common))
-    return evaluation.run(request, Progress()).report
+    return life.run(request, Progress()).report
 
 
 def codes(report: Report) -> set[str]:

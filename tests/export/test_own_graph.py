@@ -22,7 +22,8 @@ from kdcli.progress import Progress
 from kdcli.report import facts, html, markdown
 from kdcli.report.schema import Report
 from kdcli.request import Common, EvaluateOptions, PruneOptions, Request
-from kdcli.run import dry_run, evaluation, life
+from kdcli.run import dry_run, life
+from kdcli.run.outcome import Outcome
 from tests import tiny
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
@@ -42,10 +43,10 @@ def graph(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def judge(*names: Path, data: Path, out: Path | None = None, **options) -> life.Outcome:
+def judge(*names: Path, data: Path, out: Path | None = None, **options) -> Outcome:
     given = EvaluateOptions(models=tuple(str(n) for n in names), batch_sizes=(1,), **options)
     common = Common(data=str(data), out=out)
-    return evaluation.run(Request(stage="evaluate", model=None, options=given, common=common), Progress())
+    return life.run(Request(stage="evaluate", model=None, options=given, common=common), Progress())
 
 
 def codes(report: Report) -> set[str]:

@@ -23,7 +23,7 @@ from kdcli.request import (
     QuantizeOptions,
     Request,
 )
-from kdcli.run import evaluation, life, lineage
+from kdcli.run import life, lineage
 from tests import tiny
 
 NAMES = ["negative", "positive"]
@@ -76,7 +76,7 @@ def constant(place: Path) -> Path:
 def judge(model: Path, data: Path, **options) -> Report:
     given = EvaluateOptions(models=(str(model),), batch_sizes=(1,), **options)
     request = Request(stage="evaluate", model=None, options=given, common=Common(data=str(data)))
-    return evaluation.run(request, Progress()).report
+    return life.run(request, Progress()).report
 
 
 def prune(model: Path, data: Path, out: Path, **options) -> Report:
@@ -130,13 +130,15 @@ def test_rows_that_chose_are_not_judged_silently(data_dir: Path, tmp_path: Path)
 
 
 def test_what_a_stage_lets_the_rows_choose() -> None:
-    def of(options, detail: dict | None = None, **more) -> list[str]:
+    def of(options, detail: dict | None = None) -> list[str]:
         stage = {DistillOptions: "distill", PruneOptions: "prune", LowRankOptions: "lowrank"}
         request = Request(stage=stage.get(type(options), "quantize"), model="m", options=options)
-        return lineage.chosen(request, detail or {}, **more)
+        return lineage.chosen(request, detail or {})
 
     assert of(DistillOptions(teachers=("t",), student="tiny"))
-    assert "the teacher's epoch" in of(DistillOptions(teachers=("t",), student="tiny"), fine_tuned=True)
+    assert "the teacher's epoch" in of(
+        DistillOptions(teachers=("t",), student="tiny"), {"teacher": {"fine_tuned": True}}
+    )
     assert of(PruneOptions()) == of(LowRankOptions()) == of(QuantizeOptions()) == []
     assert of(PruneOptions(), {"search": {}}) == ["how much was removed"]
     assert of(PruneOptions(structure="vocab+heads")) == ["the tokens that stay"]

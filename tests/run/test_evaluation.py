@@ -15,7 +15,8 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.progress import Progress
 from kdcli.report import io
 from kdcli.request import Common, EvaluateOptions, Gates, PruneOptions, QuantizeOptions, Request
-from kdcli.run import evaluation, life, recipe
+from kdcli.run import life, recipe
+from kdcli.run.outcome import Outcome
 from tests import tiny
 
 
@@ -36,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def judge(*names: Path, data: Path, common: dict | None = None, **options) -> life.Outcome:
+def judge(*names: Path, data: Path, common: dict | None = None, **options) -> Outcome:
     given = EvaluateOptions(models=tuple(str(n) for n in names), batch_sizes=(1,), **options)
     request = Request(
         stage="evaluate",
@@ -45,10 +46,10 @@ def judge(*names: Path, data: Path, common: dict | None = None, **options) -> li
         common=Common(data=str(data), **(common or {})),
         argv=("kdcli",),
     )
-    return evaluation.run(request, Progress())
+    return life.run(request, Progress())
 
 
-def prune(model: Path, out: Path, data: Path, **common) -> life.Outcome:
+def prune(model: Path, out: Path, data: Path, **common) -> Outcome:
     options = PruneOptions(sparsity=0.4, method="taylor", schedule="one-shot")
     given = Common(out=out, data=str(data), **common)
     return life.run(Request(stage="prune", model=str(model), options=options, common=given), Progress())

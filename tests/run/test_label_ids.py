@@ -13,10 +13,11 @@ from kdcli.progress import Progress
 from kdcli.report import io
 from kdcli.request import Common, EvaluateOptions, PruneOptions, Request
 from kdcli.run import life
+from kdcli.run.outcome import Outcome
 from tests import tiny
 
 
-def judge(model: Path, baseline: Path | None = None, **common) -> life.Outcome:
+def judge(model: Path, baseline: Path | None = None, **common) -> Outcome:
     against = None if baseline is None else str(baseline)
     options = EvaluateOptions(models=(str(model),), batch_sizes=(1,), baseline=against)
     return life.run(

@@ -17,7 +17,7 @@ from kdcli.models import students
 from kdcli.probe import soundness
 from kdcli.progress import Progress
 from kdcli.request import Common, DistillOptions, EvaluateOptions, Request
-from kdcli.run import evaluation, life
+from kdcli.run import life
 from kdcli.training import teacher
 from tests import tiny
 
@@ -85,9 +85,7 @@ def accuracy(path: Path, data: Path) -> float:
 def judge(path: Path, data: Path, **options: Any) -> life.Report:
     given = EvaluateOptions(models=(str(path),), batch_sizes=(1,), **options)
     common = Common(data=str(data))
-    report = evaluation.run(
-        Request(stage="evaluate", model=None, options=given, common=common), Progress()
-    ).report
+    report = life.run(Request(stage="evaluate", model=None, options=given, common=common), Progress()).report
     assert report.after.quality is not None
     return report
 

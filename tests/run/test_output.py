@@ -36,7 +36,7 @@ def reserve(out: Path | None, *, force: bool = False):
 _HOLD = """
 import sys
 from pathlib import Path
-from kdcli.stages import output
+from kdcli.run import output
 with output.reserved(Path(sys.argv[1]), "m", "prune", force=False, inputs=()) as place:
     print(place, flush=True)
     sys.stdin.read()

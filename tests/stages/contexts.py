@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from kdcli.context import Context
+from kdcli.context import Applied, Context
 from kdcli.data import sources
 from kdcli.data.sources import Dataset, Rows
 from kdcli.inputs.splits import Splits
@@ -53,6 +54,11 @@ def of(
         progress=Progress(),
         resume_dir=work / "resume",
     )
+
+
+def applied(stage: Any, context: Context) -> Applied:
+    """What a stage makes of a context, prepared and applied."""
+    return stage.STAGE.apply(context, stage.STAGE.prepare(context))
 
 
 def without_data(context: Context) -> Context:

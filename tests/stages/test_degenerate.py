@@ -140,14 +140,16 @@ def rows(count: int) -> dict[str, Rows]:
 @pytest.mark.parametrize("method", PRUNE)
 def test_prune(method: str, model: str, tmp_path: Path) -> None:
     options = PruneOptions(method=method, **PRUNE[method])
-    check(prune.apply(contexts.of(options, made_of(MODELS[model]), tmp_path, splits=rows(24))))
+    check(contexts.applied(prune, contexts.of(options, made_of(MODELS[model]), tmp_path, splits=rows(24))))
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", LOWRANK)
 def test_lowrank(method: str, model: str, tmp_path: Path) -> None:
     made = made_of(MODELS[model])
-    check(lowrank.apply(contexts.of(LowRankOptions(method=method), made, tmp_path, splits=rows(24))))
+    check(
+        contexts.applied(lowrank, contexts.of(LowRankOptions(method=method), made, tmp_path, splits=rows(24)))
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -156,8 +158,8 @@ def test_quantize(scheme: str, model: str, tmp_path: Path) -> None:
     options, settings = QUANTIZE[scheme]
     given = QuantizeOptions(**options, calibration_samples=24)
     check(
-        quantize.apply(
-            contexts.of(given, made_of(MODELS[model]), tmp_path, splits=rows(24), settings=settings)
+        contexts.applied(
+            quantize, contexts.of(given, made_of(MODELS[model]), tmp_path, splits=rows(24), settings=settings)
         )
     )
 
@@ -165,7 +167,7 @@ def test_quantize(scheme: str, model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["sensitivity", "kprune", "fisher", "sparsegpt", "width-energy"])
 def test_prune_with_two_rows(method: str, tmp_path: Path) -> None:
     options = PruneOptions(method=method, **PRUNE[method])
-    check(prune.apply(contexts.of(options, tiny.checkpoint(), tmp_path, splits=rows(2))))
+    check(contexts.applied(prune, contexts.of(options, tiny.checkpoint(), tmp_path, splits=rows(2))))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_prune_with_two_rows_and_hardly_any_damping(
 ) -> None:
     options = PruneOptions(method=method, **PRUNE[method])
     made, settings = made_of(spots), dict([setting])
-    check(prune.apply(contexts.of(options, made, tmp_path, splits=rows(2), settings=settings)))
+    check(contexts.applied(prune, contexts.of(options, made, tmp_path, splits=rows(2), settings=settings)))
 
 
 @pytest.mark.parametrize("amount", [{"budget": 0.6}, {"energy": 0.9}, {"rank": "evbmf"}])
@@ -186,12 +188,12 @@ def test_lowrank_with_two_rows_of_one_label(method: str, amount: dict, tmp_path:
     one = contexts.rows(4, 1)
     splits = {"train": one.take([0, 2]), "validation": one}
     context = contexts.of(LowRankOptions(method=method, **amount), tiny.checkpoint(), tmp_path, splits=splits)
-    check(lowrank.apply(context))
+    check(contexts.applied(lowrank, context))
 
 
 def test_gptq_with_two_rows(tmp_path: Path) -> None:
     given = QuantizeOptions(scheme="int4", calibration_samples=2)
-    check(quantize.apply(contexts.of(given, tiny.checkpoint(), tmp_path, splits=rows(2))))
+    check(contexts.applied(quantize, contexts.of(given, tiny.checkpoint(), tmp_path, splits=rows(2))))
 
 
 @pytest.mark.parametrize("method", ["sensitivity", "kprune", "fisher", "taylor", "magnitude"])
@@ -199,7 +201,7 @@ def test_gptq_with_two_rows(tmp_path: Path) -> None:
 def test_one_head_and_one_neuron_stay(method: str, structure: str, tmp_path: Path) -> None:
     made = tiny.checkpoint(layers=1, heads=1, neurons=1)
     options = PruneOptions(method=method, structure=structure, sparsity=0.9)
-    applied = prune.apply(contexts.of(options, made, tmp_path, splits=rows(24)))
+    applied = contexts.applied(prune, contexts.of(options, made, tmp_path, splits=rows(24)))
     check(applied)
     (layer,) = layers_of(applied.checkpoint)
     assert (layer.heads, layer.neurons) == (1, 1)
@@ -212,7 +214,9 @@ def test_one_head_and_one_neuron_stay(method: str, structure: str, tmp_path: Pat
 )
 def test_lowrank_of_one_head_and_one_neuron(method: str, sizes: dict, tmp_path: Path) -> None:
     options = LowRankOptions(method=method, budget=0.9)
-    check(lowrank.apply(contexts.of(options, tiny.checkpoint(**sizes), tmp_path, splits=rows(24))))
+    check(
+        contexts.applied(lowrank, contexts.of(options, tiny.checkpoint(**sizes), tmp_path, splits=rows(24)))
+    )
 
 
 @pytest.mark.parametrize("method", ["tucker2", "cp", "tensor-train"])
@@ -225,7 +229,9 @@ def test_convolutions_of_zeros_and_copies(method: str, amount: dict, tmp_path: P
         made.model.convolutions[1].weight.zero_()
         made.model.convolutions[2].weight[:] = made.model.convolutions[2].weight[:1]
     check(
-        lowrank.apply(contexts.of(LowRankOptions(method=method, **amount), made, tmp_path, splits=rows(24)))
+        contexts.applied(
+            lowrank, contexts.of(LowRankOptions(method=method, **amount), made, tmp_path, splits=rows(24))
+        )
     )
 
 
@@ -242,7 +248,7 @@ def test_units_that_say_nothing_are_all_that_goes(structure: str, tmp_path: Path
         before = made.model(**tiny.batch(rows=40, seed=7)).logits
     options = PruneOptions(structure=structure, sparsity=0.5)
     settings = {"ridge": "1e-9"}  # what stays is not to be held back from taking over
-    prune.apply(contexts.of(options, made, tmp_path, splits=rows(64), settings=settings))
+    contexts.applied(prune, contexts.of(options, made, tmp_path, splits=rows(64), settings=settings))
     with torch.no_grad():
         after = made.model(**tiny.batch(rows=40, seed=7)).logits
     # Fits of float32 features, where a wrong unit costs 1 and more.

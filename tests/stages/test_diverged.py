@@ -28,8 +28,7 @@ def trained_at(stage: str, rate: float, work: Path) -> Callable[[], Any]:
     if stage == "student":
         options = {"lr": rate, "batch_size": 8}
         context = distillation(tiny.saved(work / "teacher"), work, options, {"phases": "one"})
-        distill.prepare(context)
-        return lambda: distill.apply(context)
+        return lambda: contexts.applied(distill, context)
     if stage == "teacher":
         made = tiny.untrained()
         made.model.bert.save_pretrained(work / "teacher")
@@ -43,7 +42,8 @@ def trained_at(stage: str, rate: float, work: Path) -> Callable[[], Any]:
     if stage == "quantize":
         given, settings = QuantizeOptions(scheme="int8-qat", epochs=1), {"lr": str(rate)}
     context = contexts.of(given, made, work, splits=rows(), settings=settings)
-    return lambda: {"prune": prune, "lowrank": lowrank, "quantize": quantize}[stage].apply(context)
+    module = {"prune": prune, "lowrank": lowrank, "quantize": quantize}[stage]
+    return lambda: contexts.applied(module, context)
 
 
 @pytest.mark.parametrize("rate", [0.5, 5.0, 1e6])
@@ -70,18 +70,16 @@ def test_every_training_says_so_in_its_first_epoch(
 def test_a_single_step_says_so_too(tmp_path: Path) -> None:
     options = {"lr": 5.0, "batch_size": 128}
     context = distillation(tiny.saved(tmp_path / "teacher"), tmp_path, options, {"phases": "one"})
-    distill.prepare(context)
     with pytest.raises(InputError, match="diverged"):
-        distill.apply(context)
+        contexts.applied(distill, context)
 
 
 @pytest.mark.parametrize("rate", [0.5, 5.0, 1e3])
 def test_later_epochs_say_so_too(rate: float, tmp_path: Path) -> None:
     options = {"lr": rate, "batch_size": 8, "epochs": 3}
     context = distillation(tiny.saved(tmp_path / "teacher"), tmp_path, options, {"phases": "one"})
-    distill.prepare(context)
     with pytest.raises(InputError, match="diverged"):
-        distill.apply(context)
+        contexts.applied(distill, context)
 
 
 def test_usual_rates_go_through(tmp_path: Path) -> None:
@@ -89,4 +87,4 @@ def test_usual_rates_go_through(tmp_path: Path) -> None:
         made = tiny.reload(tiny.checkpoint(), tmp_path / f"model-{rate}")
         options = PruneOptions(method="taylor", sparsity=0.3, epochs=1, lr=rate, batch_size=8)
         context = contexts.of(options, made, tmp_path / str(rate), splits=rows(), settings={"samples": "12"})
-        assert prune.apply(context).method.detail["recovery"]["epochs"] == 1
+        assert contexts.applied(prune, context).method.detail["recovery"]["epochs"] == 1

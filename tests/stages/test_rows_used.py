@@ -258,8 +258,7 @@ def distillation(
 def test_distill_reads_nothing_of_test(options: dict, settings: dict, tmp_path: Path) -> None:
     context = distillation(tiny.saved(tmp_path / "teacher"), tmp_path, options, settings)
     with watched.watching(context) as watch:
-        distill.prepare(context)
-        distill.apply(context)
+        contexts.applied(distill, context)
     assert watch.sampled("train") == (settings.get("phases") == "auto")
 
 
@@ -271,8 +270,8 @@ def test_a_teacher_without_a_head_is_fine_tuned_without_test(tmp_path: Path) -> 
     context = distillation(tmp_path / "teacher", tmp_path, {}, settings)
     assert not context.checkpoint.has_head
     with watched.watching(context):
-        distill.prepare(context)
-    assert context.teacher_detail["fine_tuned"]
+        prepared = distill.prepare(context)
+    assert prepared.detail["fine_tuned"]
 
 
 def test_measured_rows_are_a_sample_of_the_labels() -> None:

@@ -169,5 +169,5 @@ def watching(context: Context) -> Iterator[Watch]:
 def apply(stage: Any, context: Context) -> tuple[Applied, Watch]:
     """Let a stage work under the watch."""
     with watching(context) as watch:
-        applied: Applied = stage.apply(context)
+        applied = contexts.applied(stage, context)
     return applied, watch

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kdcli.context import Applied, Context
+from kdcli.context import Applied, Context, Stage
 from kdcli.data import sources
 from kdcli.errors import InputError, UsageError
 from kdcli.inputs import sampling, text
@@ -22,17 +22,18 @@ from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.schema import Warning_
 from kdcli.stages.distill.fitting import options_of
 from kdcli.stages.distill.plan import DistillPlan, check
+from kdcli.stages.distill.prepared import Prepared
 from kdcli.stages.distill.student import precheck
 from kdcli.training import teacher as teachers
 from kdcli.training.cross_entropy import UNLABELLED
 from kdcli.training.loop import FitOptions
 
-__all__ = ["apply", "check", "prepare", "teacher_epochs"]
+__all__ = ["STAGE", "check", "teacher_epochs"]
 
 _MODULES = {"assistant-chain": "succession", "self": "succession"}
 
 
-def prepare(context: Context) -> None:
+def prepare(context: Context) -> Prepared:
     """Give every teacher a head for the task, and apply the label budget."""
     plan = check(context.request)
     options = options_of(context)
@@ -55,13 +56,14 @@ def prepare(context: Context) -> None:
         train = text.concatenate(train, more, UNLABELLED)
     narrowed = {"train": train, "validation": validation}
     context.encoded = ChainMap(narrowed, context.encoded)  # type: ignore[arg-type]
-    context.teacher_came_trained = [] if not teacher.has_head else [options.teachers[0]]
+    came_trained = [] if not teacher.has_head else [options.teachers[0]]
     if options.strategy == "online" and plan.settings.online == "teacher":
         from kdcli.stages.distill.strategies import online
 
-        online.prepare(context, plan)
-        return
-    context.checkpoint, context.teacher_detail = _with_head(context, plan, teacher)
+        taught, detail = online.together(context, plan)
+        return Prepared(plan, [context.checkpoint], detail, came_trained, taught)
+    context.checkpoint, detail = _with_head(context, plan, teacher)
+    every = [context.checkpoint]
     for ref in options.teachers[1:]:
         found = references.resolve(ref, offline=context.request.common.offline)
         more_teacher = checkpoints.load(found.path, labels=teacher.labels, device=context.device)
@@ -70,21 +72,25 @@ def prepare(context: Context) -> None:
         if more_teacher.has_head and sorted(more_teacher.labels) != sorted(teacher.labels):
             raise InputError(f"teacher '{ref}' knows other labels than '{options.teachers[0]}'")
         if more_teacher.has_head:
-            context.teacher_came_trained.append(ref)
-        context.more_teachers.append(_with_head(context, plan, more_teacher)[0])
+            came_trained.append(ref)
+        every.append(_with_head(context, plan, more_teacher)[0])
+    return Prepared(plan, every, detail, came_trained)
 
 
-def apply(context: Context) -> Applied:
+def apply(context: Context, prepared: Prepared) -> Applied:
     """Run the strategy."""
-    plan = check(context.request)
+    plan = prepared.plan
     name = plan.options.strategy
     module = importlib.import_module(
         f"kdcli.stages.distill.strategies.{_MODULES.get(name, name).replace('-', '_')}"
     )
-    applied: Applied = module.run(context, plan)
-    if plan.options.labels is not None and context.teacher_came_trained:
-        applied.warnings.append(_saw_more(plan.options.labels, context.teacher_came_trained))
+    applied: Applied = module.run(context, prepared)
+    if plan.options.labels is not None and prepared.came_trained:
+        applied.warnings.append(_saw_more(plan.options.labels, prepared.came_trained))
     return applied
+
+
+STAGE = Stage(prepare, apply)
 
 
 def _saw_more(labels: int, teachers: Sequence[str]) -> Warning_:

@@ -165,13 +165,13 @@ def params(plan: DistillPlan, taught: Taught) -> dict[str, Any]:
     }
 
 
-def describe(context: Context, taught: Taught, rows: Encoded) -> dict[str, Any]:
-    """How teacher and student came about, for the report."""
+def describe(context: Context, teacher: dict[str, Any], taught: Taught, rows: Encoded) -> dict[str, Any]:
+    """How teacher (its own detail) and student came about, for the report."""
     train = context.encoded["train"]
     assert train.labels is not None
     made = taught.made
     return {
-        "teacher": context.teacher_detail,
+        "teacher": teacher,
         "init": {"from": made.init, "notes": made.notes, "no_published_weights": made.no_hub},
         **taught.detail,
         "rows": {

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from kdcli import processes, registry
-from kdcli.context import Applied, Context
+from kdcli.context import Applied, Context, Stage
 from kdcli.errors import UsageError
 from kdcli.families.family import Encoder
 from kdcli.families.stack import encoder_linears
@@ -42,12 +42,12 @@ class LowRankPlan:
     units: dict[str, Unit]
 
 
-def prepare(context: Context) -> None:
+def prepare(context: Context) -> LowRankPlan:
     """Refuse bad options and unknown architectures before anything is measured."""
-    _plan(context)
+    return _plan(context)
 
 
-def apply(context: Context) -> Applied:
+def apply(context: Context, plan: LowRankPlan) -> Applied:
     """Factorise the model of ``context`` in place, then train it back for ``--epochs``.
 
     ``--budget F`` keeps the share F of the parameters of all chosen layers together, ``--energy F`` in each
@@ -60,7 +60,6 @@ def apply(context: Context) -> Applied:
         UsageError: A bad option, a pattern that matches nothing, or an amount that cannot be met.
         InputError: kdcli cannot operate on this architecture.
     """
-    plan = _plan(context)
     options = plan.options
     if options.merge:
         return merging.apply(context, plan.params)
@@ -107,6 +106,9 @@ def apply(context: Context) -> Applied:
         warnings.append(Warning_(code="thin-products", message=text))
     method = Method(name=options.method, params=plan.params, detail=detail, layers=table)
     return Applied(checkpoint, method, warnings=warnings)
+
+
+STAGE = Stage(prepare, apply)
 
 
 def _plan(context: Context) -> LowRankPlan:

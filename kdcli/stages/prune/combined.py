@@ -42,7 +42,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Chain:
+class CombinedPlan:
     """Parts in the order in which they go."""
 
     options: PruneOptions
@@ -50,7 +50,7 @@ class Chain:
     params: dict[str, Any]  # for the report
     max_drop: float | None = None  # search the smallest model that keeps it
 
-    def removing(self, share: float) -> Chain:
+    def removing(self, share: float) -> CombinedPlan:
         """The same, with another share for the part that one is for."""
         parts = [p if p.sparsity is None else replace(p, sparsity=share) for p in self.parts]
         return replace(self, parts=parts)
@@ -67,7 +67,7 @@ class State:
     warnings: list[Warning_] = field(default_factory=list)
 
 
-def is_chain(request: Request) -> bool:
+def is_combined(request: Request) -> bool:
     """Whether this module prunes what is asked for, rather than heads and neurons, or weights, alone."""
     assert isinstance(request.options, PruneOptions)
     return any(part in ("vocab", "layers", "width") for part in request.options.structure.split("+"))
@@ -87,7 +87,7 @@ def check_model(context: Context) -> None:
         Vocabulary(context.checkpoint.tokenizer)
 
 
-def check(request: Request) -> Chain:
+def check(request: Request) -> CombinedPlan:
     """Check the options by themselves, before anything is loaded.
 
     Raises:
@@ -138,7 +138,7 @@ def check(request: Request) -> Chain:
         max_drop = None  # how much goes is said: it is a gate and nothing else
     if max_drop is not None:
         params["max_drop"] = max_drop
-    return Chain(options, parts, params | {"epochs": options.epochs}, max_drop)
+    return CombinedPlan(options, parts, params | {"epochs": options.epochs}, max_drop)
 
 
 _OF = {
@@ -229,7 +229,7 @@ def _alone(request: Request, part: Part, budget: float | None = None) -> Request
     )
 
 
-def apply(context: Context, chain: Chain) -> Applied:
+def apply(context: Context, chain: CombinedPlan) -> Applied:
     """Prune part after part, then train what is left for ``--epochs``."""
     layers = _layers(context)
     tokens = float(context.encoded["train"].lengths.mean())

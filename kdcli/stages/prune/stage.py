@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kdcli.context import Applied, Context
+from kdcli.context import Applied, Context, Stage
 from kdcli.stages.prune import combined, search, speed, units, weights
 from kdcli.stages.prune import plan as plans
+from kdcli.stages.prune.combined import CombinedPlan
+from kdcli.stages.prune.plan import PrunePlan
 
 
-def prepare(context: Context) -> None:
+def prepare(context: Context) -> PrunePlan | CombinedPlan:
     """Refuse bad options and unknown architectures before anything is measured."""
-    if combined.is_chain(context.request):
-        combined.check(context.request)
+    if combined.is_combined(context.request):
+        parts = combined.check(context.request)
         combined.check_model(context)
-        return
+        return parts
     plan = plans.check(context.request)
     assert context.checkpoint.family  # raises for an architecture that kdcli cannot operate on
     if plan.options.target_speedup is not None:
         speed.check(context, plan)
+    return plan
 
 
-def apply(context: Context) -> Applied:
+def apply(context: Context, plan: PrunePlan | CombinedPlan) -> Applied:
     """Prune the model of ``context`` in place, then train it back for ``--epochs``.
 
     ``--sparsity F`` removes the share F of what the structure can remove: of the multiply-accumulates of
@@ -38,14 +41,12 @@ def apply(context: Context) -> Applied:
         UsageError: A bad option, or a budget that the structure cannot meet.
         InputError: kdcli cannot operate on this architecture, or there is nothing left to prune.
     """
-    if combined.is_chain(context.request):
-        parts = combined.check(context.request)
-        if parts.max_drop is not None:
+    if isinstance(plan, CombinedPlan):
+        if plan.max_drop is not None:
             return search.apply(
-                context, parts.max_drop, lambda inner, share: combined.apply(inner, parts.removing(share))
+                context, plan.max_drop, lambda inner, share: combined.apply(inner, plan.removing(share))
             )
-        return combined.apply(context, parts)
-    plan = plans.check(context.request)
+        return combined.apply(context, plan)
     if plan.options.target_speedup is not None:
         return speed.apply(context, plan)
     kind = weights if plan.zeros else units
@@ -54,3 +55,6 @@ def apply(context: Context) -> Applied:
             context, plan.max_drop, lambda inner, share: kind.apply(inner, replace(plan, sparsity=share))
         )
     return kind.apply(context, plan)
+
+
+STAGE = Stage(prepare, apply)

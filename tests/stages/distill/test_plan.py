@@ -10,7 +10,7 @@ from kdcli import processes
 from kdcli.errors import UsageError
 from kdcli.request import STRATEGIES, Common, DistillOptions, Request
 from kdcli.stages.distill.plan import ALPHA, DistillPlan, Settings, assistants, check, teacher_weights
-from kdcli.training.cross_entropy import dkd, rkd
+from kdcli.training.losses import dkd, rkd
 
 
 def plan(settings: dict[str, str] | None = None, teachers: int = 1, **options: Any) -> DistillPlan:

@@ -17,6 +17,7 @@ from kdcli.progress import Progress
 from kdcli.report import io
 from kdcli.request import Common, DistillOptions, Gates, Request
 from kdcli.run import life
+from kdcli.run.outcome import Outcome
 from tests import tiny
 
 
@@ -46,7 +47,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def distilled(teacher: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> life.Outcome:
+def distilled(teacher: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """The plain run, with a cache of its own, for the tests that only look at it."""
     base = tmp_path_factory.mktemp("distilled")
     with pytest.MonkeyPatch.context() as patch:
@@ -57,7 +58,7 @@ def distilled(teacher: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFa
     return outcome
 
 
-def test_the_output_directory_is_complete_and_plain(distilled: life.Outcome, data_dir: Path) -> None:
+def test_the_output_directory_is_complete_and_plain(distilled: Outcome, data_dir: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import AutoModelForSequenceClassification
 
@@ -106,7 +107,7 @@ def test_the_output_directory_is_complete_and_plain(distilled: life.Outcome, dat
         assert torch.allclose(theirs(**batch).logits, ours.model(**batch).logits, atol=1e-6)
 
 
-def test_same_seed_same_bytes(distilled: life.Outcome, teacher: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_same_seed_same_bytes(distilled: Outcome, teacher: Path, data_dir: Path, tmp_path: Path) -> None:
     life.run(request(teacher, data_dir, tmp_path / "again"), Progress())
     for file in ("model.safetensors", "model.onnx", "config.json", "tokenizer.json"):
         assert (distilled.path / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file

@@ -58,7 +58,7 @@ def stage_of(name: str, made: Any, work: Path) -> tuple[Any, Callable[[], Any], 
         )
     context = contexts.of(given, made, work, splits=splits, settings=settings)
     stage = {"prune": prune, "lowrank": lowrank, "quantize": quantize}[name]
-    return context, lambda: stage.apply(context), module
+    return context, lambda: contexts.applied(stage, context), module
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from kdcli.request import Common, LowRankOptions, QuantizeOptions, Request
 from kdcli.run import life
 from kdcli.stages.lowrank import stage
 from tests import tiny
+from tests.stages import contexts
 from tests.stages.lowrank.test_stage import context_of
 
 NAMES = [f"convolutions.{i}" for i in range(3)]
@@ -125,7 +126,7 @@ def test_all_energy_changes_nothing(kind: str, tmp_path: Path) -> None:
             layer.weight[:, 5:10] = layer.weight[:, :5]
             layer.weight[:, 10:] = 0.0
     want = logits(made)
-    method = stage.apply(context_of(made, tmp_path, method=kind, energy=1.0)).method
+    method = contexts.applied(stage, context_of(made, tmp_path, method=kind, energy=1.0)).method
     assert not any(row["kept_dense"] for row in method.layers)
     assert method.detail["parameters_kept"] < 0.5
     torch.testing.assert_close(logits(made), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
@@ -143,7 +144,7 @@ def test_all_energy_changes_nothing(kind: str, tmp_path: Path) -> None:
 )
 def test_ranks_by_hand(options: dict[str, Any], ranks: list[Any], tmp_path: Path) -> None:
     made = random_cnn()
-    applied = stage.apply(context_of(made, tmp_path, **options))
+    applied = contexts.applied(stage, context_of(made, tmp_path, **options))
     assert [row["rank"] for row in applied.method.layers] == ranks
     codes = [w.code for w in applied.warnings]
     assert ("nothing-factorised" in codes) == (ranks[0] is None)
@@ -152,7 +153,7 @@ def test_ranks_by_hand(options: dict[str, Any], ranks: list[Any], tmp_path: Path
 
 def test_quantize_goes_on_from_factors(places: Path, tmp_path: Path) -> None:
     made = random_cnn()
-    stage.apply(context_of(made, tmp_path, method="cp", rank=4))
+    contexts.applied(stage, context_of(made, tmp_path, method="cp", rank=4))
     tiny.reload(made, tmp_path / "made")
     small = run("quantize", tmp_path / "made", tmp_path / "int8", QuantizeOptions(), places)
     assert small.exit_code == 0
@@ -162,9 +163,9 @@ def test_quantize_goes_on_from_factors(places: Path, tmp_path: Path) -> None:
 
 def test_merge_multiplies_back(tmp_path: Path) -> None:
     made = random_cnn()
-    stage.apply(context_of(made, tmp_path, method="cp", rank=4))
+    contexts.applied(stage, context_of(made, tmp_path, method="cp", rank=4))
     want, chains = logits(made), {name: made.model.get_submodule(name) for name in NAMES}
-    stage.apply(context_of(made, tmp_path, merge=True))
+    contexts.applied(stage, context_of(made, tmp_path, merge=True))
     # Which ones pay is a matter of the clock; what comes out is the same.
     for name, chain in chains.items():
         layer: Any = made.model.get_submodule(name)
@@ -177,10 +178,10 @@ def test_merge_multiplies_back(tmp_path: Path) -> None:
 
 def test_recovery_trains_the_factors(places: Path, tmp_path: Path) -> None:
     made = checkpoints.load(places / "cnn")  # the teacher of the recovery is read from disk
-    applied = stage.apply(context_of(made, tmp_path, method="tucker2", rank=4, epochs=1))
+    applied = contexts.applied(stage, context_of(made, tmp_path, method="tucker2", rank=4, epochs=1))
     assert "recovery" in applied.method.detail
     untrained = random_cnn()
-    stage.apply(context_of(untrained, tmp_path, method="tucker2", rank=4))
+    contexts.applied(stage, context_of(untrained, tmp_path, method="tucker2", rank=4))
     for name in NAMES:
         trained, start = (m.model.get_submodule(name).state_dict() for m in (made, untrained))
         assert not any(torch.equal(trained[key], start[key]) for key in start)
@@ -188,9 +189,9 @@ def test_recovery_trains_the_factors(places: Path, tmp_path: Path) -> None:
 
 def test_a_second_run_finds_nothing_dense(tmp_path: Path) -> None:
     made = random_cnn()
-    stage.apply(context_of(made, tmp_path, method="cp", rank=2))
+    contexts.applied(stage, context_of(made, tmp_path, method="cp", rank=2))
     before = logits(made)
-    applied = stage.apply(context_of(made, tmp_path, method="tucker2", rank=2))
+    applied = contexts.applied(stage, context_of(made, tmp_path, method="tucker2", rank=2))
     assert [w.code for w in applied.warnings] == ["nothing-factorised"]
     assert torch.equal(logits(made), before)
 
@@ -216,7 +217,7 @@ def test_matrices_of_a_text_model_of_convolutions_are_refused_with_the_way_out(t
 )
 def test_a_log_that_does_not_fit_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
     made = random_cnn()
-    stage.apply(context_of(made, tmp_path, method="tucker2", rank=3))
+    contexts.applied(stage, context_of(made, tmp_path, method="tucker2", rank=3))
     tiny.reload(made, tmp_path / "out")
     path = tmp_path / "out" / "kdcli.json"
     path.write_text(path.read_text().replace(old, new))

@@ -26,6 +26,7 @@ from kdcli.run import life
 from kdcli.stages.lowrank import matrices
 from kdcli.stages.lowrank import stage as lowrank
 from tests import tiny
+from tests.stages import contexts
 from tests.stages.lowrank.test_stage import context_of
 
 
@@ -159,7 +160,7 @@ def logits(made) -> torch.Tensor:
 @pytest.mark.parametrize("method", ["tucker2", "cp", "tensor-train"])
 def test_convolutions_by_budget(method: str, tmp_path: Path) -> None:
     made = cnn()
-    applied = lowrank.apply(context_of(made, tmp_path, method=method, budget=0.6))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, method=method, budget=0.6))
     detail = applied.method.detail
     assert detail["parameters_kept"] <= 0.6
     assert detail["allocation"]["chosen"] in ("even", "weighted")
@@ -176,7 +177,7 @@ def test_convolutions_by_budget(method: str, tmp_path: Path) -> None:
     again = tiny.reload(made, tmp_path / "out")
     torch.testing.assert_close(logits(again), now, rtol=0, atol=1e-5)
     # Merged it is one convolution again, with the same answers.
-    merged = lowrank.apply(context_of(made, tmp_path, method=method, merge=True))
+    merged = contexts.applied(lowrank, context_of(made, tmp_path, method=method, merge=True))
     assert {row["merged"] for row in merged.method.layers} <= {True, False}
     torch.testing.assert_close(logits(made), now, rtol=0, atol=1e-5)
 
@@ -184,16 +185,16 @@ def test_convolutions_by_budget(method: str, tmp_path: Path) -> None:
 def test_convolutions_by_rank_by_energy_and_not_at_all(tmp_path: Path) -> None:
     made = cnn()
     dense = logits(made)
-    applied = lowrank.apply(context_of(made, tmp_path, method="tucker2", rank=8))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, method="tucker2", rank=8))
     assert all(max(row["rank"]) <= 8 for row in applied.method.layers)
     made = cnn()
-    whole = lowrank.apply(context_of(made, tmp_path, method="tucker2", energy=1.0))
+    whole = contexts.applied(lowrank, context_of(made, tmp_path, method="tucker2", energy=1.0))
     assert [w.code for w in whole.warnings] == ["nothing-factorised"]
     assert torch.equal(logits(made), dense)
     errors = []
     for energy in (0.5, 0.8):
         made = cnn()
-        applied = lowrank.apply(context_of(made, tmp_path, method="tensor-train", energy=energy))
+        applied = contexts.applied(lowrank, context_of(made, tmp_path, method="tensor-train", energy=energy))
         errors.append(sum(row["error_predicted"] for row in applied.method.layers))
     assert errors[0] > errors[1] > 0
 
@@ -255,11 +256,11 @@ def test_a_target_speedup_of_convolutions(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(speedup, "against_input", measure)
     made = cnn()
-    applied = lowrank.apply(context_of(made, tmp_path, method="tucker2", target_speedup=1.3))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, method="tucker2", target_speedup=1.3))
     found = applied.method.detail["target_speedup"]
     assert [row["measured"] >= 1.274 for row in found["tries"]] == [False, True]
     assert measure(None, made).value == found["measured"] == pytest.approx(1.3, rel=0.05)
     assert applied.warnings == []
     # Twice the time is spent, half of it elsewhere, and a fifth of what is saved is lost.
     with pytest.raises(UsageError, match=r"--target-speedup 1\.8 cannot be met: .* 1\.6. times as fast"):
-        lowrank.apply(context_of(cnn(), tmp_path, method="tucker2", target_speedup=1.8))
+        contexts.applied(lowrank, context_of(cnn(), tmp_path, method="tucker2", target_speedup=1.8))

@@ -76,7 +76,7 @@ def check_table(applied, budget: float | None = None) -> None:
 def test_budget_on_every_family_and_back_from_disk(family: str, tmp_path: Path) -> None:
     made = tiny.checkpoint(family)
     names, dense = list(encoder_linears(made.model, made.family)), logits(made, family)
-    applied = lowrank.apply(context_of(made, tmp_path, budget=0.7))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, budget=0.7))
     check_table(applied, 0.7)
     assert [row["name"] for row in applied.method.layers] == names
     assert {w.code for w in applied.warnings} <= {"thin-products"}
@@ -99,7 +99,7 @@ def test_a_nearly_whole_budget_changes_little_and_more_budget_is_closer(tmp_path
     distances = []
     for budget in (0.3, 0.6, 0.97):
         made = tiny.checkpoint()
-        check_table(lowrank.apply(context_of(made, tmp_path, budget=budget)), budget)
+        check_table(contexts.applied(lowrank, context_of(made, tmp_path, budget=budget)), budget)
         now = logits(made, "bert").log_softmax(-1)
         distances.append(
             float(torch.nn.functional.kl_div(now, dense, reduction="batchmean", log_target=True))
@@ -134,21 +134,21 @@ def test_the_share_that_diverges_least_on_held_rows_is_taken(
 
     divergence.calls = 0
     monkeypatch.setattr(rank_budget, "divergence", divergence)
-    applied = lowrank.apply(context_of(made, tmp_path, budget=0.6))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, budget=0.6))
     shares["even"] = rank_budget.even(sizes, 0.6)
     assert applied.method.detail["allocation"]["chosen"] == better
     assert {row["name"]: row["rank"] for row in applied.method.layers} == shares[better]
 
 
 def test_none_of_the_three_means_budget(tmp_path: Path) -> None:
-    applied = lowrank.apply(context_of(tiny.checkpoint(), tmp_path))
+    applied = contexts.applied(lowrank, context_of(tiny.checkpoint(), tmp_path))
     assert applied.method.name == LowRankOptions.method
     assert applied.method.params["budget"] == lowrank.BUDGET
     check_table(applied, lowrank.BUDGET)
 
 
 def test_rank_keeps_layers_dense_from_break_even_on(tmp_path: Path) -> None:
-    applied = lowrank.apply(context_of(tiny.checkpoint(), tmp_path, rank=17))
+    applied = contexts.applied(lowrank, context_of(tiny.checkpoint(), tmp_path, rank=17))
     check_table(applied)
     # 32 x 32 breaks even at 16, 48 x 32 at 19.2.
     assert {tuple(r["shape"]): r["rank"] for r in applied.method.layers} == {
@@ -160,21 +160,22 @@ def test_rank_keeps_layers_dense_from_break_even_on(tmp_path: Path) -> None:
 
 
 def test_energy_keeps_the_fewest_directions_with_that_share(tmp_path: Path) -> None:
-    few = lowrank.apply(context_of(tiny.checkpoint(), tmp_path, method="whitening", energy=0.8))
+    few = contexts.applied(lowrank, context_of(tiny.checkpoint(), tmp_path, method="whitening", energy=0.8))
     check_table(few)
     errors = [row["error_predicted"] for row in few.method.layers]
     assert any(errors)
     assert max(errors) <= 0.2
     for row in few.method.layers:
         if row["rank"] is not None and row["rank"] > 1:
-            fewer = lowrank.apply(
+            fewer = contexts.applied(
+                lowrank,
                 context_of(
                     tiny.checkpoint(),
                     tmp_path,
                     method="whitening",
                     rank=row["rank"] - 1,
                     include=(row["name"],),
-                )
+                ),
             )
             assert fewer.method.layers[0]["error_predicted"] > 0.2
 
@@ -183,7 +184,7 @@ def test_energy_keeps_the_fewest_directions_with_that_share(tmp_path: Path) -> N
 def test_nothing_worth_factorising_is_a_warning(options: dict, tmp_path: Path) -> None:
     made = tiny.checkpoint()
     before = logits(made, "bert")
-    applied = lowrank.apply(context_of(made, tmp_path, epochs=1, **options))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, epochs=1, **options))
     assert [w.code for w in applied.warnings] == ["nothing-factorised"]
     assert "no rank is below break-even" in applied.warnings[0].message
     assert made.log.transforms == []
@@ -194,15 +195,16 @@ def test_nothing_worth_factorising_is_a_warning(options: dict, tmp_path: Path) -
 
 def test_include_exclude_and_a_second_pass_over_what_is_left(tmp_path: Path) -> None:
     made = tiny.checkpoint()
-    first = lowrank.apply(
+    first = contexts.applied(
+        lowrank,
         context_of(
             made, tmp_path, include=("*.intermediate.*", "*.output.*"), exclude=("*attention*",), rank=9
-        )
+        ),
     )
     names = [row["name"] for row in first.method.layers]
     assert len(names) == 4
     assert not any("attention" in name for name in names)
-    second = lowrank.apply(context_of(made, tmp_path, budget=0.6))
+    second = contexts.applied(lowrank, context_of(made, tmp_path, budget=0.6))
     check_table(second, 0.6)
     assert len(second.method.layers) == 8
     assert all("attention" in row["name"] for row in second.method.layers)
@@ -214,8 +216,8 @@ def test_include_exclude_and_a_second_pass_over_what_is_left(tmp_path: Path) -> 
 
 def test_a_model_with_nothing_left(tmp_path: Path) -> None:
     made = tiny.checkpoint()
-    lowrank.apply(context_of(made, tmp_path, rank=5))
-    third = lowrank.apply(context_of(made, tmp_path))
+    contexts.applied(lowrank, context_of(made, tmp_path, rank=5))
+    third = contexts.applied(lowrank, context_of(made, tmp_path))
     assert [w.code for w in third.warnings] == ["nothing-factorised"]
     assert "no dense linear layer left" in third.warnings[0].message
     assert third.method.layers == []
@@ -231,7 +233,7 @@ def test_a_pruned_uneven_model(family: str, tmp_path: Path) -> None:
     cut = Cut(heads={0: [], 1: [2]}, neurons={0: list(range(11)), 1: []})
     transforms.apply(made.model, cut)
     made.log.transforms.append(cut)
-    applied = lowrank.apply(context_of(made, tmp_path, budget=0.6))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, budget=0.6))
     check_table(applied)
     assert applied.method.detail["parameters_kept"] <= 0.6
     assert {tuple(row["shape"]) for row in applied.method.layers} == {(11, 32), (32, 11), (8, 32), (32, 8)}
@@ -244,7 +246,8 @@ def test_same_seed_same_weights_and_the_samples_setting(tmp_path: Path) -> None:
     found = []
     for seed in (3, 3, 4):
         made = tiny.checkpoint()
-        applied = lowrank.apply(context_of(made, tmp_path, seed=seed, settings={"samples": "32"}, budget=0.6))
+        context = context_of(made, tmp_path, seed=seed, settings={"samples": "32"}, budget=0.6)
+        applied = contexts.applied(lowrank, context)
         assert applied.method.detail["rows"] == 32
         assert applied.method.params["samples"] == 32
         found.append((made.model.state_dict(), applied.method))
@@ -259,13 +262,13 @@ def test_factors_of_a_large_model_are_the_same_in_a_file(
     small, large = tiny.checkpoint(), tiny.checkpoint()
     asked: list[None] = []
     monkeypatch.setattr(memory, "give_back", lambda: asked.append(None))
-    lowrank.apply(context_of(small, tmp_path, budget=0.6))
+    contexts.applied(lowrank, context_of(small, tmp_path, budget=0.6))
     assert not asked  # it takes a tenth of a second, which is worth it beside many megabytes only
     files = []
     real = mapped.empty
     monkeypatch.setattr(mapped, "LARGE", 1)
     monkeypatch.setattr(mapped, "empty", lambda wanted: files.append(real(wanted)) or files[-1])
-    lowrank.apply(context_of(large, tmp_path, budget=0.6))
+    contexts.applied(lowrank, context_of(large, tmp_path, budget=0.6))
     assert asked
     assert len(files) == len(encoder_linears(tiny.checkpoint().model, large.family))
     for name, weight in small.model.state_dict().items():
@@ -274,7 +277,7 @@ def test_factors_of_a_large_model_are_the_same_in_a_file(
 
 def test_recovery_follows_the_surgery(tmp_path: Path) -> None:
     made = checkpoints.load(tiny.saved(tmp_path / "m"))
-    applied = lowrank.apply(context_of(made, tmp_path, rank=6, epochs=1, batch_size=16))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, rank=6, epochs=1, batch_size=16))
     assert applied.method.detail["recovery"]["epochs"] == 1
     assert applied.method.params["epochs"] == 1
     assert isinstance(made.model.get_submodule("bert.encoder.layer.0.output.dense"), LowRankLinear)
@@ -322,7 +325,7 @@ def test_bad_options_are_refused_before_anything_runs(options: dict, message: st
 def alone(name: str, tmp_path: Path, method: str, **options):
     """One layer factorised by itself."""
     made = tiny.checkpoint()
-    applied = lowrank.apply(context_of(made, tmp_path, method=method, include=(name,), **options))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, method=method, include=(name,), **options))
     return made, applied
 
 
@@ -346,7 +349,7 @@ def test_full_rank_in_every_layer_leaves_the_model_as_it_is(
     monkeypatch.setattr(rank_budget.Size, "break_even", property(lambda size: 33.0))
     made = tiny.checkpoint()
     dense = logits(made, "bert")
-    applied = lowrank.apply(context_of(made, tmp_path, method=method, rank=32))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, method=method, rank=32))
     assert [row["rank"] for row in applied.method.layers] == [32] * 12
     assert sum(isinstance(m, LowRankLinear) for m in made.model.modules()) == 12
     torch.testing.assert_close(logits(made, "bert"), dense, rtol=0, atol=TOLERANCE * float(dense.abs().max()))
@@ -363,7 +366,7 @@ def test_methods_that_see_more_diverge_less(tmp_path: Path) -> None:
     found = {}
     for method in ("svd", "asvd", "whitening", "two-sided"):
         made = tiny.checkpoint()
-        lowrank.apply(context_of(made, tmp_path, method=method, rank=7))
+        contexts.applied(lowrank, context_of(made, tmp_path, method=method, rank=7))
         found[method] = kl(made, dense)
     assert found["whitening"] < found["asvd"] < found["svd"]
     assert found["two-sided"] < found["whitening"]
@@ -374,10 +377,11 @@ def test_fitting_behind_the_factorised_layers_helps(tmp_path: Path) -> None:
     found = {}
     for mode in ("targets", "inputs", "off"):
         made = tiny.checkpoint()
-        lowrank.apply(
+        contexts.applied(
+            lowrank,
             context_of(
                 made, tmp_path, method="whitening", rank=6, settings={"sequential": mode, "ridge": "0.01"}
-            )
+            ),
         )
         found[mode] = kl(made, dense)
     assert found["targets"] < 0.8 * found["off"]
@@ -389,7 +393,7 @@ def test_the_table_of_the_tokens(family: str, tmp_path: Path) -> None:
     made = tiny.checkpoint(family)
     name = f"{made.family.base}.embeddings.word_embeddings"
     dense = logits(made, family)
-    applied = lowrank.apply(context_of(made, tmp_path, rank=13, include=("embeddings", "*.1.*")))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, rank=13, include=("embeddings", "*.1.*")))
     table = made.model.get_submodule(name)
     assert isinstance(table, LowRankEmbedding)
     row = applied.method.layers[0]
@@ -414,8 +418,9 @@ def test_the_table_of_the_tokens(family: str, tmp_path: Path) -> None:
     again = tiny.reload(made, tmp_path / "out")
     torch.testing.assert_close(logits(again, family), now, rtol=0, atol=TOLERANCE)
     assert isinstance(again.model.get_submodule(name), LowRankEmbedding)
-    only = lowrank.apply(
-        context_of(tiny.checkpoint(family), tmp_path, rank=13, include=("embeddings",), exclude=("*",))
+    only = contexts.applied(
+        lowrank,
+        context_of(tiny.checkpoint(family), tmp_path, rank=13, include=("embeddings",), exclude=("*",)),
     )
     assert [r["name"] for r in only.method.layers] == [name]
     with pytest.raises(UsageError, match="factorised already"):
@@ -424,8 +429,8 @@ def test_the_table_of_the_tokens(family: str, tmp_path: Path) -> None:
 
 def test_one_right_factor_for_query_key_and_value(tmp_path: Path) -> None:
     made = tiny.checkpoint()
-    applied = lowrank.apply(
-        context_of(made, tmp_path, rank=20, settings={"share_right": "true"}, method="whitening")
+    applied = contexts.applied(
+        lowrank, context_of(made, tmp_path, rank=20, settings={"share_right": "true"}, method="whitening")
     )
     attention = made.model.get_submodule("bert.encoder.layer.0.attention.self")
     assert attention.query.first is attention.key.first is attention.value.first
@@ -450,13 +455,13 @@ def test_rank_by_evbmf_is_that_of_the_matrix(tmp_path: Path) -> None:
         for layer in layers.values():  # three directions that stand out of noise
             parts = torch.randn(layer.out_features, 3), torch.randn(3, layer.in_features)
             layer.weight.copy_(parts[0] @ parts[1] + 0.1 * torch.randn_like(layer.weight))
-    applied = lowrank.apply(context_of(made, tmp_path, rank="evbmf"))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, rank="evbmf"))
     assert {row["rank"] for row in applied.method.layers} == {3}
 
 
 def test_merge_multiplies_back_what_does_not_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tiny.checkpoint()
-    lowrank.apply(context_of(made, tmp_path, rank=5))
+    contexts.applied(lowrank, context_of(made, tmp_path, rank=5))
     factorised = logits(made, "bert")
     log = [t.model_copy(deep=True) for t in made.log.transforms]
     # Slow factors only in layers of 48: 32 x 32 at rank 5 are smaller and faster.
@@ -466,7 +471,7 @@ def test_merge_multiplies_back_what_does_not_pay(tmp_path: Path, monkeypatch: py
         "product",
         lambda self, outputs, inputs, rank: clock[max(outputs, inputs)][rank is None],
     )
-    applied = lowrank.apply(context_of(made, tmp_path, merge=True))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, merge=True))
     merged = {row["name"] for row in applied.method.layers if row["merged"]}
     assert len(merged) == applied.method.detail["merged"] == 4
     assert all("attention" not in name for name in merged)
@@ -476,24 +481,24 @@ def test_merge_multiplies_back_what_does_not_pay(tmp_path: Path, monkeypatch: py
     again = tiny.reload(made, tmp_path / "out")
     torch.testing.assert_close(logits(again, "bert"), now, rtol=0, atol=TOLERANCE)
     clock[32] = (2.0, 1.0)
-    lowrank.apply(context_of(made, tmp_path, merge=True))
+    contexts.applied(lowrank, context_of(made, tmp_path, merge=True))
     assert made.log.transforms == []  # plain transformers can load it again
     assert made.model.get_submodule("bert.encoder.layer.0.attention.self.query").weight.shape == (32, 32)
     with pytest.raises(UsageError, match="no factors"):
-        lowrank.apply(context_of(made, tmp_path, merge=True))
+        contexts.applied(lowrank, context_of(made, tmp_path, merge=True))
 
 
 def test_factors_that_grew_by_pruning_are_merged_because_they_are_larger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = tiny.checkpoint()
-    lowrank.apply(context_of(made, tmp_path, rank=15))
+    contexts.applied(lowrank, context_of(made, tmp_path, rank=15))
     cut = Cut(neurons={0: list(range(8))})
     transforms.apply(made.model, cut)
     made.log.transforms.append(cut)
     monkeypatch.setattr(merging.Clock, "product", lambda self, outputs, inputs, rank: 1.0)
     before = logits(made, "bert")
-    applied = lowrank.apply(context_of(made, tmp_path, merge=True))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, merge=True))
     merged = {row["name"] for row in applied.method.layers if row["merged"]}
     assert merged == {f"bert.encoder.layer.0.{part}.dense" for part in ("intermediate", "output")}
     assert applied.method.detail["parameters_after"] < applied.method.detail["parameters_before"]
@@ -524,7 +529,7 @@ def test_max_drop_searches_the_smallest_budget_that_keeps_it(
         return 0.9 - 0.1 * (1 - kept / whole)
 
     monkeypatch.setattr(calibration, "accuracy", accuracy)
-    applied = lowrank.apply(with_drop(context_of(made, tmp_path), 0.05))
+    applied = contexts.applied(lowrank, with_drop(context_of(made, tmp_path), 0.05))
     assert applied.method.params["max_drop"] == 0.05
     steps = applied.method.detail["search"]["steps"]
     kept = [step["budget"] for step in steps if step["kept"]]
@@ -543,7 +548,7 @@ def test_max_drop_that_nothing_keeps_leaves_the_model_as_it_is(
     before = logits(made, "bert")
     answers = iter([0.9, 0.5])
     monkeypatch.setattr(calibration, "accuracy", lambda context, rows: next(answers))
-    applied = lowrank.apply(with_drop(context_of(made, tmp_path), 0.01))
+    applied = contexts.applied(lowrank, with_drop(context_of(made, tmp_path), 0.01))
     assert [w.code for w in applied.warnings] == ["nothing-factorised"]
     assert "no budget below 1 keeps the accuracy within 0.01" in applied.warnings[0].message
     assert torch.equal(logits(made, "bert"), before)
@@ -581,7 +586,7 @@ def test_a_target_speedup_that_the_finished_graph_has_at_once(
 ) -> None:
     finished(monkeypatch, speed_of)
     made = tiny.checkpoint()
-    applied = lowrank.apply(context_of(made, tmp_path, target_speedup=1.25))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, target_speedup=1.25))
     found = applied.method.detail["target_speedup"]
     assert found["latency"] == {"model_ms": 20, "layers_ms": 12}
     spent = sum(row["latency_after_ms"] for row in applied.method.layers)
@@ -608,7 +613,7 @@ def test_a_target_speedup_is_corrected_by_the_finished_graph(
 
     finished(monkeypatch, measure)
     made = tiny.checkpoint()
-    applied = lowrank.apply(context_of(made, tmp_path, target_speedup=1.35))
+    applied = contexts.applied(lowrank, context_of(made, tmp_path, target_speedup=1.35))
     found = applied.method.detail["target_speedup"]
     first, last = found["tries"][0], found["tries"][-1]
     assert (first["measured"] < 1.32) == (gain < 1)
@@ -630,16 +635,16 @@ def test_a_target_speedup_out_of_reach_is_refused_with_the_fastest_or_said(
     with pytest.raises(
         UsageError, match=r"--target-speedup 3 cannot be met: .* 1\.76 times as fast, .* the most"
     ):
-        lowrank.apply(context_of(tiny.checkpoint(), tmp_path, target_speedup=3.0))
+        contexts.applied(lowrank, context_of(tiny.checkpoint(), tmp_path, target_speedup=3.0))
     finished(monkeypatch, lambda made: Speed(1.03, 0.0))
-    stubborn = lowrank.apply(context_of(tiny.checkpoint(), tmp_path, target_speedup=1.08))
+    stubborn = contexts.applied(lowrank, context_of(tiny.checkpoint(), tmp_path, target_speedup=1.08))
     assert [w.code for w in stubborn.warnings] == ["speedup-missed"]
     assert len(stubborn.method.detail["target_speedup"]["tries"]) == speedup.ROUNDS
     monkeypatch.setattr(matrices.Clock, "product", lambda self, outputs, inputs, rank: 1.0 + (rank or 0))
     with pytest.raises(
         UsageError, match="no factors are faster here than the layer they replace, so 1 is the most"
     ):
-        lowrank.apply(context_of(tiny.checkpoint(), tmp_path, target_speedup=1.2))
+        contexts.applied(lowrank, context_of(tiny.checkpoint(), tmp_path, target_speedup=1.2))
 
 
 @pytest.mark.usefixtures("imagined")
@@ -648,7 +653,7 @@ def test_of_those_that_meet_a_target_speedup_the_slowest_is_kept(
 ) -> None:
     answers = iter([Speed(1.9, 0.0), Speed(1.1, 0.0), Speed(1.4, 0.0)])
     finished(monkeypatch, lambda made: next(answers))
-    applied = lowrank.apply(context_of(tiny.checkpoint(), tmp_path, target_speedup=1.25))
+    applied = contexts.applied(lowrank, context_of(tiny.checkpoint(), tmp_path, target_speedup=1.25))
     assert applied.method.detail["target_speedup"]["measured"] == 1.4
 
 
@@ -659,7 +664,7 @@ def test_a_resumed_recovery_belongs_to_the_ranks_that_were_measured_then(
     tiny.saved(tmp_path / "m")
     options = {"target_speedup": 1.25, "epochs": 1, "batch_size": 16}
     finished(monkeypatch, speed_of)
-    first = lowrank.apply(context_of(checkpoints.load(tmp_path / "m"), tmp_path, **options))
+    first = contexts.applied(lowrank, context_of(checkpoints.load(tmp_path / "m"), tmp_path, **options))
 
     def broken(made) -> Speed:
         raise AssertionError("the speed is known")
@@ -668,7 +673,7 @@ def test_a_resumed_recovery_belongs_to_the_ranks_that_were_measured_then(
     context = context_of(checkpoints.load(tmp_path / "m"), tmp_path, **options)
     common = dataclasses.replace(context.request.common, resume=True)
     context.request = dataclasses.replace(context.request, common=common)
-    later = lowrank.apply(context)
+    later = contexts.applied(lowrank, context)
     assert without_clock(later.method) == without_clock(first.method)
     assert later.method.detail["target_speedup"] == first.method.detail["target_speedup"]
 
@@ -683,14 +688,14 @@ def test_thin_products_that_are_slower_are_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(
         matrices.Clock, "product", lambda self, outputs, inputs, rank: 1.0 if rank is None else 2.0
     )
-    applied = lowrank.apply(context_of(tiny.checkpoint(), tmp_path, rank=5))
+    applied = contexts.applied(lowrank, context_of(tiny.checkpoint(), tmp_path, rank=5))
     assert [w.code for w in applied.warnings] == ["thin-products"]
     assert applied.warnings[0].message.startswith("12 of 12 factor pairs are slower")
 
 
 def test_long_texts_give_fewer_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "MOST_TOKENS", 100)
-    applied = lowrank.apply(context_of(tiny.checkpoint(), tmp_path, rank=5))
+    applied = contexts.applied(lowrank, context_of(tiny.checkpoint(), tmp_path, rank=5))
     assert 80 < applied.method.detail["tokens"] <= 100
 
 
@@ -700,7 +705,7 @@ def test_layers_and_features_dropped_from_a_factorised_model(
     """Names in the log are those of their time; a shared right factor is cut once, a table by its map."""
     made = tiny.checkpoint()
     options = {"rank": 12, "include": ("embeddings",), "settings": {"share_right": "true"}}
-    lowrank.apply(context_of(made, tmp_path, method="whitening", **options))
+    contexts.applied(lowrank, context_of(made, tmp_path, method="whitening", **options))
     for cut in (Layers(keep=[1]), Width(keep=[i for i in range(32) if i % 4])):
         transforms.apply(made.model, cut)
         made.log.transforms.append(cut)
@@ -713,7 +718,7 @@ def test_layers_and_features_dropped_from_a_factorised_model(
     monkeypatch.setattr(
         merging.Clock, "product", lambda self, outputs, inputs, rank: 1.0 if rank is None else 2.0
     )
-    lowrank.apply(context_of(again, tmp_path, merge=True))
+    contexts.applied(lowrank, context_of(again, tmp_path, merge=True))
     merged = tiny.reload(again, tmp_path / "merged")
     torch.testing.assert_close(logits(merged, "bert"), now, rtol=0, atol=TOLERANCE)
     assert isinstance(merged.model.get_submodule("bert.encoder.layer.0.attention.self.key"), torch.nn.Linear)

@@ -27,6 +27,7 @@ from kdcli.stages.prune import plan as plans
 from kdcli.stages.prune import stage as prune
 from kdcli.stages.prune.budget import costs, layer_macs
 from tests import tiny
+from tests.stages import contexts
 from tests.stages.prune.test_stage import TOLERANCE, context_of, encoder_weights, logits, masked_logits
 
 REST, OVERHEAD, HEAD, NEURON = 0.4, 0.03, 0.05, 0.002  # milliseconds of the machine that the tests imagine
@@ -312,7 +313,7 @@ def test_search_returns_the_smallest_model_that_keeps_the_drop(
 
     whole = left(context.checkpoint)
     monkeypatch.setattr(search, "accuracy", lambda context: left(context.checkpoint) / whole)
-    applied = prune.apply(context)
+    applied = contexts.applied(prune, context)
     rows = applied.method.detail["search"]["tries"]
     assert len(rows) == search.TRIES
     keeping = [row for row in rows if row["drop"] <= 0.25]
@@ -336,7 +337,7 @@ def test_search_goes_over_layers_too(tmp_path: Path, monkeypatch) -> None:
         return len(encoder_layers(context.checkpoint.model, context.checkpoint.family))
 
     monkeypatch.setattr(search, "accuracy", lambda context: layers(context) / 4)
-    applied = prune.apply(context)
+    applied = contexts.applied(prune, context)
     assert len(encoder_layers(applied.checkpoint.model, applied.checkpoint.family)) == 2
     assert applied.method.params["sparsity"] == pytest.approx(0.6, abs=0.1)
     assert len(applied.method.detail["search"]["tries"]) == search.TRIES
@@ -347,7 +348,7 @@ def test_search_goes_over_layers_too(tmp_path: Path, monkeypatch) -> None:
 def test_search_measures_on_validation_and_warns_when_nothing_holds(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(search, "TRIES", 2)
     context = searched(deep(tmp_path, settings={"steps": "1"}), -1.0)  # even the dense model drops by 0
-    applied = prune.apply(context)
+    applied = contexts.applied(prune, context)
     assert [w.code for w in applied.warnings] == ["max-drop-missed"]
     detail = applied.method.detail["search"]
     assert (detail["split"], detail["rows"]) == ("validation", 24)
@@ -361,7 +362,7 @@ def test_search_measures_on_validation_and_warns_when_nothing_holds(tmp_path: Pa
     assert chosen["accuracy"] == pytest.approx(right / 24)
     context.encoded = {**context.encoded, "validation": replace(rows, labels=None)}
     with pytest.raises(InputError, match="no label"):
-        prune.apply(context)
+        contexts.applied(prune, context)
 
 
 def test_a_share_makes_max_drop_a_gate_only(tmp_path: Path) -> None:
@@ -397,7 +398,7 @@ def test_gradual_cuts_follow_the_schedule(family: str, tmp_path: Path) -> None:
     layers = encoder_layers(made.model, made.family)
     dense = sum(layer_macs(layer, tokens) for layer in layers)
     prices = costs(layers, tokens)
-    applied = prune.apply(context)
+    applied = contexts.applied(prune, context)
     trace = applied.method.detail["steps"]
     assert [row["step"] for row in trace] == [2, 4, 6, 8, 10, 12, 14, 16]
     head, neuron = prices.heads[0][0], prices.neurons[0][0]
@@ -425,7 +426,7 @@ def test_the_cut_at_the_end_is_what_the_masks_hid(tmp_path: Path, monkeypatch) -
         apply(model, cut)
 
     monkeypatch.setattr(gradual.transforms, "apply", spy)
-    prune.apply(by_taylor(made, tmp_path, sparsity=0.6, **GRADUAL))
+    contexts.applied(prune, by_taylor(made, tmp_path, sparsity=0.6, **GRADUAL))
     assert len(masked) == 1
     assert torch.allclose(logits(made.model, "bert"), masked[0], atol=TOLERANCE)
     hooks = [h for m in made.model.modules() for h in m._forward_pre_hooks.values()]
@@ -434,7 +435,7 @@ def test_the_cut_at_the_end_is_what_the_masks_hid(tmp_path: Path, monkeypatch) -
 
 def test_zeros_grow_along_the_schedule_and_stay(tmp_path: Path) -> None:
     made = loaded(tmp_path / "model")
-    applied = prune.apply(by_taylor(made, tmp_path, structure="weights", sparsity=0.6, **GRADUAL))
+    applied = contexts.applied(prune, by_taylor(made, tmp_path, structure="weights", sparsity=0.6, **GRADUAL))
     trace = applied.method.detail["steps"]
     total = sum(w.numel() for w in encoder_weights(made.model))
     for number, row in enumerate(trace, 1):
@@ -476,14 +477,14 @@ class _Stop(Progress):
 def test_an_interrupted_gradual_run_gives_the_same_bytes(structure: str, at: int, tmp_path: Path) -> None:
     options = {"structure": structure, "sparsity": 0.5, **GRADUAL}
     whole = loaded(tmp_path / "model")
-    straight = prune.apply(by_taylor(whole, tmp_path / "a", **options))
+    straight = contexts.applied(prune, by_taylor(whole, tmp_path / "a", **options))
     broken = by_taylor(loaded(tmp_path / "model"), tmp_path / "b", **options)
     broken.progress = _Stop(at)
     with pytest.raises(InterruptedRun):
-        prune.apply(broken)
+        contexts.applied(prune, broken)
     resumed = by_taylor(loaded(tmp_path / "model"), tmp_path / "b", **options)
     resumed.request = replace(resumed.request, common=replace(resumed.request.common, resume=True))
-    later = prune.apply(resumed)
+    later = contexts.applied(prune, resumed)
     state, other = whole.model.state_dict(), resumed.checkpoint.model.state_dict()
     assert state.keys() == other.keys()
     assert all(torch.equal(value, other[name]) for name, value in state.items())
@@ -492,7 +493,7 @@ def test_an_interrupted_gradual_run_gives_the_same_bytes(structure: str, at: int
     # A training that had ended is not run again, and what was cut is still known.
     third = by_taylor(loaded(tmp_path / "model"), tmp_path / "b", **options)
     third.request = resumed.request
-    prune.apply(third)
+    contexts.applied(prune, third)
     assert third.checkpoint.log.transforms == whole.log.transforms
 
 

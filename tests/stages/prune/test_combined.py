@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from kdcli import request as base
 from kdcli.errors import InputError, UsageError
 from kdcli.families import stack
+from kdcli.inputs.splits import Splits
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint, fresh
 from kdcli.models.small import StaticConfig
@@ -27,6 +28,7 @@ from kdcli.run import dry_run, life
 from kdcli.stages.prune import stage as prune
 from kdcli.stages.prune.budget import layer_macs, macs_at_width
 from tests import tiny
+from tests.stages import contexts
 from tests.stages.contexts import rows
 from tests.stages.prune.test_stage import context_of, logits
 
@@ -46,7 +48,7 @@ def vocab_context(made, work: Path, **options):
         "test": rows(40, 3),
     }
     context.dataset = replace(context.dataset, splits=splits)
-    context.encoded = splits.Splits(context.dataset, made)
+    context.encoded = Splits(context.dataset, made)
     return context, gone
 
 
@@ -67,8 +69,8 @@ def test_parts_are_put_in_order() -> None:
 def test_sparsity_of_layers_is_their_share(sparsity: float | None, left: int, tmp_path: Path) -> None:
     made = tiny.checkpoint(layers=6)
     before = logits(made.model, "bert")
-    applied = prune.apply(
-        context_of(made, tmp_path, structure="layers", sparsity=sparsity, settings={"samples": "16"})
+    applied = contexts.applied(
+        prune, context_of(made, tmp_path, structure="layers", sparsity=sparsity, settings={"samples": "16"})
     )
     detail = applied.method.detail["parts"]["layers"]
     assert detail["layers_after"] == left == len(stack.encoder_layers(made.model, made.family))
@@ -83,23 +85,28 @@ def test_sparsity_of_layers_is_their_share(sparsity: float | None, left: int, tm
 def test_budget_of_layers_counts_macs_of_uneven_layers(tmp_path: Path) -> None:
     made = tiny.checkpoint(layers=4)
     stack.encoder_layers(made.model, made.family)[1].keep_neurons(range(4))
-    detail = prune.apply(context_of(made, tmp_path, structure="layers", budget=0.6)).method.detail
+    detail = contexts.applied(prune, context_of(made, tmp_path, structure="layers", budget=0.6)).method.detail
     assert detail["encoder_macs_kept"] <= 0.6
     assert detail["parts"]["layers"]["layers_after"] >= 2
     with pytest.raises(UsageError, match="one of 4 has to stay"):
-        prune.apply(context_of(tiny.checkpoint(layers=4), tmp_path, structure="layers", budget=0.2))
+        contexts.applied(
+            prune, context_of(tiny.checkpoint(layers=4), tmp_path, structure="layers", budget=0.2)
+        )
 
 
 def test_layers_by_list_and_preset(tmp_path: Path) -> None:
     for settings, kept in (({"keep": "0,2,3"}, [0, 2, 3]), ({"preset": "top", "keep_layers": "2"}, [2, 3])):
         made = tiny.checkpoint(layers=4)
         options = {"structure": "layers", "method": "layer-preset", "settings": settings}
-        applied = prune.apply(context_of(made, tmp_path, **options))
+        applied = contexts.applied(prune, context_of(made, tmp_path, **options))
         assert applied.method.detail["parts"]["layers"]["kept"] == kept
         assert applied.method.params.items() >= settings.items() - {("keep_layers", "2")}
     with pytest.raises(UsageError, match="has 4 layers"):
-        prune.apply(
-            context_of(tiny.checkpoint(layers=4), tmp_path, structure="layers", settings={"keep_layers": "5"})
+        contexts.applied(
+            prune,
+            context_of(
+                tiny.checkpoint(layers=4), tmp_path, structure="layers", settings={"keep_layers": "5"}
+            ),
         )
 
 
@@ -115,7 +122,7 @@ def test_layers_by_list_and_preset(tmp_path: Path) -> None:
 )
 def test_width_is_cut_in_eights(options: dict, left: int, tmp_path: Path) -> None:
     made = tiny.checkpoint()
-    applied = prune.apply(context_of(made, tmp_path, structure="width", **options))
+    applied = contexts.applied(prune, context_of(made, tmp_path, structure="width", **options))
     assert stack.width_of(made.model, made.family) == left
     assert applied.method.detail["parts"]["width"]["width_after"] == left
     assert [w.code for w in applied.warnings] == (["width-untrained"] if left < 32 else [])
@@ -127,14 +134,14 @@ def test_budget_of_width_is_met_by_the_widest_that_fits(tmp_path: Path) -> None:
     tokens = 7.5
     expected = {w: macs_at_width(layers, tokens, w) for w in (64, 40)}
     assert expected[64] == sum(layer_macs(x, tokens) for x in layers)
-    applied = prune.apply(context_of(made, tmp_path, structure="width", budget=0.7))
+    applied = contexts.applied(prune, context_of(made, tmp_path, structure="width", budget=0.7))
     assert expected[40] != expected[64]
     kept = applied.method.detail["encoder_macs_kept"]
     assert 0.7 - 8 / 64 < kept <= 0.7
     stack.keep_features(made.model, made.family, range(40))
     assert sum(layer_macs(x, tokens) for x in layers) == pytest.approx(expected[40])
     with pytest.raises(UsageError, match="cannot be met by width"):
-        prune.apply(context_of(tiny.checkpoint(), tmp_path, structure="width", budget=0.05))
+        contexts.applied(prune, context_of(tiny.checkpoint(), tmp_path, structure="width", budget=0.05))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -144,7 +151,7 @@ def test_unused_tokens_go_and_the_data_is_read_again(family: str, tmp_path: Path
     given, before = context.checkpoint, len(made.tokenizer)
     used = set(given.tokenizer.get_vocab()) - gone
     train = context.encoded["train"]
-    applied = prune.apply(context)
+    applied = contexts.applied(prune, context)
     after = applied.checkpoint
     assert after is context.checkpoint
     assert after.tokenizer is not given.tokenizer
@@ -178,7 +185,7 @@ def test_further_texts_and_a_higher_count(tmp_path: Path) -> None:
     for settings in ({"vocab_text": str(file)}, {"vocab_text": str(file), "min_count": "2"}, {}):
         made = tiny.checkpoint()
         context, _ = vocab_context(made, tmp_path, structure="vocab", settings=settings)
-        prune.apply(context)
+        contexts.applied(prune, context)
         words = set(context.checkpoint.tokenizer.get_vocab())
         sizes.append([w in words for w in ("great", "scene", "awful")])
     assert sizes == [[True, True, False], [True, False, False], [False, False, False]]
@@ -194,7 +201,7 @@ def test_a_student_that_is_no_transformer_loses_tokens_but_nothing_else(tmp_path
     made = static()
     context, gone = vocab_context(made, tmp_path, structure="vocab")
     prune.prepare(context)
-    applied = prune.apply(context)
+    applied = contexts.applied(prune, context)
     detail = applied.method.detail["parts"]["vocab"]
     assert detail["tokens_before"] - detail["tokens_after"] == len(gone)
     assert detail["table_values_after"] == 16 * detail["tokens_after"]
@@ -217,7 +224,7 @@ def test_everything_at_once_under_one_budget(tmp_path: Path) -> None:
         budget=0.3,
         settings=settings,
     )
-    applied = prune.apply(context)
+    applied = contexts.applied(prune, context)
     method = applied.method
     assert method.name == "token-count+layer-kl+width-energy+taylor"
     assert list(method.detail["parts"]) == ["vocab", "layers", "width", "heads+neurons"]
@@ -246,10 +253,11 @@ def test_everything_at_once_under_one_budget(tmp_path: Path) -> None:
 
 def test_a_budget_that_layers_alone_have_met_takes_no_head(tmp_path: Path) -> None:
     made = tiny.checkpoint(layers=4)
-    applied = prune.apply(
+    applied = contexts.applied(
+        prune,
         context_of(
             made, tmp_path, structure="layers+heads+neurons", budget=0.5, settings={"keep_layers": "2"}
-        )
+        ),
     )
     assert [w.code for w in applied.warnings] == ["budget-met"]
     assert all(x.heads == 4 and x.neurons == 48 for x in stack.encoder_layers(made.model, made.family))
@@ -305,7 +313,7 @@ def test_recovery_asks_the_dense_model_in_its_own_tokens(tmp_path: Path, monkeyp
     made = checkpoints.load(tiny.saved(tmp_path / "model"))
     context, _ = vocab_context(made, tmp_path, structure="vocab", epochs=1, lr=1e-3)
     expected = made.tokenizer.convert_ids_to_tokens(context.encoded["train"].ids.tolist())
-    applied = prune.apply(context)
+    applied = contexts.applied(prune, context)
     assert seen == [expected]
     assert applied.method.detail["recovery"]["epochs"] == 1
 

@@ -66,8 +66,8 @@ def test_cut_model_answers_like_the_masked_one_and_reloads(
     family: str, sparsity: float, tmp_path: Path
 ) -> None:
     made, untouched = tiny.checkpoint(family), tiny.checkpoint(family)
-    applied = prune.apply(
-        context_of(made, tmp_path, method="taylor", sparsity=sparsity, settings={"steps": "3"})
+    applied = contexts.applied(
+        prune, context_of(made, tmp_path, method="taylor", sparsity=sparsity, settings={"steps": "3"})
     )
     (cut,) = made.log.transforms
     got = logits(made.model, family)
@@ -90,7 +90,7 @@ def test_cut_model_answers_like_the_masked_one_and_reloads(
 def test_sparsity_zero_changes_nothing(structure: str, tmp_path: Path) -> None:
     made = tiny.checkpoint()
     before = logits(made.model, "bert")
-    applied = prune.apply(context_of(made, tmp_path, structure=structure, sparsity=0.0))
+    applied = contexts.applied(prune, context_of(made, tmp_path, structure=structure, sparsity=0.0))
     assert torch.equal(logits(made.model, "bert"), before)
     assert not [t for t in made.log.transforms if isinstance(t, transforms.Cut)]
     assert applied.method.params["sparsity"] == 0.0
@@ -99,7 +99,7 @@ def test_sparsity_zero_changes_nothing(structure: str, tmp_path: Path) -> None:
 def test_each_structure_takes_its_own_kind_only(tmp_path: Path) -> None:
     for structure, other in (("heads", "neurons"), ("neurons", "heads")):
         made = tiny.checkpoint()
-        method = prune.apply(context_of(made, tmp_path, structure=structure, sparsity=0.5)).method
+        method = contexts.applied(prune, context_of(made, tmp_path, structure=structure, sparsity=0.5)).method
         assert (
             sum(r[f"{structure}_after"] for r in method.layers)
             == sum(r[f"{structure}_before"] for r in method.layers) / 2
@@ -109,7 +109,7 @@ def test_each_structure_takes_its_own_kind_only(tmp_path: Path) -> None:
 
 
 def test_defaults_are_written_down(tmp_path: Path) -> None:
-    method = prune.apply(context_of(tiny.checkpoint(), tmp_path)).method
+    method = contexts.applied(prune, context_of(tiny.checkpoint(), tmp_path)).method
     assert method.name == "sensitivity"
     expected = {"structure": "heads+neurons", "sparsity": 0.3, "samples": 2048, "refit_head": True}
     assert expected.items() <= method.params.items()
@@ -119,18 +119,19 @@ def test_defaults_are_written_down(tmp_path: Path) -> None:
 
 def test_budget_is_the_share_of_the_whole_encoder(tmp_path: Path) -> None:
     made = tiny.checkpoint()
-    method = prune.apply(
-        context_of(made, tmp_path, structure="neurons", method="taylor", budget=0.8, schedule="one-shot")
+    method = contexts.applied(
+        prune,
+        context_of(made, tmp_path, structure="neurons", method="taylor", budget=0.8, schedule="one-shot"),
     ).method
     assert method.detail["encoder_macs_kept"] == pytest.approx(0.8, abs=0.01)
     assert len(method.detail["steps"]) == 1
     with pytest.raises(UsageError, match="cannot be met by removing neurons"):
-        prune.apply(context_of(tiny.checkpoint(), tmp_path, structure="neurons", budget=0.05))
+        contexts.applied(prune, context_of(tiny.checkpoint(), tmp_path, structure="neurons", budget=0.05))
 
 
 def test_a_head_and_a_neuron_survive_any_sparsity(tmp_path: Path) -> None:
     made = tiny.checkpoint()
-    applied = prune.apply(context_of(made, tmp_path, sparsity=0.9999))
+    applied = contexts.applied(prune, context_of(made, tmp_path, sparsity=0.9999))
     layers = encoder_layers(made.model, made.family)
     assert (sum(x.heads for x in layers), sum(x.neurons for x in layers)) == (1, 1)
     assert [w.code for w in applied.warnings] == ["budget-missed"]
@@ -140,8 +141,8 @@ def test_a_head_and_a_neuron_survive_any_sparsity(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
 def test_a_pruned_model_can_be_pruned_again(family: str, tmp_path: Path) -> None:
     made = tiny.checkpoint(family)
-    first = prune.apply(context_of(made, tmp_path, sparsity=0.4)).method
-    second = prune.apply(context_of(made, tmp_path, sparsity=0.4)).method
+    first = contexts.applied(prune, context_of(made, tmp_path, sparsity=0.4)).method
+    second = contexts.applied(prune, context_of(made, tmp_path, sparsity=0.4)).method
     assert len(made.log.transforms) == 2
     for a, b in zip(first.layers, second.layers, strict=True):
         assert (a["heads_after"], a["neurons_after"]) == (b["heads_before"], b["neurons_before"])
@@ -154,7 +155,9 @@ def test_same_seed_same_model_other_seed_other_sample(tmp_path: Path) -> None:
     cuts = []
     for seed in (0, 0, 1):
         made = tiny.checkpoint()
-        prune.apply(context_of(made, tmp_path, settings={"samples": "6"}, sparsity=0.5, seed=seed))
+        contexts.applied(
+            prune, context_of(made, tmp_path, settings={"samples": "6"}, sparsity=0.5, seed=seed)
+        )
         cuts.append(made.log.transforms[0])
     assert cuts[0] == cuts[1]
     assert cuts[0] != cuts[2]
@@ -174,7 +177,7 @@ def test_without_labels_the_models_own_answers_count(tmp_path: Path) -> None:
                     own.append(int(made.model(input_ids=ids).logits.argmax()))
             context.encoded = {**context.encoded, "train": replace(train, labels=np.array(own))}
             assert len(set(own)) == 2
-        prune.apply(context)
+        contexts.applied(prune, context)
         cuts.append(made.log.transforms[0])
     assert cuts[0] == cuts[1]
 
@@ -187,7 +190,7 @@ def encoder_weights(model) -> list[torch.Tensor]:
 def test_weights_become_zero_and_the_report_says_that_nothing_shrinks(scope: str, tmp_path: Path) -> None:
     made, dense = tiny.checkpoint(), tiny.checkpoint()
     options = {"structure": "weights", "method": "magnitude", "sparsity": 0.6, "settings": {"scope": scope}}
-    applied = prune.apply(context_of(made, tmp_path, **options))
+    applied = contexts.applied(prune, context_of(made, tmp_path, **options))
     shares = [float((w == 0).float().mean()) for w in encoder_weights(made.model)]
     total = sum(w.numel() for w in encoder_weights(made.model))
     assert sum(int((w == 0).sum()) for w in encoder_weights(made.model)) == pytest.approx(0.6 * total, abs=6)
@@ -217,9 +220,9 @@ def test_recovery_trains_what_is_left_and_keeps_the_zeros(
     monkeypatch.setenv("KDCLI_CACHE", str(tmp_path / "cache"))
     made = checkpoints.load(tiny.saved(tmp_path / "model"))
     options = {"structure": structure, "sparsity": 0.5, "epochs": 1, "lr": 1e-3, "batch_size": 16}
-    applied = prune.apply(context_of(made, tmp_path, **options))
+    applied = contexts.applied(prune, context_of(made, tmp_path, **options))
     untrained = checkpoints.load(tmp_path / "model")
-    prune.apply(context_of(untrained, tmp_path, **(options | {"epochs": 0})))
+    contexts.applied(prune, context_of(untrained, tmp_path, **(options | {"epochs": 0})))
     assert applied.method.detail["recovery"]["epochs"] == 1
     assert made.log.transforms[0] == untrained.log.transforms[0]
     for after, before in zip(encoder_weights(made.model), encoder_weights(untrained.model), strict=True):
@@ -262,7 +265,7 @@ def test_other_architectures_and_empty_encoders_are_input_errors(tmp_path: Path)
     for layer in encoder_layers(made.model, made.family):
         layer.keep_heads([])
     with pytest.raises(InputError, match="no heads left"):
-        prune.apply(context_of(made, tmp_path, structure="heads"))
+        contexts.applied(prune, context_of(made, tmp_path, structure="heads"))
     made.model.config.model_type = "xlnet"
     with pytest.raises(InputError, match="type 'xlnet'"):
         prune.prepare(context_of(made, tmp_path))

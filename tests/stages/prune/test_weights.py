@@ -22,6 +22,7 @@ from kdcli.stages.prune import stage as prune
 from kdcli.stages.prune.criteria import magnitude
 from kdcli.training.recovery import zeros_of
 from tests import tiny
+from tests.stages import contexts
 from tests.stages.prune.test_stage import context_of, logits
 
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
@@ -49,7 +50,7 @@ def at_most(weight: torch.Tensor, n: int, m: int) -> torch.Tensor:
 def test_n_of_m_is_exact_in_every_block_and_reloads(method: str, structure: str, tmp_path: Path) -> None:
     made = tiny.checkpoint("mpnet")
     n, m = (int(x) for x in structure.split(":"))
-    applied = prune.apply(context_of(made, tmp_path, structure=structure, method=method))
+    applied = contexts.applied(prune, context_of(made, tmp_path, structure=structure, method=method))
     for weight in matrices(made).values():
         assert at_most(weight, n, m).all()
         assert int((weight == 0).sum()) == (1 - n / m) * weight.numel()
@@ -67,7 +68,7 @@ def test_n_of_m_is_exact_in_every_block_and_reloads(method: str, structure: str,
 def test_a_rest_of_fewer_than_m_stays_and_is_named(tmp_path: Path) -> None:
     made = tiny.checkpoint()
     encoder_layers(made.model, made.family)[0].keep_neurons(list(range(45)))
-    applied = prune.apply(context_of(made, tmp_path, structure="2:4", method="sparsegpt"))
+    applied = contexts.applied(prune, context_of(made, tmp_path, structure="2:4", method="sparsegpt"))
     name = "bert.encoder.layer.0.output.dense"
     weight = matrices(made)[name]
     assert weight.shape[1] == 45
@@ -90,7 +91,7 @@ def test_pruning_again_goes_on_from_where_it_was(
     before: dict[str, torch.Tensor] = {}
     for number, structure in enumerate((first, second)):
         options = {"structure": structure, "method": method, "sparsity": shares[structure][number]}
-        prune.apply(context_of(made, tmp_path, **options))
+        contexts.applied(prune, context_of(made, tmp_path, **options))
         now = {name: weight == 0 for name, weight in matrices(made).items()}
         assert all(bool(now[name][zero].all()) for name, zero in before.items())
         before = {name: zero.clone() for name, zero in now.items()}
@@ -107,7 +108,7 @@ def saved(tmp_path: Path, **options):
     """A model on disk that was pruned before."""
     made = checkpoints.load(tiny.saved(tmp_path / "dense"))
     if options:
-        prune.apply(context_of(made, tmp_path, **options))
+        contexts.applied(prune, context_of(made, tmp_path, **options))
     return tiny.reload(made, tmp_path / "pruned")
 
 
@@ -120,8 +121,8 @@ def test_recovery_holds_the_zeros_of_earlier_runs(structure: str, tmp_path: Path
     made = saved(tmp_path, structure="weights", sparsity=0.6)
     untrained = checkpoints.load(tmp_path / "pruned")
     options = {"structure": structure, "sparsity": None if structure == "2:4" else 0.5, "method": "magnitude"}
-    prune.apply(context_of(made, tmp_path, **options, **TRAIN))
-    prune.apply(context_of(untrained, tmp_path, **options))
+    contexts.applied(prune, context_of(made, tmp_path, **options, **TRAIN))
+    contexts.applied(prune, context_of(untrained, tmp_path, **options))
     assert share(untrained) > 0.5
     for name, weight in matrices(made).items():
         before = matrices(untrained)[name]
@@ -136,7 +137,7 @@ def test_recovery_of_another_stage_holds_them_too(tmp_path: Path) -> None:
     options = LowRankOptions(budget=0.6, include=("*.layer.0.*query", "*.layer.0.*intermediate*"), **TRAIN)
     context.request = dataclasses.replace(context.request, stage="lowrank", options=options)
     lowrank.prepare(context)
-    lowrank.apply(context)
+    contexts.applied(lowrank, context)
     left = matrices(made)
     same = [name for name in before if name in left and left[name].shape == before[name].shape]
     assert 6 <= len(same) < 12
@@ -167,7 +168,7 @@ def test_a_method_that_fits_matrices_again_is_said_to_fill_zeros(tmp_path: Path,
         return found
 
     monkeypatch.setattr(magnitude, "prune", refit)
-    applied = prune.apply(context_of(made, tmp_path, method="magnitude", sparsity=0.5))
+    applied = contexts.applied(prune, context_of(made, tmp_path, method="magnitude", sparsity=0.5))
     (warning,) = applied.warnings
     assert warning.code == "zeros-refilled"
     assert warning.message.startswith("1 of the matrices that an earlier stage")
@@ -179,7 +180,7 @@ def test_movement_trains_masks_of_the_exact_size(structure: str, tmp_path: Path)
     dense = checkpoints.load(tmp_path / "dense")
     options = {"structure": structure, "method": "movement", "settings": {"every": "3"}}
     options |= {"sparsity": None} if structure == "1:4" else {"sparsity": 0.75}
-    applied = prune.apply(context_of(made, tmp_path, **options, **(TRAIN | {"epochs": 3})))
+    applied = contexts.applied(prune, context_of(made, tmp_path, **options, **(TRAIN | {"epochs": 3})))
     assert share(made) == 0.75
     for name, weight in matrices(made).items():
         assert (structure != "1:4") or at_most(weight, 1, 4).all()
@@ -197,7 +198,9 @@ def test_movement_trains_masks_of_the_exact_size(structure: str, tmp_path: Path)
 def test_movement_holds_earlier_zeros(tmp_path: Path) -> None:
     made = saved(tmp_path, structure="weights", sparsity=0.5, method="wanda")
     before = {name: weight == 0 for name, weight in matrices(made).items()}
-    prune.apply(context_of(made, tmp_path, structure="weights", method="movement", sparsity=0.8, **TRAIN))
+    contexts.applied(
+        prune, context_of(made, tmp_path, structure="weights", method="movement", sparsity=0.8, **TRAIN)
+    )
     assert all(bool((weight == 0)[before[name]].all()) for name, weight in matrices(made).items())
     assert share(made) == pytest.approx(0.8, abs=1e-4)
 
@@ -219,14 +222,14 @@ def test_movement_that_was_interrupted_ends_like_one_that_was_not(tmp_path: Path
             with monkeypatch.context() as patch:
                 patch.setattr(learned_masks._Scores, "after_step", interrupted)
                 with pytest.raises(InterruptedRun):
-                    prune.apply(context)
+                    contexts.applied(prune, context)
             made = checkpoints.load(tmp_path / "dense")
             context.checkpoint = made
             common = dataclasses.replace(context.request.common, resume=True)
             context.request = dataclasses.replace(context.request, common=common)
-            prune.apply(context)
+            contexts.applied(prune, context)
         else:
-            prune.apply(context)
+            contexts.applied(prune, context)
         found.append(matrices(made))
     for name, weight in found[0].items():
         assert torch.equal(found[1][name], weight), name
@@ -237,12 +240,12 @@ def test_a_movement_training_that_had_ended_is_not_run_again(tmp_path: Path, mon
     options = {"structure": "weights", "method": "movement", "sparsity": 0.7}
     made = checkpoints.load(tiny.saved(tmp_path / "dense"))
     context = context_of(made, tmp_path, **options, **TRAIN)
-    prune.apply(context)
+    contexts.applied(prune, context)
     context.checkpoint = checkpoints.load(tmp_path / "dense")
     common = dataclasses.replace(context.request.common, resume=True)
     context.request = dataclasses.replace(context.request, common=common)
     monkeypatch.setattr(learned_masks._Scores, "after_step", None)
-    prune.apply(context)
+    contexts.applied(prune, context)
     for name, weight in matrices(made).items():
         assert torch.equal(matrices(context.checkpoint)[name], weight), name
 
@@ -258,7 +261,7 @@ def test_padding_of_the_sample_does_not_matter(tmp_path: Path) -> None:
             "sparsity": 0.5,
             "settings": {"batch_size": size},
         }
-        prune.apply(context_of(made, tmp_path, **options))
+        contexts.applied(prune, context_of(made, tmp_path, **options))
         found.append(matrices(made))
     assert all(torch.equal(found[0][name], weight) for name, weight in found[1].items())
 

@@ -57,7 +57,7 @@ def context_of(made, work: Path, options: dict, settings: dict) -> Context:
 
 
 def stored(made, work: Path, options: dict, settings: dict):
-    applied = quantize.apply(context_of(made, work, options, settings))
+    applied = contexts.applied(quantize, context_of(made, work, options, settings))
     (out := work / "out").mkdir()
     checkpoints.save(applied.checkpoint, out, integers=applied.integers, half=applied.half)
     return applied, out
@@ -209,7 +209,7 @@ def test_gptq_moves_the_layers_outputs_less_than_rounding_to_the_nearest(tmp_pat
         handle.remove()
         before = inputs.weight.detach().clone()
         options = {"scheme": "int4", "embeddings": "fp32", "calibration_samples": 64}
-        quantize.apply(context_of(made, tmp_path, options, {"rounding": name, "bits": "3"}))
+        contexts.applied(quantize, context_of(made, tmp_path, options, {"rounding": name, "bits": "3"}))
         errors[name] = float((seen[0].detach() @ (before - inputs.weight.detach()).T).norm())
     assert errors["gptq"] < 0.8 * errors["rtn"]
 
@@ -243,7 +243,7 @@ def test_gptq_sees_every_layer_behind_the_rounded_ones(
         return original(weight, products, *args, **kwargs)
 
     monkeypatch.setattr(blocks.gptq, "quantise", watched)
-    applied = quantize.apply(context)
+    applied = contexts.applied(quantize, context)
     assert len(seen) == sum(isinstance(m, nn.Linear) for m in made.model.modules()) == 14
     for name, tensor in made.model.state_dict().items():
         if name in applied.integers:
@@ -273,7 +273,7 @@ def test_plan_report_and_graph_name_the_oldest_onnxruntime(
     )
     planned = plan.plan(request, Progress())
     assert planned.facts["onnxruntime"] == f"{version} or newer for model.onnx"
-    applied = quantize.apply(context)
+    applied = contexts.applied(quantize, context)
     (out := tmp_path / "out").mkdir()
     checkpoints.save(applied.checkpoint, out, integers=applied.integers)
     built = graphs.build(

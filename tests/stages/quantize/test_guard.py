@@ -28,6 +28,7 @@ from kdcli.stages.quantize.auto import Candidate, Tried
 from kdcli.stages.quantize.simulated import Answers, Simulation, answer
 from kdcli.stages.quantize.single_layers import Unit
 from tests import tiny
+from tests.stages import contexts
 from tests.stages.quantize.test_blocks import context_of
 
 
@@ -37,7 +38,7 @@ def guarded(
     context = context_of(made, work, {"sensitivity": sensitive, **options}, settings or {})
     common = Common(settings=settings or {}, gates=Gates(max_drop=max_drop))
     context.request = Request(stage="quantize", model="m", options=context.request.options, common=common)
-    return context, quantize.apply(context)
+    return context, contexts.applied(quantize, context)
 
 
 def run(kind: str, x: np.ndarray, scale: float | None = None, zero: int | None = None) -> np.ndarray:
@@ -87,7 +88,7 @@ def test_the_simulation_gives_the_answers_of_the_graph(tmp_path: Path) -> None:
     rows = context.encoded["validation"]
     dense = {n: p.detach().clone() for n, p in made.model.named_parameters()}
     before = answer(made, rows)
-    applied = quantize.apply(context)
+    applied = contexts.applied(quantize, context)
     exporter.export(
         made.model,
         TEXT.example(made.config.vocab_size, ["input_ids", "attention_mask"], "cpu"),
@@ -241,7 +242,7 @@ def test_the_allowed_drop_holds_with_few_layers_in_float(tmp_path: Path) -> None
     common = Common(gates=Gates(max_drop=0.0))
     context.request = Request(stage="quantize", model="m", options=QuantizeOptions(), common=common)
     before = {n: p.detach().clone() for n, p in made.model.named_parameters()}
-    applied = quantize.apply(context)
+    applied = contexts.applied(quantize, context)
     detail = applied.method.detail["search"]
     assert detail["drop_all_quantised"] > 0
     assert detail["met"]

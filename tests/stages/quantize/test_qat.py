@@ -25,6 +25,7 @@ from kdcli.stages.quantize import stage as quantize
 from kdcli.training.recovery import zeros_of
 from tests import tiny
 from tests.models.test_small import made as small
+from tests.stages import contexts
 from tests.stages.quantize.test_static import LOGIT_TOLERANCE, answers, batch, context_of, executed, graphs
 
 
@@ -35,8 +36,7 @@ def on_disk(work: Path, **sizes: int):
 
 def apply(made, work: Path, scheme: str, settings: dict[str, str] | None = None, **options):
     context = context_of(made, work, settings, scheme=scheme, **options)
-    quantize.prepare(context)
-    return quantize.apply(context)
+    return contexts.applied(quantize, context)
 
 
 @pytest.fixture(autouse=True)
@@ -163,8 +163,7 @@ def with_zeros(work: Path):
     options = PruneOptions(structure="weights", method="magnitude", sparsity=0.5)
     request = Request(stage="prune", model="m", options=options, common=Common())
     context = dataclasses.replace(context_of(made, work), request=request)
-    prune.prepare(context)
-    prune.apply(context)
+    contexts.applied(prune, context)
     (pruned := work / "pruned").mkdir()
     checkpoints.save(made, pruned)
     made = checkpoints.load(pruned)

@@ -37,7 +37,7 @@ def context_of(made, work: Path, *, settings=None, **options) -> Context:
 
 def stored(made, work: Path, **options):
     """Apply the stage and save its result; returns (what it did, the directory)."""
-    applied = quantize.apply(context_of(made, work, **options))
+    applied = contexts.applied(quantize, context_of(made, work, **options))
     (out := work / "out").mkdir()
     checkpoints.save(applied.checkpoint, out, integers=applied.integers)
     return applied, out
@@ -91,7 +91,7 @@ def test_checkpoint_is_integers_on_disk_and_the_rounded_model_when_loaded(
     assert not torch.equal(logits(loaded.model, family), before)
     assert (logits(loaded.model, family) - before).abs().max() < 0.15  # of order 1
     # What was loaded quantises to the very integers that are on the disk.
-    again = quantize.apply(context_of(loaded, tmp_path))
+    again = contexts.applied(quantize, context_of(loaded, tmp_path))
     for name, matrix in again.integers.items():
         assert torch.equal(matrix.values, state[name])
     assert [type(t) for t in again.checkpoint.log.transforms].count(Quantise) == 1
@@ -151,7 +151,7 @@ def test_the_reloaded_checkpoint_rounds_activations_as_the_graph_does(family: st
 
 def test_report_counts_weights_and_the_largest_sum(tmp_path: Path) -> None:
     made = tiny.checkpoint("bert")
-    applied = quantize.apply(context_of(made, tmp_path))
+    applied = contexts.applied(quantize, context_of(made, tmp_path))
     detail = applied.method.detail
     assert detail["integer_weights"] + detail["float_weights"] == sum(
         p.numel() for p in made.model.parameters()
@@ -180,9 +180,9 @@ def test_report_counts_weights_and_the_largest_sum(tmp_path: Path) -> None:
 
 
 def test_the_full_range_is_nearer_and_warns(tmp_path: Path) -> None:
-    reduced = quantize.apply(context_of(tiny.checkpoint("bert"), tmp_path))
+    reduced = contexts.applied(quantize, context_of(tiny.checkpoint("bert"), tmp_path))
     made = tiny.checkpoint("bert")
-    full = quantize.apply(context_of(made, tmp_path, settings={"reduce_range": "false"}))
+    full = contexts.applied(quantize, context_of(made, tmp_path, settings={"reduce_range": "false"}))
     assert [w.code for w in full.warnings] == ["saturation"]
     assert full.method.detail["largest_pair_sum"] > 32767
     assert made.log.quantised.reduce_range is False
@@ -204,7 +204,7 @@ def test_the_full_range_is_nearer_and_warns(tmp_path: Path) -> None:
 )
 def test_patterns_keep_layers_in_float(pattern: str, kept: set[str], tmp_path: Path) -> None:
     made, dense = tiny.checkpoint("bert"), tiny.checkpoint("bert").model.state_dict()
-    everything = set(quantize.apply(context_of(tiny.checkpoint("bert"), tmp_path)).integers)
+    everything = set(contexts.applied(quantize, context_of(tiny.checkpoint("bert"), tmp_path)).integers)
     applied, out = stored(made, tmp_path, keep_fp32=(pattern,))
     assert everything - set(applied.integers) == {f"{name}.weight" for name in kept}
     state = load_file(out / "model.safetensors")
@@ -215,7 +215,7 @@ def test_patterns_keep_layers_in_float(pattern: str, kept: set[str], tmp_path: P
 
 
 def test_embeddings_can_stay_in_float(tmp_path: Path) -> None:
-    applied = quantize.apply(context_of(tiny.checkpoint("bert"), tmp_path, embeddings="fp32"))
+    applied = contexts.applied(quantize, context_of(tiny.checkpoint("bert"), tmp_path, embeddings="fp32"))
     assert not [name for name in applied.integers if "embeddings" in name]
     assert applied.method.params["embeddings"] == "fp32"
 
@@ -223,7 +223,7 @@ def test_embeddings_can_stay_in_float(tmp_path: Path) -> None:
 def test_relative_position_biases_stay_in_float(tmp_path: Path) -> None:
     made = tiny.checkpoint("mpnet")
     assert any("relative_attention_bias" in name for name in made.model.state_dict())
-    assert not [n for n in quantize.apply(context_of(made, tmp_path)).integers if "relative" in n]
+    assert not [n for n in contexts.applied(quantize, context_of(made, tmp_path)).integers if "relative" in n]
 
 
 @pytest.mark.parametrize(
@@ -245,9 +245,8 @@ def test_bad_options_are_refused_before_anything_changes(
 ) -> None:
     made = tiny.checkpoint("bert")
     before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
-    for step in (quantize.prepare, quantize.apply):
-        with pytest.raises(UsageError, match=message):
-            step(context_of(made, tmp_path, settings=settings, **options))
+    with pytest.raises(UsageError, match=message):
+        quantize.prepare(context_of(made, tmp_path, settings=settings, **options))
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.model.state_dict().items())
     assert made.log.transforms == []
 

@@ -89,7 +89,7 @@ def test_graph_answers_as_the_float_graph_and_every_product_is_one_of_integers(
     family: str, tmp_path: Path
 ) -> None:
     made = tiny.checkpoint(family)
-    applied = quantize.apply(context_of(made, tmp_path))
+    applied = contexts.applied(quantize, context_of(made, tmp_path))
     source, target, detail = graphs(applied, made, tmp_path)
     assert detail["float"] == []
     ran = executed(target, tmp_path)
@@ -122,7 +122,7 @@ def test_layers_with_equal_weights_have_ranges_of_their_own(tmp_path: Path) -> N
     made = tiny.checkpoint(layers=2)
     first, second = made.model.bert.encoder.layer
     second.load_state_dict(first.state_dict())
-    applied = quantize.apply(context_of(made, tmp_path))
+    applied = contexts.applied(quantize, context_of(made, tmp_path))
     wanted = applied.checkpoint.log.quantised.activations
     source, target, detail = graphs(applied, made, tmp_path)
     assert detail["float"] == []
@@ -154,7 +154,7 @@ def test_ranges_are_those_of_the_rule_on_all_rows_at_once(rule: str, tmp_path: P
             made.model(input_ids=ids[None])
     for handle in handles:
         handle.remove()
-    applied = quantize.apply(context)
+    applied = contexts.applied(quantize, context)
     log = applied.checkpoint.log.quantised
     assert set(log.activations) == set(seen)
     for name, values in seen.items():
@@ -169,7 +169,7 @@ def test_ranges_are_those_of_the_rule_on_all_rows_at_once(rule: str, tmp_path: P
 
 def test_the_answer_does_not_depend_on_other_rows_or_padding(tmp_path: Path) -> None:
     made = tiny.checkpoint("bert")
-    _, target, _ = graphs(quantize.apply(context_of(made, tmp_path)), made, tmp_path)
+    _, target, _ = graphs(contexts.applied(quantize, context_of(made, tmp_path)), made, tmp_path)
     arrays = batch(made, 6)
     run = sessions.runner(sessions.open_session(target, threads=1, spinning=False))
     wide = {k: np.pad(v, ((0, 0), (0, 7))) for k, v in arrays.items()}
@@ -180,7 +180,7 @@ def test_the_answer_does_not_depend_on_other_rows_or_padding(tmp_path: Path) -> 
 def test_a_cnn_runs_with_integer_convolutions(tmp_path: Path) -> None:
     made = small("cnn")
     dense = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
-    applied = quantize.apply(context_of(made, tmp_path))
+    applied = contexts.applied(quantize, context_of(made, tmp_path))
     convolutions = [name for name in dense if name.startswith("convolutions.") and name.endswith("weight")]
     for name in convolutions:
         matrix = applied.integers[name]
@@ -205,7 +205,7 @@ def test_a_cnn_runs_with_integer_convolutions(tmp_path: Path) -> None:
 
 def test_kept_layers_stay_float_and_are_named(tmp_path: Path) -> None:
     made = tiny.checkpoint("bert")
-    applied = quantize.apply(context_of(made, tmp_path, keep_fp32=("*.layer.0.*", "classifier")))
+    applied = contexts.applied(quantize, context_of(made, tmp_path, keep_fp32=("*.layer.0.*", "classifier")))
     source, target, _ = graphs(applied, made, tmp_path)
     assert not [name for name in applied.checkpoint.log.quantised.activations if ".layer.0." in name]
     ran = executed(target, tmp_path)
@@ -219,7 +219,7 @@ def test_unsigned_weights_give_the_same_answers(tmp_path: Path) -> None:
     for number, settings in enumerate(({"reduce_range": "false"}, {"unsigned": "true"})):
         (work := tmp_path / str(number)).mkdir()
         made = tiny.checkpoint("bert")
-        applied = quantize.apply(context_of(made, work, settings))
+        applied = contexts.applied(quantize, context_of(made, work, settings))
         assert [w.code for w in applied.warnings] == ([] if number else ["saturation"])
         _, target, detail = graphs(applied, made, work)
         assert detail["float"] == []
@@ -322,7 +322,7 @@ def test_smoothing_helps_where_features_have_outliers(tmp_path: Path) -> None:
                 arrays = batch(made)
                 want = made.model(**model_inputs(made.model, arrays, "cpu")).logits.numpy()
             assert want.std(0).min() > 0.02  # a model whose answers differ
-            applied = quantize.apply(context_of(made, work, {"smooth": alpha}, scheme=scheme))
+            applied = contexts.applied(quantize, context_of(made, work, {"smooth": alpha}, scheme=scheme))
             _, target, detail = graphs(applied, made, work)
             assert detail["float"] == []
             # one multiplication for query, key and value, one for each of the others that are not folded
@@ -336,7 +336,7 @@ def test_smoothing_helps_where_features_have_outliers(tmp_path: Path) -> None:
 
 def test_smoothed_checkpoints_reload(tmp_path: Path) -> None:
     made = tiny.checkpoint("bert")
-    applied = quantize.apply(context_of(made, tmp_path, {"smooth": "0.5"}))
+    applied = contexts.applied(quantize, context_of(made, tmp_path, {"smooth": "0.5"}))
     _, target, _ = graphs(applied, made, tmp_path)
     loaded = checkpoints.load(tmp_path / "out")
     with torch.no_grad(), activations.paused(loaded.model):
@@ -346,7 +346,7 @@ def test_smoothed_checkpoints_reload(tmp_path: Path) -> None:
     held = sum(a.size for a in stored.values() if a.dtype == np.int8 and a.ndim == 2)
     assert held == sum(m.values.numel() for m in applied.integers.values())
     # quantised once more after --dequantize: the factors of the first time are still in force
-    again = quantize.apply(context_of(loaded, tmp_path, {"smooth": "0.5"}))
+    again = contexts.applied(quantize, context_of(loaded, tmp_path, {"smooth": "0.5"}))
     kinds = [transform.op for transform in again.checkpoint.log.transforms]
     assert kinds.count("smooth") == kinds.count("quantise") == 1
 
@@ -356,7 +356,7 @@ def test_other_operators_are_rounded_only_when_asked(tmp_path: Path) -> None:
     for operators in ("", "layernorm", "gelu", "add", "softmax", "layernorm,gelu,add,softmax"):
         (work := tmp_path / f"x{operators}").mkdir()
         made = tiny.checkpoint("bert")
-        applied = quantize.apply(context_of(made, work, {"operators": operators}))
+        applied = contexts.applied(quantize, context_of(made, work, {"operators": operators}))
         source, target, detail = graphs(applied, made, work)
         layers, both = 2, operators.split(",")
         wanted = (1 + 2 * layers) * ("layernorm" in both) + layers * ("gelu" in both)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdcli.training.cross_entropy import adversarial
+from kdcli.training.losses import adversarial
 from kdcli.training.losses.adversarial import Adversary, Config, Game, loss
 from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
 

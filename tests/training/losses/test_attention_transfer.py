@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcli.errors import UsageError
-from kdcli.training.cross_entropy import attention_transfer
+from kdcli.training.losses import attention_transfer
 from kdcli.training.losses.attention_transfer import Config, attention_map, loss
 from kdcli.training.terms import Needs, Setting, Shape, Signals, Step, trained
 from tests import tiny

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdcli.training import terms
-from kdcli.training.cross_entropy import dist, response
+from kdcli.training.losses import dist, response
 from kdcli.training.losses.dist import Config, loss, term
 from kdcli.training.terms import Setting, Shape, Signals, Step
 from tests.training.losses import checks

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from kdcli.errors import UsageError
 from kdcli.training import terms
-from kdcli.training.cross_entropy import dkd, response
+from kdcli.training.losses import dkd, response
 from kdcli.training.losses.dkd import Config, loss, parts, term
 from kdcli.training.terms import Setting, Shape, Signals, Step
 from tests.training.losses import checks

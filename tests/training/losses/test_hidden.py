@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcli.errors import UsageError
-from kdcli.training.cross_entropy import hidden
+from kdcli.training.losses import hidden
 from kdcli.training.losses.hidden import Config, loss
 from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
 

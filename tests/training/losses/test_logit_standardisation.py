@@ -12,7 +12,7 @@ import torch
 
 from kdcli.errors import UsageError
 from kdcli.training import terms
-from kdcli.training.cross_entropy import logit_standardisation, response
+from kdcli.training.losses import logit_standardisation, response
 from kdcli.training.losses.logit_standardisation import Config, loss, standardised, term
 from kdcli.training.terms import Setting, Shape, Signals, Step
 from tests.training.losses import checks

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcli.errors import UsageError
-from kdcli.training.cross_entropy import minilm
+from kdcli.training.losses import minilm
 from kdcli.training.losses.minilm import Config, loss, relation_heads, relations
 from kdcli.training.terms import Needs, Setting, Shape, Signals, Step, trained
 

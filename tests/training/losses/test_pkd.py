@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdcli.errors import UsageError
 from kdcli.training import layer_map
-from kdcli.training.cross_entropy import pkd
+from kdcli.training.losses import pkd
 from kdcli.training.losses.pkd import Config, loss
 from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
 

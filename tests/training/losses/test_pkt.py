@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdcli.training.cross_entropy import pkt
+from kdcli.training.losses import pkt
 from kdcli.training.losses.pkt import Config, loss
 from kdcli.training.losses.similarity import unit_rows
 from kdcli.training.terms import Setting, Shape

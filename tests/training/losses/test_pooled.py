@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdcli.training.cross_entropy import pooled
+from kdcli.training.losses import pooled
 from kdcli.training.losses.pooled import Config, loss
 from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
 

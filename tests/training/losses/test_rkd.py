@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdcli.training.cross_entropy import rkd
+from kdcli.training.losses import rkd
 from kdcli.training.losses.rkd import Config, loss
 from kdcli.training.terms import Setting, Shape
 from tests.training.losses import checks

@@ -32,6 +32,7 @@ from kdcli.models.transforms import TransformLog
 from kdcli.stages.distill import control, fitting, lesson
 from kdcli.stages.distill import student as students
 from kdcli.stages.distill.plan import DistillPlan
+from kdcli.stages.distill.prepared import Prepared
 from kdcli.stages.distill.strategies import succession, teacher_assisted
 from kdcli.stages.distill.student import Taught
 from kdcli.training import distributed
@@ -90,8 +91,9 @@ def mean_of(states: Tensor, mask: Tensor) -> Tensor:
     return (states * real).sum(1) / real.sum(1)
 
 
-def run(context: Context, plan: DistillPlan) -> Applied:
+def run(context: Context, prepared: Prepared) -> Applied:
     """Tune the layers, train their students, mix them; the report has the accuracy of each."""
+    plan = prepared.plan
     teacher = context.checkpoint
     if not families.is_encoder(teacher.model_type):
         raise UsageError(f"strategy 'layerwise' needs encoder layers, a '{teacher.model_type}' shows none")
@@ -135,9 +137,8 @@ def run(context: Context, plan: DistillPlan) -> Applied:
         last = lesson.teach(context, plan, single, [kept], rows, title="student")
         last.detail["layerwise"] = detail
         taught = last
-    applied = Applied(
-        taught.checkpoint, teacher_assisted.method_of(plan, taught, students.describe(context, taught, rows))
-    )
+    detail = students.describe(context, prepared.detail, taught, rows)
+    applied = Applied(taught.checkpoint, teacher_assisted.method_of(plan, taught, detail))
     applied.method.layers = table
     return applied
 

@@ -26,6 +26,7 @@ from kdcli.models.students import Student
 from kdcli.stages.distill import control, fitting
 from kdcli.stages.distill import student as students
 from kdcli.stages.distill.plan import DistillPlan
+from kdcli.stages.distill.prepared import Prepared
 from kdcli.stages.distill.strategies import succession, teacher_assisted
 from kdcli.stages.distill.student import Taught
 from kdcli.training.cross_entropy import hard
@@ -35,8 +36,12 @@ from kdcli.training.side_by_side import Outputs, Together
 TEACHER_RATE = 1e-4  # of a teacher that trains along, for an encoder of up to 384 features
 
 
-def prepare(context: Context, plan: DistillPlan) -> None:
-    """Train teacher and student together, before the teacher is measured."""
+def together(context: Context, plan: DistillPlan) -> tuple[Taught, dict[str, Any]]:
+    """Train teacher and student together, before the teacher is measured.
+
+    Returns:
+        The student, and how the teacher got its head, for the report.
+    """
     teacher = context.checkpoint
     made = students.make(context, plan, teacher, plan.options.student)
     rows = context.encoded["train"]
@@ -56,15 +61,16 @@ def prepare(context: Context, plan: DistillPlan) -> None:
     result = fitting.run_fit(context, both, teacher.pad_id, rows, loss, options, "student and teacher")
     teacher.has_head = True
     context.checkpoint = succession.keep(context, teacher, "teacher")
-    context.teacher_detail = {"fine_tuned": True, "together_with_the_student": True, "lr": rate}
-    context.prepared = _taught(made, options, result, {"online": "teacher"})
+    detail = {"fine_tuned": True, "together_with_the_student": True, "lr": rate}
+    return _taught(made, options, result, {"online": "teacher"}), detail
 
 
-def run(context: Context, plan: DistillPlan) -> Applied:
+def run(context: Context, prepared: Prepared) -> Applied:
     """Train the peers, or hand out the student that was trained with its teacher."""
+    plan = prepared.plan
     rows = context.encoded["train"]
-    taught = context.prepared if plan.settings.online == "teacher" else _peers(context, plan)
-    detail = students.describe(context, taught, rows)
+    taught = prepared.taught or _peers(context, plan)
+    detail = students.describe(context, prepared.detail, taught, rows)
     return Applied(taught.checkpoint, teacher_assisted.method_of(plan, taught, detail))
 
 

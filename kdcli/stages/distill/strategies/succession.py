@@ -21,13 +21,15 @@ from kdcli.models.checkpoint import Checkpoint
 from kdcli.stages.distill import control, lesson
 from kdcli.stages.distill import student as students
 from kdcli.stages.distill.plan import DistillPlan, assistants
+from kdcli.stages.distill.prepared import Prepared
 from kdcli.stages.distill.strategies import teacher_assisted
 from kdcli.stages.distill.student import Taught
 from kdcli.training import distributed
 
 
-def run(context: Context, plan: DistillPlan) -> Applied:
+def run(context: Context, prepared: Prepared) -> Applied:
     """Train one model after the other; the report has the accuracy of each."""
+    plan = prepared.plan
     own = plan.options.strategy == "self"
     names = (
         [plan.options.student] * plan.settings.generations
@@ -36,7 +38,7 @@ def run(context: Context, plan: DistillPlan) -> Applied:
     )
     texts = students.rows_of(context, plan, context.checkpoint)
     first_weights = _before_any(context, plan) if plan.options.control else None
-    taught_by: Sequence[Checkpoint] = [context.checkpoint, *context.more_teachers]
+    taught_by: Sequence[Checkpoint] = prepared.teachers
     table: list[dict[str, Any]] = []
     best: Taught | None = None
     steps = best_steps = 0  # that went into the weights of the last one, and of the best one
@@ -61,7 +63,7 @@ def run(context: Context, plan: DistillPlan) -> Applied:
         if not last:
             taught_by = [keep(context, taught.checkpoint, title)]
     assert best is not None
-    detail = students.describe(context, best, texts.rows) | {"chain": table}
+    detail = students.describe(context, prepared.detail, best, texts.rows) | {"chain": table}
     warnings = list(best.warnings)
     if first_weights is not None:
         detail["control"], more = control.control(context, best, first_weights, texts, steps=best_steps)

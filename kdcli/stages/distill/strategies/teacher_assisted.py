@@ -10,16 +10,18 @@ from kdcli.report.schema import Method, Warning_
 from kdcli.stages.distill import control, lesson
 from kdcli.stages.distill import student as students
 from kdcli.stages.distill.plan import DistillPlan
+from kdcli.stages.distill.prepared import Prepared
 
 
-def run(context: Context, plan: DistillPlan) -> Applied:
+def run(context: Context, prepared: Prepared) -> Applied:
     """Train the student; with ``--control`` train it again without the teacher."""
+    plan = prepared.plan
     texts = students.rows_of(context, plan, context.checkpoint)
     made = students.make(context, plan, context.checkpoint, plan.options.student)
     first_weights = copy.deepcopy(made.checkpoint.model.state_dict()) if plan.options.control else None
-    taught = lesson.teach(context, plan, made, [context.checkpoint, *context.more_teachers], texts.rows)
+    taught = lesson.teach(context, plan, made, prepared.teachers, texts.rows)
     warnings: list[Warning_] = list(taught.warnings)
-    detail = students.describe(context, taught, texts.rows)
+    detail = students.describe(context, prepared.detail, taught, texts.rows)
     if first_weights is not None:
         detail["control"], more = control.control(context, taught, first_weights, texts)
         warnings += more
