@@ -50,6 +50,7 @@ from kdcli.models.conv_factors import KINDS
 from kdcli.registry import load
 from kdcli.stages.lowrank import rank_budget
 from kdcli.stages.lowrank.rank_budget import Choices
+from kdcli.tasks.classification import CLASSIFICATION
 
 EPOCHS, BATCH, RATE = 15, 64, 1e-3
 TRIED = 5
@@ -175,7 +176,7 @@ def weighed(net: nn.Module, module: ModuleType, kind: str, budget: float, images
         harm = []
         for i in at:
             alone = factorise(net, module, dict.fromkeys(layers) | {name: steps[name][i]})
-            harm.append(rank_budget.divergence(alone, dense, batches))
+            harm.append(rank_budget.divergence(CLASSIFICATION, alone, dense, batches))
         logs = np.log(np.maximum(np.maximum.accumulate(harm[::-1])[::-1], 1e-9))
         damage = np.append(np.exp(np.interp(np.arange(len(steps[name])), at, logs)), 0.0)
         cost = [*(conv_factors.parameters(layer, kind, r) for r in steps[name]), weights(layer)]
@@ -184,7 +185,7 @@ def weighed(net: nn.Module, module: ModuleType, kind: str, budget: float, images
     picked = rank_budget.least(choices, budget * sum(map(weights, layers.values())) - fixed)
     ranks = dict.fromkeys(layers) | {n: steps[n][i] if i < len(steps[n]) else None for n, i in picked.items()}
     candidates = [factorise(net, module, r) for r in (even(module, kind, layers, budget), ranks)]
-    return min(candidates, key=lambda made: rank_budget.divergence(made, dense, batches))
+    return min(candidates, key=lambda made: rank_budget.divergence(CLASSIFICATION, made, dense, batches))
 
 
 def plain(net: nn.Module, kind: str, budget: float) -> nn.Module:

@@ -54,7 +54,11 @@ def load(stage: str, name: str) -> ModuleType:
 
 def summary(stage: str, name: str) -> str:
     """First line of a method's docstring, read without importing it."""
-    path = Path(__file__).parent / FOLDERS[stage] / f"{name.replace('-', '_')}.py"
+    return first_line_of(Path(__file__).parent / FOLDERS[stage] / f"{name.replace('-', '_')}.py")
+
+
+def first_line_of(path: Path) -> str:
+    """First line of a file's docstring, read without importing it."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return text.partition("\n")[0].strip()
 

@@ -28,6 +28,7 @@ LEVEL = {
     "families": 2,
     "report": 1,
     "registry": 0,
+    "names": 0,
     "cache": 0,
     "devices": 1,
     "memory": 0,

@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from kdcli.data.labels import listed, number_of, plain, printable
+from kdcli.data.labels import number_of, plain
 from kdcli.data.tables import Table
 from kdcli.errors import InputError
+from kdcli.names import listed, printable
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 _NONE = "-1"

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdcli.data.labels import printable
 from kdcli.data.tables import Table
 from kdcli.errors import InputError, first_line
+from kdcli.names import printable
 
 SAVED = "dataset_info.json"
 SAVED_SPLITS = "dataset_dict.json"

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdcli.data.labels import listed, printable, suggest
+from kdcli.data.labels import suggest
 from kdcli.data.tables import Table
 from kdcli.errors import InputError, UsageError, did_you_mean
+from kdcli.names import listed, printable
 
 ROLES = ("text", "text_a", "text_b", "label")
 _IDS = ":ids"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdcli.data.files import FORMS, REFUSED, form_of, stem_of
-from kdcli.data.labels import printable
 from kdcli.errors import InputError
+from kdcli.names import printable
 
 SPLITS: Mapping[str, str] = {
     "train": "train",

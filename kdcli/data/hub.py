@@ -14,10 +14,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kdcli.data.columns import Columns
-from kdcli.data.labels import printable
 from kdcli.data.readers import extract
 from kdcli.data.tables import Located, Table
 from kdcli.errors import InputError, ResourceError, UnavailableError, first_line
+from kdcli.names import printable
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,199}}))?")

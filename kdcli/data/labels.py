@@ -7,25 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from kdcli.errors import InputError, did_you_mean
+from kdcli.names import SHOWN, listed, printable
 
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
 _GENERIC = re.compile(r"LABEL_([0-9]{1,9})")
 _WHOLE = re.compile(r"([+-]?[0-9]+)\.0*")
-_SHOWN = 12
-
-
-def printable(name: str, width: int = 60) -> str:
-    """A name from a file, safe for a terminal: no control characters, at most ``width`` characters."""
-    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name[: width + 1])
-    return clean if len(clean) <= width else clean[: width - 1] + "…"
-
-
-def listed(names: Sequence[str]) -> str:
-    """The names for a message, a long list shortened."""
-    if not names:
-        return "none"
-    rest = len(names) - _SHOWN
-    return ", ".join(map(printable, names[:_SHOWN])) + (f" and {rest} more" if rest > 0 else "")
 
 
 def plain(name: str) -> str:
@@ -54,7 +40,7 @@ def number_of(name: str) -> int | None:
 def suggest(given: str, allowed: Iterable[str]) -> str:
     """``did_you_mean`` for names that come from a file: made printable, and a long list shortened."""
     names = sorted({printable(name) for name in allowed})
-    if len(names) <= _SHOWN:
+    if len(names) <= SHOWN:
         return did_you_mean(printable(given), names)
     likeliest = did_you_mean(printable(given), names).partition("choose one of: ")[0]
     return f"{likeliest}choose one of: {listed(names)}"

@@ -7,9 +7,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from kdcli.data.labels import listed
 from kdcli.data.tables import Table
 from kdcli.errors import InputError
+from kdcli.names import listed
 
 _BLANK = " \t\r\n"
 

@@ -13,9 +13,9 @@ from kdcli.data.answers import read_labels
 from kdcli.data.columns import Columns, complete, named, parse_columns, text_roles
 from kdcli.data.delimited import MAX_CHARACTERS
 from kdcli.data.files import read_table
-from kdcli.data.labels import printable
 from kdcli.data.tables import Located, Rows, Table
 from kdcli.errors import InputError
+from kdcli.names import printable
 
 __all__ = ["Columns", "Located", "Rows", "Table", "extract", "parse_columns", "read", "table_of"]
 

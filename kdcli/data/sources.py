@@ -14,10 +14,11 @@ import numpy as np
 from kdcli.data import arrow, files, folders, hub, splits
 from kdcli.data.columns import Columns, complete, parse_columns
 from kdcli.data.files import FORMS, REFUSED, decode, form_of, read_bytes
-from kdcli.data.labels import ordered, printable, suggest
+from kdcli.data.labels import ordered, suggest
 from kdcli.data.readers import extract, read, table_of
 from kdcli.data.tables import Located, Rows, joined
 from kdcli.errors import InputError, KdcliError, UnavailableError, UsageError, did_you_mean
+from kdcli.names import printable
 
 __all__ = ["ALIASES", "DataAlias", "Dataset", "Judging", "Rows", "list_aliases", "load", "load_texts"]
 

@@ -23,6 +23,7 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report.schema import Parity, Warning_
+from kdcli.tasks.task import Task
 from kdcli.timing import Timings
 
 FILE = own_graph.FILE
@@ -103,7 +104,7 @@ def build(
         detail: dict[str, Any] = {"exporter": route, "opset": onnx.OPSET, "fused": {}}
         with timings.phase("parity"):
             try:
-                result = _check(reference, plain, batches, threads)
+                result = _check(reference, plain, batches, threads, checkpoint.task)
             except _NotRunError as error:
                 raise InputError(
                     f"the model cannot be exported to ONNX: {error}", onnx.NOT_EXPORTED
@@ -125,7 +126,7 @@ def build(
                 )
         with timings.phase("parity"):
             try:
-                fused_result = _check(reference, fused, batches, threads) if counts else None
+                fused_result = _check(reference, fused, batches, threads, checkpoint.task) if counts else None
             except _NotRunError:  # the plain graph does run
                 fused_result = None
         if fused_result is not None and fused_result.passed:
@@ -143,7 +144,8 @@ def build(
             with timings.phase("rewrite"):
                 detail |= rewrite(chosen, target)
             with timings.phase("parity"):
-                result = _check(rounding, target, _many(encoded, checkpoint.pad_id), threads, exact=exact)
+                many = _many(encoded, checkpoint)
+                result = _check(rounding, target, many, threads, checkpoint.task, exact=exact)
             if not result.passed:
                 if exact:
                     raise ParityError(
@@ -235,19 +237,20 @@ def _check(
     path: Path,
     batches: Sequence[Mapping[str, np.ndarray]],
     threads: int,
+    task: Task,
     *,
     exact: bool = True,
 ) -> Parity:
     try:
         with sessions.running(path, threads=threads, spinning=False) as run:
-            return parity.compare(reference, run, batches, exact=exact)
+            return parity.compare(reference, run, batches, exact=exact, task=task)
     except Exception as error:  # onnxruntime's errors have no common base
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         raise _NotRunError(f"onnxruntime does not run the graph ({first_line(error)[:_SAID]})") from error
 
 
-def _many(encoded: Encoded, pad_id: int) -> list[dict[str, np.ndarray]]:
+def _many(encoded: Encoded, checkpoint: Checkpoint) -> list[dict[str, np.ndarray]]:
     """64 rows one by one, because the activation scale of an integer graph depends on the whole batch."""
-    rows = sampling.sample(encoded, 64, sampling.JUDGING_SEED)
-    return [batching.collate(rows, [i], pad_id) for i in range(len(rows))]
+    rows = sampling.sample(encoded, 64, sampling.JUDGING_SEED, checkpoint.task)
+    return [batching.collate(rows, [i], checkpoint.pad_id) for i in range(len(rows))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ class Agreement:
 
     rows: int
     same: int  # with the same answer
-    largest: float  # difference of a probability
+    largest: float  # difference of a probability, or of a number where that is the answer
     rounded: bool  # the graph computes with integers or rounded weights
 
     @property
@@ -145,28 +144,20 @@ def agreement(checkpoint: Checkpoint, graph: Path, encoded: Encoded, *, threads:
         InputError: The graph cannot be run as a classifier of these labels.
     """
     reference = torch_runner(checkpoint)
-    at = sampling.positions(encoded.labels, len(encoded), ROWS, sampling.JUDGING_SEED)
-    same, largest = 0, []
+    at = sampling.positions(
+        sampling.strata(encoded, checkpoint.task), len(encoded), ROWS, sampling.JUDGING_SEED
+    )
+    wanted, given = [], []
     with classifier.running(graph, threads=threads, labels=len(checkpoint.labels)) as run:
         for row in at:
-            want, got = _both(reference, run, batching.collate(encoded, [row], checkpoint.pad_id))
-            same += int(want.argmax() == got.argmax())
-            largest.append(np.abs(want - got).max())
-    return Agreement(len(at), same, float(np.max(largest)), classifier.rounds(graph))
-
-
-def _both(
-    reference: Callable[[Mapping[str, np.ndarray]], np.ndarray],
-    run: Callable[[Mapping[str, np.ndarray]], np.ndarray],
-    batch: Mapping[str, np.ndarray],
-) -> list[np.ndarray]:
-    """Probabilities (C,) of one row by both; of answers that are no numbers NaN, which are near to nothing."""
-    found = []
-    for ask in (reference, run):
-        scores = ask(batch)[0].astype(np.float64)
-        powers = np.exp(scores - scores.max())
-        found.append(powers / powers.sum())
-    return found
+            batch = batching.collate(encoded, [row], checkpoint.pad_id)
+            wanted.append(reference(batch))
+            given.append(run(batch))
+    # The score of an answer that is no number is NaN, which is near to nothing.
+    want, got = np.concatenate(wanted), np.concatenate(given)
+    largest = np.abs(checkpoint.task.scores(want) - checkpoint.task.scores(got)).max()
+    same = round(checkpoint.task.same(want, got) * len(at))
+    return Agreement(len(at), same, float(largest), classifier.rounds(graph))
 
 
 def differ(checkpoint: Checkpoint, graph: Path, found: Agreement, consequence: str) -> Warning_:

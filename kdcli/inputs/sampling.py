@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from kdcli.inputs.text import Encoded
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 
 JUDGING_SEED = 0
 """Of the rows that models are judged on: the same for every model and every run, whatever its seed."""
@@ -60,8 +62,18 @@ def positions(labels: np.ndarray | None, total: int, count: int, seed: int) -> n
     return np.sort(order(labels, total, seed)[:count])
 
 
-def sample(rows: Encoded, count: int, seed: int) -> Encoded:
+def sample(
+    rows: Encoded,
+    count: int,
+    seed: int,
+    task: Task = CLASSIFICATION,
+) -> Encoded:
     """The same of encoded rows; ``rows`` themselves where there are no more than ``count``."""
     if count >= len(rows):
         return rows
-    return rows.take(positions(rows.labels, len(rows), count, seed))
+    return rows.take(positions(strata(rows, task), len(rows), count, seed))
+
+
+def strata(rows: Encoded, task: Task) -> np.ndarray | None:
+    """(N,) groups that a sample should have in their shares; None where there are none."""
+    return None if rows.labels is None else task.strata(rows.labels)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcli.data.labels import printable, suggest
+from kdcli.data.labels import suggest
 from kdcli.data.readers import Rows
 from kdcli.errors import InputError
 from kdcli.input_names import IDS, MASK, SEGMENTS
+from kdcli.names import printable
 
 if TYPE_CHECKING:
     import torch
@@ -121,12 +122,14 @@ def encode(
     )
 
 
-def concatenate(first: Encoded, second: Encoded, fill: int) -> Encoded:
-    """The rows of both; a side without labels gets ``fill``, unless neither side has any."""
+def concatenate(first: Encoded, second: Encoded, fill: np.ndarray) -> Encoded:
+    """The rows of both; a side without labels gets ``fill``, the labels of one row, unless neither side has any."""
     labels = None
     if first.labels is not None or second.labels is not None:
         both = (first, second)
-        labels = np.concatenate([np.full(len(x), fill) if x.labels is None else x.labels for x in both])
+        labels = np.concatenate(
+            [np.repeat(fill, len(x), axis=0) if x.labels is None else x.labels for x in both]
+        )
     types = None
     if first.type_ids is not None and second.type_ids is not None:
         types = np.concatenate([first.type_ids, second.type_ids])

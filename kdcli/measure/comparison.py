@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from kdcli.measure import quality
 from kdcli.report.facts import SIGNIFICANT
 from kdcli.report.schema import Delta, Measurement, Quality, Warning_
+from kdcli.tasks.task import Comparison
 
 NONE = Delta(accuracy=None, size_ratio=None, speedup=None, agreement=None, p_value=None)
 """Nothing to compare with."""
@@ -40,23 +38,15 @@ def compare(before: Measurement, after: Measurement) -> Delta:
     )
 
 
-def row_by_row(delta: Delta, before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> Delta:
-    """Add what only the answers themselves can say.
-
-    Args:
-        delta: Of the same two models.
-        before: (N,) answers of one, in the other's order of labels.
-        after: (N,) answers of the other.
-        labels: (N,) the truth.
-    """
-    pair = quality.paired(before, after, labels)
+def row_by_row(delta: Delta, found: Comparison) -> Delta:
+    """Add to the comparison of two models what only their answers to the same rows can say."""
     return delta.model_copy(
         update={
-            "agreement": float((before == after).mean()),
-            "p_value": pair.p_value,
-            "accuracy_ci95": pair.ci95,
-            "lost": pair.lost,
-            "won": pair.won,
+            "agreement": found.agreement,
+            "p_value": found.p_value,
+            "accuracy_ci95": found.ci95,
+            "lost": found.lost,
+            "won": found.won,
         }
     )
 

@@ -16,11 +16,11 @@ from kdcli.export import classifier, files, own_graph, sessions
 from kdcli.inputs import batching, text
 from kdcli.inputs.feeding import torch_runner
 from kdcli.inputs.text import Encoded
-from kdcli.measure import compute, latency, quality, size
+from kdcli.measure import compute, latency, size
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report.io import sha256_of
-from kdcli.report.schema import Compute, Files, Measurement
+from kdcli.report.schema import Compute, Files, Measurement, Quality
 from kdcli.timing import Timings
 
 LATENCY_ROWS = 128
@@ -142,7 +142,10 @@ def measure(
         else:
             logits = _torch_logits(checkpoint, encoded, progress, title)
         assert encoded.labels is not None
-        found = quality.measure(logits, encoded.labels, split).model_copy(update={"rows_sha256": rows_sha256})
+        values = checkpoint.task.measure(logits, encoded.labels, split)
+        found = Quality(
+            **{name: values[name] for name in ("accuracy", "macro_f1", "ece")}, rows_sha256=rows_sha256
+        )
     parameters = nonzero = None
     if weights:
         tensors = list(checkpoint.model.parameters())

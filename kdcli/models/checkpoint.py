@@ -17,13 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kdcli import cache, families
+from kdcli import cache, families, tasks
 from kdcli.errors import InputError
 from kdcli.families.family import Encoder
 from kdcli.models import activations, compressed, foreign, inputs, mapped, ownership, tokenizers, transforms
 from kdcli.models.integers import Integers
 from kdcli.models.transforms import Quantise, TransformLog
 from kdcli.report.schema import Warning_
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 
 WEIGHTS = "model.safetensors"
 _DECIDING = (".json", ".txt", ".model", ".jinja", ".safetensors")
@@ -44,6 +46,7 @@ class Checkpoint:
     doubts: list[Warning_] = field(default_factory=list)  # what a report on it should say
     notes: list[str] = field(default_factory=list)
     placed: torch.device | None = None  # where inputs go when the weights are spread over several places
+    task: Task = CLASSIFICATION
     pads_left: bool = False  # only where padding on the right would change the answers
 
     @property
@@ -100,6 +103,7 @@ def load(
     path: Path,
     *,
     labels: Sequence[str] | None = None,
+    task: Task = CLASSIFICATION,
     device: str | torch.device = "cpu",
     in_file: bool = False,
 ) -> Checkpoint:
@@ -108,6 +112,7 @@ def load(
     Args:
         path: A directory with config.json, safetensors weights and a tokenizer.
         labels: Label names for a new head; used only when the checkpoint has none.
+        task: What a new head is for; used only when the checkpoint has none.
         device: Where the model goes.
         in_file: Keep the weights of a large model of kdcli's in a file, for one that will not be trained.
 
@@ -124,8 +129,10 @@ def load(
     with quiet():
         if log is not None:
             model, has_head = _load_own(path, log, in_file), True
+            known = tasks.recorded(files.config, foreign.show(path / "config.json")) or CLASSIFICATION
         else:
-            verdict = ownership.judge(path, files, None if labels is None else list(labels))
+            verdict = ownership.judge(path, files, None if labels is None else list(labels), task)
+            known = verdict.task
             model, has_head = ownership.load(path, files.config, verdict), verdict.has_head
             doubts = verdict.warnings
         tokenizer = tokenizers.load(path, by_kdcli=log is not None)
@@ -153,6 +160,7 @@ def load(
         log is not None,
         doubts,
         pads_left=inputs.must_pad_left(model, tokenizer),
+        task=known,
     )
 
 
@@ -249,6 +257,7 @@ def save(
         # Weights that were multiplied out on loading are dense from here on.
         checkpoint.log.transforms = [t for t in checkpoint.log.transforms if not isinstance(t, Quantise)]
     transforms.settle_in_config(model, checkpoint.log)
+    _record_task(config, checkpoint.task)
     config.id2label = dict(enumerate(checkpoint.labels))
     config.label2id = {name: i for i, name in enumerate(checkpoint.labels)}
     config.architectures = [type(model).__name__]
@@ -284,6 +293,25 @@ def save(
             padding_side=side,
         )
     transforms.write_log(checkpoint.log, directory)
+
+
+def _record_task(config: Any, task: Task) -> None:
+    """Let config.json say what the answers are, and nothing that an earlier task left there."""
+    fields = task.config_fields()
+    for key in tasks.KEYS - fields.keys():
+        if hasattr(config, key):
+            delattr(config, key)
+    for key, value in fields.items():
+        setattr(config, key, value)
+
+
+def rewrite_task(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write the task of a checkpoint again to where it was saved, because rows have decided something of it."""
+    path = directory / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    fields = checkpoint.task.config_fields()
+    _record_task(checkpoint.config, checkpoint.task)
+    _write_json(path, {k: v for k, v in content.items() if k not in tasks.KEYS} | fields)
 
 
 def weights_digest(path: Path) -> str:

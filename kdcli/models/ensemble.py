@@ -128,21 +128,21 @@ def of_members(members: list[nn.Module], table: Tensor) -> EnsembleForSequenceCl
     return made.eval()
 
 
-def mixture_weights(log_probabilities: Tensor, labels: Tensor, rounds: int = 200) -> Tensor:
+def mixture_weights(logits: Tensor, labels: Tensor, rounds: int = 200) -> Tensor:
     """Weights (M,) of a mixture that give the labels the highest likelihood.
 
     The likelihood is concave in the weights, so these rounds of expectation-maximisation, which start from equal
     weights, cannot end in a wrong hill: w_m <- mean_i w_m p_m(y_i) / sum_k w_k p_k(y_i).
 
     Args:
-        log_probabilities: (M, N, C) of M members for N rows.
+        logits: (M, N, C) of M members for N rows.
         labels: (N,) class indices.
         rounds: Of the iteration.
 
     Source: Dempster, Laird, Rubin 1977, "Maximum Likelihood from Incomplete Data via the EM Algorithm".
     """
-    members, rows, _ = log_probabilities.shape
-    likelihood = log_probabilities.double()[:, torch.arange(rows, device=labels.device), labels]
+    members, rows, _ = logits.shape
+    likelihood = logits.log_softmax(-1).double()[:, torch.arange(rows, device=labels.device), labels]
     likelihood = (likelihood - likelihood.max(0).values).exp()  # (M, N), scaled row by row
     weights = likelihood.new_full((members,), 1 / members)
     for _ in range(rounds):

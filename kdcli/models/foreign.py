@@ -1,7 +1,7 @@
 """What other tools leave in a model directory, told from the files alone, before torch is imported.
 
 A directory is refused here where running it as an ordinary float classifier would give other answers than its
-owner gets: quantised weights, several labels at once, one output, a setting that transformers has dropped.
+owner gets: quantised weights, a head for something else, a setting that transformers has dropped.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kdcli import tasks
 from kdcli.errors import InputError
 from kdcli.input_names import SEGMENTS
 from kdcli.models import safety
@@ -70,7 +71,6 @@ _NO_RELATIVE_POSITIONS = frozenset(
     | {"layoutlm", "lilt", "markuplm", "megatron-bert", "mra", "nezha", "nystromformer", "qdqbert", "rembert"}
     | {"roberta", "roberta-prelayernorm", "splinter", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso"}
 )
-_MULTI_LABEL = "multi_label_classification"
 _OTHER_TASKS = {
     "ForTokenClassification": "tags single words",
     "ForQuestionAnswering": "marks answers in a text",
@@ -156,8 +156,8 @@ def _agree(names: list[str], inverse: Mapping[int, list[str]], where: str) -> No
             )
 
 
-def check_task(config: Mapping[str, Any], labels: int | None, where: str) -> None:
-    """Refuse a classifier whose answer is not one of its labels.
+def check_task(config: Mapping[str, Any], labels: int | None, where: str) -> str | None:
+    """The task of a model that has a head; None where its configuration says nothing of one.
 
     Args:
         config: Its config.json.
@@ -165,61 +165,31 @@ def check_task(config: Mapping[str, Any], labels: int | None, where: str) -> Non
         where: Its directory, for the message.
 
     Raises:
-        InputError: Several labels can hold at once, there is one output, or it is no classifier of texts.
+        InputError: Its configuration contradicts itself, or the model is for something else.
     """
-    choose = "kdcli measures and teaches classifiers that choose one label for a text"
-    if labels == 1:
-        raise InputError(
-            f"{where} has one output: it gives a score, not one of several labels; {choose}",
-            "regression models and rerankers are not supported; for a yes-or-no question train two outputs",
-        )
-    if sign := _several(config):
-        raise InputError(
-            f"{where} can give a text several labels at once ({sign}); {choose}",
-            "multi-label models are not supported; a model whose labels do exclude each other says so with "
-            'problem_type "single_label_classification"',
-        )
-    if config.get("problem_type") == "regression":
-        raise InputError(
-            f"{where} predicts numbers (problem_type 'regression'); {choose}",
-            "regression models are not supported; a model that does choose one label says so with "
-            'problem_type "single_label_classification"',
-        )
     names = architectures(config)
     for name in [] if any(name.endswith("ForSequenceClassification") for name in names) else names:
         for ending, does in _OTHER_TASKS.items():
             if name.endswith(ending):
                 raise InputError(
-                    f"{where} was saved as {name[:60]}, which {does}; {choose}",
-                    "give a model that was trained for text classification",
+                    f"{where} was saved as {name[:60]}, which {does}; "
+                    f"kdcli knows these tasks: {', '.join(tasks.names())}",
+                    "give a model that was trained for one of them",
                 )
+    return tasks.of_config(with_outputs(config, labels), where)
+
+
+def with_outputs(config: Mapping[str, Any], labels: int | None) -> Mapping[str, Any]:
+    """A configuration with the number of outputs that is known from elsewhere, where it names none itself."""
+    if labels is None or config.get("id2label") or config.get("label2id"):
+        return config
+    return {**config, "num_labels": labels}
 
 
 def architectures(config: Mapping[str, Any]) -> list[str]:
     """The class names of ``architectures``, whatever form it has."""
     given = config.get("architectures") or []
     return [str(name) for name in (given if isinstance(given, list) else [given]) if name]
-
-
-def _several(config: Mapping[str, Any]) -> str | None:
-    """What says that every output is a yes or no of its own."""
-    if config.get("problem_type") == _MULTI_LABEL:
-        return f"problem_type {_MULTI_LABEL!r}"
-    if config.get("problem_type") is not None:
-        return None  # it is said, so nothing has to be guessed
-    cross_encoder = config.get("sentence_transformers")
-    signs = {
-        "function_to_apply": config.get("function_to_apply"),  # read by transformers' pipeline
-        "sbert_ce_default_activation_function": config.get("sbert_ce_default_activation_function"),
-        "activation_fn": cross_encoder.get("activation_fn") if isinstance(cross_encoder, dict) else None,
-    }
-    for key, value in signs.items():
-        if isinstance(value, str) and value.rpartition(".")[2].casefold() == "sigmoid":
-            return f"{key} {value[:60]!r}"
-    for key in ("multi_label", "multilabel", "is_multi_label", "is_multilabel"):
-        if config.get(key) is True:
-            return f"{key} true"
-    return None
 
 
 def _only_for_others(directory: Path) -> None:

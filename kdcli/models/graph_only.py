@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdcli import tasks
 from kdcli.errors import InputError, first_line
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import foreign, inputs, safety, tokenizers, transforms
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.transforms import TransformLog
+from kdcli.tasks.classification import CLASSIFICATION
 
 
 class Unread(nn.Module):
@@ -58,6 +60,7 @@ def load(path: Path, *, device: str | torch.device = "cpu") -> Checkpoint:
             "put them into id2label, in the order of the graph's output",
         )
     foreign.check_task(files.config, len(names), safety.show(path))
+    known = tasks.recorded(files.config, safety.show(path / "config.json"))
     with checkpoints.quiet():
         tokenizer = tokenizers.load(path)
         try:
@@ -69,4 +72,12 @@ def load(path: Path, *, device: str | torch.device = "cpu") -> Checkpoint:
         except (ValueError, RuntimeError):  # no classifier of transformers': the configuration says how long
             pass
     log = transforms.read_log(path) or TransformLog()
-    return Checkpoint(Unread(config), tokenizer, names, log, path, placed=torch.device(device))
+    return Checkpoint(
+        Unread(config),
+        tokenizer,
+        names,
+        log,
+        path,
+        placed=torch.device(device),
+        task=known or CLASSIFICATION,
+    )

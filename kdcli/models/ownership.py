@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 
+from kdcli import tasks
 from kdcli.errors import InputError, first_line
 from kdcli.input_names import SEGMENTS
 from kdcli.models import foreign
 from kdcli.models.foreign import CheckpointFiles
 from kdcli.models.safety import show
 from kdcli.report.schema import Warning_
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 
 # Tensors that no sequence classifier of transformers reads, so that leaving them out changes no answer. Everything
 # else that has no place is refused.
@@ -62,16 +65,20 @@ class Verdict:
     labels: list[str]  # in the order of the logits
     has_head: bool
     kwargs: dict[str, Any] = field(default_factory=dict)  # that give its configuration these labels
+    task: Task = CLASSIFICATION  # of the head that it has, or that a new one is for
     warnings: list[Warning_] = field(default_factory=list)
 
 
-def judge(path: Path, files: CheckpointFiles, labels: list[str] | None = None) -> Verdict:
+def judge(
+    path: Path, files: CheckpointFiles, labels: list[str] | None = None, task: Task = CLASSIFICATION
+) -> Verdict:
     """Compare names and shapes in the weights with those of the classifier that transformers would build.
 
     Args:
         path: A directory that plain transformers wrote and :func:`kdcli.models.foreign.check` has passed.
         files: What that check returned.
         labels: Names for a new head; used only when the checkpoint has none.
+        task: What a new head is for.
 
     Raises:
         InputError: A tensor has no place, is missing or has another shape, or the answer is not one of its labels.
@@ -96,10 +103,16 @@ def judge(path: Path, files: CheckpointFiles, labels: list[str] | None = None) -
     _refuse_unused(path, info, has_head, files.config)
     if names is None:
         names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
-    if has_head:
-        foreign.check_task(files.config, len(names), show(path))
+    if not has_head:
+        return Verdict(names, False, kwargs, task)
+    foreign.check_task(files.config, len(names), show(path))
+    known = tasks.recorded(foreign.with_outputs(files.config, len(names)), show(path / "config.json"))
     return Verdict(
-        names, has_head, kwargs, _unknown_class(files.config, type(model).__name__) if has_head else []
+        names,
+        True,
+        kwargs,
+        known or CLASSIFICATION,
+        _unknown_class(files.config, type(model).__name__),
     )
 
 
@@ -107,7 +120,7 @@ def load(path: Path, config_json: Mapping[str, Any], verdict: Verdict) -> Any:
     """The model itself, in float32 with attention that can be exported and counted."""
     model, _ = _from_pretrained(path, config_json, verdict.kwargs)
     if not verdict.has_head:
-        model.config.problem_type = None  # the head is trained here, to choose one label
+        model.config.problem_type = None  # of another head; the new one's task is written with it
     return settle(model)
 
 

@@ -137,7 +137,7 @@ def _own(
         raise InputError(
             f"{path} is an ensemble, which can teach but not be a student", "name a student such as tiny"
         )
-    if not student.has_head or student.labels != list(labels):
+    if not student.has_head or student.labels != list(labels) or student.task.name != teacher.task.name:
         _new_head(student, labels)
     return Student(student, "checkpoint", [])
 

@@ -23,7 +23,7 @@ def sample(context: Context, count: int) -> Encoded:
     Every beginning of them is a sample like the whole, so a part of them may be taken from the front.
     """
     train = context.encoded["train"]
-    order = sampling.order(train.labels, len(train), context.seed)[:count]
+    order = sampling.order(sampling.strata(train, context.checkpoint.task), len(train), context.seed)[:count]
     fitting = int(np.searchsorted(np.cumsum(train.lengths[order]), MOST_TOKENS, side="right"))
     return train.take(order[: max(1, fitting)])
 
@@ -52,14 +52,13 @@ def logits(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def accuracy(context: Context, rows: Encoded) -> float:
-    """Of the model as it is now, on rows with labels."""
+def score(context: Context, rows: Encoded) -> float:
+    """The task's score of the model as it is now, on rows with labels."""
     assert rows.labels is not None
-    right = 0
+    found = np.empty((len(rows), len(context.checkpoint.labels)), dtype=np.float32)
     for at, batch in indexed(context, rows):
-        found = context.checkpoint.model(**batch).logits.argmax(1).cpu().numpy()
-        right += int((found == rows.labels[at]).sum())
-    return right / len(rows)
+        found[at] = context.checkpoint.model(**batch).logits.float().cpu().numpy()
+    return context.checkpoint.task.score(found, rows.labels)
 
 
 def unpadded(context: Context, rows: Encoded) -> list[dict[str, Tensor]]:

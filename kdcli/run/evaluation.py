@@ -9,7 +9,7 @@ from kdcli import devices
 from kdcli.data.sources import Dataset
 from kdcli.errors import UsageError
 from kdcli.inputs.picked import Picked, pick
-from kdcli.measure import answers, measurement
+from kdcli.measure import measurement
 from kdcli.models.references import Resolved
 from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
@@ -93,7 +93,7 @@ def _report(
         *one.checkpoint.doubts,
         *one.warnings,
         *report_of.of_data(dataset),
-        *answers.doubts(one.measured.logits, labels, one.checkpoint.labels),
+        *one.checkpoint.task.doubts(one.measured.logits, labels, one.checkpoint.labels),
         *lineages.selected(lineage, picked.split, picked.split_sha256),
         *against.warnings,
     ]

@@ -21,7 +21,7 @@ from kdcli.export import graph as graphs
 from kdcli.inputs import picked as picked_rows
 from kdcli.inputs import reading
 from kdcli.inputs.splits import Splits
-from kdcli.measure import answers, comparison, environment, measurement
+from kdcli.measure import comparison, environment, measurement
 from kdcli.models import activations, mapped, placement, transforms
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.references import Resolved
@@ -241,9 +241,7 @@ def _live(
         assert after_rows.labels is not None
         delta = comparison.row_by_row(
             comparison.compare(before.measurement, after.measurement),
-            before.logits[:, order].argmax(1),
-            after.logits.argmax(1),
-            after_rows.labels,
+            after_model.task.compare(before.logits[:, order], after.logits, after_rows.labels),
         )
         entry = entry.model_copy(update={"accuracy": lineage.accuracy_of(after.measurement)})
         method = applied.method.model_copy(update={"detail": applied.method.detail | {"onnx": graph.detail}})
@@ -254,8 +252,8 @@ def _live(
             *applied.warnings,
             *graph.warnings,
             *comparison.honest(delta, before.measurement, after.measurement),
-            *answers.doubts(before.logits, rows.labels, input_labels, of_input=True),
-            *answers.doubts(after.logits, after_rows.labels, after_model.labels),
+            *given.task.doubts(before.logits, rows.labels, input_labels, of_input=True),
+            *after_model.task.doubts(after.logits, after_rows.labels, after_model.labels),
             *lineage.selected([*history, entry], split, picked.split_sha256),
         ]
         judged = gates.judge(request.common.gates, before.measurement, after.measurement, delta)

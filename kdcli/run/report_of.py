@@ -79,7 +79,7 @@ def build(
         model=ModelInfo(
             source=redact(source),
             family=model.model_type,
-            task="text-classification",
+            task=model.task.name,
             labels=model.labels,
         ),
         data=recorded.info(dataset, str(request.common.data), out),

@@ -20,10 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import numpy as np
 
+from kdcli.errors import InputError
 from kdcli.report.schema import MetricValue, Warning_
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["one-of", "any-of", "number"]
 """What one answer is: one of C classes, any of C labels, or a number."""
+
+Reduction = Literal["none", "sum"]
+"""As in torch: one value a row, or their sum (as one operation, which rounds in an order of its own)."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,21 @@ class Comparison:
     won: int | None = None
 
 
+@dataclass(frozen=True)
+class Blind:
+    """What whoever gives all rows the same answer reaches."""
+
+    loss: float  # mean a row
+    score: float  # of the primary metric, larger is better
+    noise: float  # two standard errors of the score
+
+
 class Task(Protocol):
     """One kind of answer.
 
-    A task is a frozen dataclass: what a model stores of it (the primary metric that was asked for, thresholds) are
-    its fields.
+    A task is a frozen dataclass: what a model stores of it (the primary metric, thresholds) are its fields. Every one
+    has the field ``primary``, whose default is the task's own metric, so that the registry can replace it by what
+    ``--metric`` asks for.
     """
 
     @property
@@ -67,7 +81,7 @@ class Task(Protocol):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of what :meth:`measure` gives, in the order of reports."""
+        """Names of what :meth:`measure` gives, in the order of reports; some need ``queries``."""
         ...
 
     @property
@@ -84,6 +98,23 @@ class Task(Protocol):
         """C of a head for these label names."""
         ...
 
+    # What a model carries along.
+
+    def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
+        """This task with what rows of a validation split decide (thresholds); itself where they decide nothing."""
+        ...
+
+    def config_fields(self) -> dict[str, object]:
+        """Keys and values of config.json from which :func:`kdcli.tasks.recorded` makes this task again.
+
+        Plain transformers reads ``problem_type`` and keeps the others.
+        """
+        ...
+
+    def about(self, outputs: int) -> dict[str, str]:
+        """What the metadata of a graph with C outputs says of its answers, besides the names of the labels."""
+        ...
+
     # Labels as arrays.
 
     def unlabelled(self, rows: int, outputs: int) -> np.ndarray:
@@ -98,16 +129,21 @@ class Task(Protocol):
         """(N,) groups that a sample of the rows should have in their shares; None where there are none."""
         ...
 
-    # Tensors, differentiable in ``logits`` and ``after``.
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(B,) losses of logits (B, C) against the labels; 0 for a row that has none."""
+    def blind(self, labels: np.ndarray) -> Blind | None:
+        """What one answer for all rows reaches on rows with these labels; None where it would be all right."""
         ...
 
-    def divergence(self, after: Tensor, before: Tensor) -> Tensor:
-        """(B,) how far the answers of ``after`` (B, C) are from those of ``before`` (B, C); 0 where they are equal.
+    # Tensors, differentiable in ``logits`` and ``after``, in the number format of what comes in.
 
-        KL(before || after) where an answer is a distribution, half the squared difference where it is a number.
+    def loss(self, logits: Tensor, labels: Tensor, reduction: Reduction = "none") -> Tensor:
+        """(B,) losses of logits (B, C) against the labels, 0 for a row that has none; or their sum, a scalar."""
+        ...
+
+    def divergence(self, after: Tensor, before: Tensor, reduction: Reduction = "none") -> Tensor:
+        """(B,) how far the answers of ``after`` (B, C) are from those of ``before`` (B, C); or their sum, a scalar.
+
+        KL(before || after) where an answer is a distribution, half the squared difference where it is a number; 0
+        where the answers are equal.
         """
         ...
 
@@ -126,8 +162,8 @@ class Task(Protocol):
         """
         ...
 
-    def combined(self, every: Sequence[Tensor]) -> Tensor:
-        """(B, C) logits of the mean answer of M models, each (B, C)."""
+    def combined(self, every: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+        """(B, C) logits of the mean answer of M models, each (B, C), weighted where ``weights`` (sum 1) says so."""
         ...
 
     # Arrays, for measuring.
@@ -153,12 +189,25 @@ class Task(Protocol):
         ...
 
     def compare(
-        self, before: np.ndarray, after: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None
+        self,
+        before: np.ndarray,
+        after: np.ndarray,
+        labels: np.ndarray,
+        queries: np.ndarray | None = None,
+        first: Self | None = None,
     ) -> Comparison:
-        """Two models' logits (N, C) for the same rows, in the same order of labels."""
+        """Two models' logits (N, C) for the same rows, in the same order of labels.
+
+        Args:
+            before: Of the first model.
+            after: Of the second, whose task this is.
+            labels: Of rows that all have one.
+            queries: As in :meth:`measure`.
+            first: The first model's task, where it may have thresholds of its own; None: they are these.
+        """
         ...
 
-    def same(self, before: np.ndarray, after: np.ndarray) -> float:
+    def same(self, before: np.ndarray, after: np.ndarray, first: Self | None = None) -> float:
         """The agreement of :class:`Comparison` without labels."""
         ...
 
@@ -169,6 +218,10 @@ class Task(Protocol):
         ...
 
     # What people get.
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """(N, C) float64: probabilities where an answer is a distribution, else the numbers themselves."""
+        ...
 
     def answer(self, logits: np.ndarray, names: Sequence[str]) -> list[dict[str, object]]:
         """One JSON object a row of logits (N, C): the answer, and its score or scores."""
@@ -182,3 +235,17 @@ class Task(Protocol):
                 tensor (C,) and ``loaded`` kdcli's checkpoint.
         """
         ...
+
+
+def check_finite(logits: np.ndarray, split: str) -> None:
+    """Refuse answers (N, C) that no metric can judge.
+
+    Raises:
+        InputError: Some are not finite.
+    """
+    n = len(logits)
+    if broken := n - int(np.isfinite(logits).all(1).sum()):
+        raise InputError(
+            f"the model's answer to {broken} of {n} rows of '{split}' is not a finite number",
+            "something overflows when it runs; use a wider number format or the model as it was before",
+        )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdcli.errors import InputError
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 
 GROWN = 2.0
 """How many times its first value a loss reaches in a training that diverged, at least."""
@@ -26,12 +28,14 @@ class Divergence:
         rate: Its peak learning rate.
         option: The option that sets the rate.
         labels: Of the validation rows.
+        task: What they are.
     """
 
     title: str
     rate: float
     option: str
     labels: np.ndarray | None
+    task: Task = CLASSIFICATION
 
     def of_step(self, loss: float, epoch: int, step: int | None = None, *, what: str = "loss") -> None:
         """Stop at a loss that is no number.
@@ -48,13 +52,13 @@ class Divergence:
 
         That is one whose training loss is a > :data:`GROWN` times that of the first step, or its validation loss as
         much more than it was, in a training of :data:`FEW` steps; whose validation loss is
-        b > 1 times log C, that of C equal probabilities, with a * b > :data:`GROWN` squared, and which is no oftener
-        right than one label for all rows. A model that overfits has a low training loss, one that learns nothing
-        keeps the first one, and one that is sure of itself is right oftener.
+        b > 1 times that of one answer for all rows, with a * b > :data:`GROWN` squared, and whose score is no better
+        than that answer's. A model that overfits has a low training loss, one that learns nothing keeps the first
+        one, and one that is sure of itself is right oftener.
 
         Args:
             first: Loss of the first step; None when it is not known.
-            epoch: ``epoch``, ``loss``, ``validation_loss`` and ``validation_accuracy`` of the epoch that is kept.
+            epoch: ``epoch``, ``loss``, ``validation_loss`` and ``validation_<metric>`` of the epoch that is kept.
             before: Validation loss before the training, where it is short.
 
         Raises:
@@ -62,21 +66,18 @@ class Divergence:
         """
         if first is None or self.labels is None or not len(self.labels):
             return
-        counts = np.bincount(self.labels[self.labels >= 0])
-        if (counts > 0).sum() < 2:
+        blind = self.task.blind(self.labels)
+        if blind is None:
             return
-        share = float(counts.max() / len(self.labels))
-        accuracy = epoch["validation_accuracy"]
-        even = math.log((counts > 0).sum())
-        noise = 2 * math.sqrt(share * (1 - share) / len(self.labels))
-        grown, worse = epoch["loss"] / max(first, 1e-12), epoch["validation_loss"] / even
+        score = epoch[f"validation_{self.task.primary}"]
+        grown, worse = epoch["loss"] / max(first, 1e-12), epoch["validation_loss"] / max(blind.loss, 1e-12)
         if before is not None:
             grown = max(grown, epoch["validation_loss"] / max(before, 1e-12))
-        if grown > GROWN and worse > 1 and grown * worse > GROWN**2 and accuracy <= share + noise:
+        if grown > GROWN and worse > 1 and grown * worse > GROWN**2 and score <= blind.score + blind.noise:
             raise self._error(
                 f"the loss was {first:.4g} at the first step and {epoch['loss']:.4g} in epoch {epoch['epoch']:.0f}, "
-                f"and on validation it is {epoch['validation_loss']:.4g} (without an opinion: {even:.4g}) at an "
-                f"accuracy of {accuracy:.1%} (always the most frequent label: {share:.1%})"
+                f"and on validation it is {epoch['validation_loss']:.4g} (one answer for all rows: {blind.loss:.4g}) "
+                f"at {self.task.primary} {score:.4g} (one answer for all rows: {blind.score:.4g})"
             )
 
     def _error(self, text: str) -> InputError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from kdcli.inputs.text import Encoded
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 from kdcli.training import distributed
 from kdcli.training.capture import Capture, check_layers, run_cut, shape_of
 from kdcli.training.loop import Batch
@@ -206,17 +208,16 @@ def _by_tokens(encoded: Encoded) -> list[np.ndarray]:
     return batching.inference_batches(encoded.lengths, size)
 
 
-def combined(logits: Iterable[np.ndarray], weights: Iterable[float], temperature: float) -> np.ndarray:
-    """Logits (N, C) of several teachers as one: their probabilities at T averaged, not their logits.
+def combined(
+    logits: Sequence[np.ndarray],
+    weights: Sequence[float],
+    temperature: float,
+    task: Task = CLASSIFICATION,
+) -> np.ndarray:
+    """Logits (N, C) of several teachers as one: their answers at T averaged, not their logits.
 
-    The result is T * log(sum_i w_i softmax(z_i / T)), so that its softmax at T is that average.
+    For classes the result is T * log(sum_i w_i softmax(z_i / T)), so that its softmax at T is that average.
     """
-    total: np.ndarray | None = None
-    for values, weight in zip(logits, weights, strict=True):
-        scaled = np.asarray(values, dtype=np.float64) / temperature
-        scaled -= scaled.max(1, keepdims=True)
-        part = np.exp(scaled)
-        part *= weight / part.sum(1, keepdims=True)
-        total = part if total is None else total + part
-    assert total is not None
-    return (temperature * np.log(np.maximum(total, 1e-30))).astype(np.float32)
+    every = [torch.from_numpy(np.asarray(z, dtype=np.float64)) / temperature for z in logits]
+    mean = temperature * task.combined(every, weights)
+    return mean.numpy().astype(np.float32)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcli import interrupts, processes
@@ -19,6 +18,8 @@ from kdcli.inputs.feeding import model_inputs, real
 from kdcli.inputs.text import Encoded
 from kdcli.interrupts import Steps
 from kdcli.progress import Progress
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 from kdcli.training import distributed
 from kdcli.training.compact import compacted
 from kdcli.training.divergence import FEW, Divergence
@@ -60,16 +61,19 @@ class FitResult:
 
     epochs: int  # that were run
     best_epoch: int  # from 1; its weights are in the model
-    best_accuracy: float  # on the validation rows
+    best_score: float  # of the metric, on the validation rows
     steps: int
     seconds: float
     tokens_per_s: float  # real tokens, padding not counted
     padding_share: float
     history: list[dict[str, float]] = field(default_factory=list)
+    metric: str = "accuracy"
 
     def detail(self) -> dict[str, Any]:
-        """For the report."""
-        return asdict(self)
+        """For the report, where the best score goes by the name of the metric."""
+        found = asdict(self)
+        metric = found.pop("metric")
+        return {f"best_{metric}" if name == "best_score" else name: value for name, value in found.items()}
 
 
 def parameter_groups(models: Sequence[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -115,6 +119,7 @@ def fit(
     after_step: Callable[[], None] | None = None,
     extra: nn.Module | None = None,
     begin: Callable[[Encoded], None] | None = None,
+    task: Task = CLASSIFICATION,
 ) -> FitResult:
     """Train ``model`` in place and leave the weights of its best epoch in it, in eval mode.
 
@@ -126,7 +131,7 @@ def fit(
     Args:
         model: Any transformers classifier.
         train: Tokenised training rows; ``loss`` knows their targets by row index.
-        validation: Tokenised validation rows with labels; they choose the best epoch.
+        validation: Tokenised validation rows with labels; they choose the best epoch by the task's primary metric.
         loss: Scalar loss of one batch, a mean over its rows.
         options: Rates, epochs, seed.
         pad_id: Token id of padding.
@@ -140,6 +145,7 @@ def fit(
             ``restore`` have state of their own, which goes into resume points.
         begin: Called once before the first step, with the training rows in the token ids that the model has
             while it trains, for whoever runs it in between.
+        task: What a label is.
 
     Raises:
         InterruptedRun: SIGINT or SIGTERM arrived; the resume point holds the state after the last step.
@@ -148,7 +154,9 @@ def fit(
     with compacted(model, [train, validation], pad_id) as (compact_train, compact_validation):
         if begin is not None:
             begin(compact_train)
-        run = _Run(model, extra or nn.Module(), loss, options, pad_id, device, title, resume, after_step)
+        run = _Run(
+            model, extra or nn.Module(), loss, options, pad_id, device, title, resume, after_step, task
+        )
         return run.run(compact_train, compact_validation, progress, resuming)
 
 
@@ -165,6 +173,7 @@ class _Run:
     title: str
     resume: ResumePoint | None
     after_step: Callable[[], None] | None
+    task: Task
 
     def run(self, train: Encoded, validation: Encoded, progress: Progress, resuming: bool) -> FitResult:
         options, resume = self.options, self.resume
@@ -187,10 +196,10 @@ class _Run:
         per_epoch = -(-len(train) // options.batch_size)
         lengths = train.lengths
         checking = inference(validation, options.batch_size * 4, self.pad_id)
-        divergence = Divergence(self.title, options.lr, options.rate_option, validation.labels)
+        divergence = Divergence(self.title, options.lr, options.rate_option, validation.labels, self.task)
         before = None
         if state.fresh and per_epoch * options.epochs <= FEW:
-            before = evaluate(self.model, validation, checking, self.device)[1]
+            before = evaluate(self.task, self.model, validation, checking, self.device)[1]
         with (
             interrupts.stepping() as interrupt,
             progress.task(self.title, per_epoch * options.epochs) as task,
@@ -217,12 +226,12 @@ class _Run:
                 state.seconds += time.perf_counter() - started
                 mean = state.end_epoch()
                 divergence.of_step(mean, state.epoch)
-                accuracy, validation_loss = evaluate(self.model, validation, checking, self.device)
+                score, validation_loss = evaluate(self.task, self.model, validation, checking, self.device)
                 divergence.of_step(validation_loss, state.epoch, what="validation loss")
-                state.judge(self.model, accuracy, validation_loss, mean, options)
+                state.judge(self.model, score, validation_loss, mean, options, self.task.primary)
                 if state.done:
                     divergence.of_result(state.first_loss, state.history[state.best_epoch - 1], before)
-                reading = f"epoch {state.epoch}/{options.epochs} loss {mean:.3f} validation {accuracy:.3f}"
+                reading = f"epoch {state.epoch}/{options.epochs} loss {mean:.3f} validation {score:.3f}"
                 task.advance(0, reading)
                 # Several processes agree on it, as after a step.
                 signalled = torch.tensor(float(interrupt.signal is not None), device=self.device)
@@ -236,12 +245,13 @@ class _Run:
         return FitResult(
             epochs=state.epoch,
             best_epoch=state.best_epoch,
-            best_accuracy=state.best_accuracy,
+            best_score=state.best_score,
             steps=state.steps,
             seconds=round(state.seconds, 3),
             tokens_per_s=round(state.tokens / max(state.seconds, 1e-9), 1),
             padding_share=round(1 - state.tokens / max(state.cells, 1), 4),
             history=state.history,
+            metric=self.task.primary,
         )
 
     def step(
@@ -293,23 +303,31 @@ class _Run:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
+    task: Task,
+    model: Any,
     encoded: Encoded,
     batches: list[tuple[np.ndarray, Mapping[str, np.ndarray]]],
     device: torch.device,
 ) -> tuple[float, float]:
-    """Accuracy and mean cross entropy of ``model`` on labelled rows."""
+    """The task's score and mean loss of ``model`` on labelled rows."""
     model.eval()
     assert encoded.labels is not None
-    right, total = 0, 0.0
+    every: Tensor | None = None
+    total = 0.0
     for rows, batch in batches[processes.rank() :: processes.count()]:
         logits = model(**model_inputs(model, batch, device)).logits.float()
         labels = torch.from_numpy(encoded.labels[rows]).to(device)
-        right += int((logits.argmax(1) == labels).sum())
-        total += float(F.cross_entropy(logits, labels, reduction="sum"))
-    if processes.count() > 1:
-        right, total = distributed.total(torch.tensor([right, total], device=device)).tolist()
-    return right / len(encoded), total / len(encoded)
+        total += float(task.loss(logits, labels, "sum"))
+        if every is None:
+            every = logits.new_zeros(len(encoded), logits.shape[1])
+        every[torch.from_numpy(rows).to(device)] = logits
+    if processes.count() > 1:  # each has filled in its own rows
+        if every is None:
+            every = torch.zeros(len(encoded), int(model.config.num_labels), device=device)
+        every = distributed.total(every)
+        total = float(distributed.total(torch.tensor(total, device=device)))
+    assert every is not None
+    return task.score(every.cpu().numpy(), encoded.labels), total / len(encoded)
 
 
 def inference(encoded: Encoded, size: int, pad_id: int) -> list[tuple[np.ndarray, Mapping[str, np.ndarray]]]:
@@ -336,7 +354,7 @@ class _State:
     seconds: float = 0.0
     done: bool = False
     best_epoch: int = 0
-    best_accuracy: float = -1.0
+    best_score: float = float("-inf")
     best_loss: float = float("inf")
     first_loss: float | None = None  # of the first step
     history: list[dict[str, float]] = field(default_factory=list)
@@ -359,23 +377,29 @@ class _State:
         return mean
 
     def judge(
-        self, model: nn.Module, accuracy: float, validation_loss: float, mean: float, options: FitOptions
+        self,
+        model: nn.Module,
+        score: float,
+        validation_loss: float,
+        mean: float,
+        options: FitOptions,
+        metric: str,
     ) -> None:
         """Keep the weights when they are the best so far, and decide whether this was the last epoch.
 
-        Of equal accuracies the lower loss is better.
+        Of equal scores the lower loss is better.
         """
         self.history.append(
             {
                 "epoch": self.epoch,
                 "loss": round(mean, 6),
-                "validation_accuracy": round(accuracy, 6),
+                f"validation_{metric}": round(score, 6),
                 "validation_loss": round(validation_loss, 6),
             }
         )
-        better = (accuracy, -validation_loss) > (self.best_accuracy, -self.best_loss)
+        better = self.best is None or (score, -validation_loss) > (self.best_score, -self.best_loss)
         if better or options.keep == "last":
-            self.best_epoch, self.best_accuracy, self.best_loss = self.epoch, accuracy, validation_loss
+            self.best_epoch, self.best_score, self.best_loss = self.epoch, score, validation_loss
             self.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
         stale = options.patience is not None and self.epoch - self.best_epoch >= options.patience
         self.done = self.epoch >= options.epochs or stale
@@ -390,7 +414,6 @@ _PLAIN = (
     "seconds",
     "done",
     "best_epoch",
-    "best_accuracy",
     "first_loss",
     "history",
 )
@@ -413,7 +436,9 @@ def _snapshot(run: _Run, state: _State) -> tuple[dict[str, Tensor], dict[str, An
         if state.running is not None:
             tensors["running"] = state.running.reshape(1)
     plain = {name: getattr(state, name) for name in _PLAIN}
-    plain["best_loss"] = state.best_loss if np.isfinite(state.best_loss) else None
+    for name in ("best_score", "best_loss"):  # JSON has no infinity
+        value = getattr(state, name)
+        plain[name] = value if np.isfinite(value) else None
     return tensors, plain
 
 
@@ -421,8 +446,10 @@ def _restore(run: _Run, tensors: dict[str, Tensor], plain: dict[str, Any]) -> _S
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    loss = plain.pop("best_loss")
-    state = _State(**plain, fresh=False, best_loss=float("inf") if loss is None else loss)
+    score, loss = plain.pop("best_score", plain.pop("best_accuracy", None)), plain.pop("best_loss")
+    state = _State(**plain, fresh=False)
+    state.best_score = state.best_score if score is None else score
+    state.best_loss = state.best_loss if loss is None else loss
     state.best = {k: v.to(run.device) for k, v in part("best.").items()} or None
     for name, child in _with_own_state(run.extra):
         child.restore(part(f"own.{name}/"))

@@ -1,6 +1,6 @@
 """The loss of a distillation: labels and any number of terms, each one method with its weight.
 
-L = (1 - alpha) * CE(y, s) + alpha * L_response + beta * L_feature + gamma * L_relation + sum(weight_i * L_i)
+L = (1 - alpha) * L_labels + alpha * L_response + beta * L_feature + gamma * L_relation + sum(weight_i * L_i)
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.errors import UsageError
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 from kdcli.training import terms as signals
 from kdcli.training.capture import Capture
-from kdcli.training.cross_entropy import hard
 from kdcli.training.features import TeacherSignals
+from kdcli.training.label_loss import hard
 from kdcli.training.loop import Batch
 from kdcli.training.terms import Needs, Setting, Shape, Step
 
@@ -83,11 +85,12 @@ class Objective:
 
     Args:
         terms: Bound methods.
-        hard_weight: Of the cross entropy with the labels, 1 - alpha.
-        labels: (N,) class indices, -100 where a row has none.
+        hard_weight: Of the task's loss against the labels, 1 - alpha.
+        labels: Of N rows.
         student: Hooks on the student, which is about to run on the same batch.
         teacher: Gives the teacher's signals of any rows.
         device: Of the student.
+        task: What a label is.
     """
 
     def __init__(
@@ -98,8 +101,9 @@ class Objective:
         student: Capture,
         teacher: TeacherSignals,
         device: torch.device,
+        task: Task = CLASSIFICATION,
     ) -> None:
-        self.terms, self.hard_weight = list(terms), hard_weight
+        self.terms, self.hard_weight, self.task = list(terms), hard_weight, task
         self.student, self.teacher, self.device = student, teacher, device
         self.labels = torch.from_numpy(labels).to(device)
         self.extra = nn.ModuleDict(
@@ -116,9 +120,9 @@ class Objective:
         labels = self.labels[torch.from_numpy(batch.rows).to(self.device)]
         value = logits.new_zeros(())
         if self.hard_weight > 0:
-            value = value + self.hard_weight * hard(logits, labels)
+            value = value + self.hard_weight * hard(self.task, logits, labels)
         own, theirs = self.student.signals(logits, batch.mask), self.teacher(batch)
-        step = Step(labels, batch.progress)
+        step = Step(labels, batch.progress, self.task)
         for term in self.terms:
             found = term.chosen.module.term(own, theirs, term.setting, step)
             value = value + term.chosen.weight * found

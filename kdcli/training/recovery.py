@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from kdcli.models.transforms import Zero
 from kdcli.training import objective
 from kdcli.training import teacher as teachers
 from kdcli.training.capture import Capture, shape_of
-from kdcli.training.cross_entropy import UNLABELLED
 from kdcli.training.features import TeacherSignals
 from kdcli.training.loop import FitOptions, fit
 from kdcli.training.losses import response
@@ -105,13 +103,14 @@ def recover(
         lr=lr or default_rate(int(student.config.hidden_size)),
         seed=context.seed,
     )
-    labels = train.labels if train.labels is not None else np.full(len(train), UNLABELLED, dtype=np.int64)
+    task = student.task
+    labels = train.labels if train.labels is not None else task.unlabelled(len(train), len(student.labels))
     chosen = Chosen("response", response, response.Config(temperature=TEMPERATURE), ALPHA)
     terms, _ = objective.bind([chosen], shape_of(student), shape_of(dense), [], context.seed, context.device)
     signals = TeacherSignals(
         dense, read, targets, Needs(), budget=0, device=context.device, progress=context.progress
     )
-    loss = Objective(terms, 1 - ALPHA, labels, Capture(student, Needs()), signals, context.device)
+    loss = Objective(terms, 1 - ALPHA, labels, Capture(student, Needs()), signals, context.device, task)
     identity = {
         "stage": request.stage,
         "model": checkpoints.weights_digest(student.path),
@@ -140,6 +139,7 @@ def recover(
         resume=ResumePoint(context.resume_dir / "recovery", identity),
         resuming=request.common.resume,
         after_step=end_step if hold or after_step else None,
+        task=task,
         **more,
     )
     return {

@@ -21,8 +21,8 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.training import distributed
-from kdcli.training.cross_entropy import cross_entropy
 from kdcli.training.first_token import first_token_only
+from kdcli.training.label_loss import label_loss
 from kdcli.training.loop import FitOptions, fit
 from kdcli.training.resume import ResumePoint
 from kdcli.training.terms import Needs
@@ -48,7 +48,7 @@ def fine_tuned(
 
     Args:
         teacher: Its head is new; ``labels`` are the task's. It is trained in place.
-        encoded: ``train`` and ``validation``; rows labelled -100 take no part.
+        encoded: ``train`` and ``validation``; rows without a label take no part.
         options: How to train.
 
     Returns:
@@ -72,14 +72,14 @@ def fine_tuned(
     progress.note("the teacher has no head for this task: fine-tuning it first (once; the result is cached)")
     train = encoded["train"]
     assert train.labels is not None
-    train = train.take(np.flatnonzero(train.labels >= 0))
+    train = train.take(np.flatnonzero(teacher.task.known(train.labels)))
     assert train.labels is not None
     with first_token_only(teacher, Needs()):
         result = fit(
             teacher.model,
             train,
             encoded["validation"],
-            cross_entropy(train.labels, device),
+            label_loss(teacher.task, train.labels, device),
             options,
             pad_id=teacher.pad_id,
             device=device,
@@ -87,6 +87,7 @@ def fine_tuned(
             title="fine-tuning the teacher",
             resume=ResumePoint(resume_dir / "teacher", {"teacher": name}),
             resuming=resuming,
+            task=teacher.task,
         )
     teacher.has_head = True
     detail = {"fine_tuned": True, "key": name, **result.detail()}

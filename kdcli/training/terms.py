@@ -28,6 +28,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
+
 
 @dataclass(frozen=True)
 class Signals:
@@ -86,8 +89,9 @@ class Setting:
 class Step:
     """What changes from batch to batch."""
 
-    labels: Tensor  # (B,) class indices, -100 where a row has none
+    labels: Tensor  # of B rows, in the form of the task
     progress: float  # share of the training that is done, in [0, 1)
+    task: Task = CLASSIFICATION
 
 
 def needs(module: ModuleType, setting: Setting) -> tuple[Needs, Needs]:

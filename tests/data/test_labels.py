@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from kdcli.data.labels import align, ordered, printable, suggest
+from kdcli.data.labels import align, ordered, suggest
 from kdcli.errors import InputError
+from kdcli.names import printable
 
 
 def test_align_goes_by_name_not_by_position() -> None:

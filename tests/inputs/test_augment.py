@@ -193,7 +193,7 @@ def test_rows_that_are_there_already_are_found() -> None:
             expected.append(i)
     assert 0 < len(expected) < len(many)
     assert unlike(many, big).tolist() == expected
-    assert len(unlike(concatenate(big, big, -100), big)) == 0
+    assert len(unlike(concatenate(big, big, np.array([-100])), big)) == 0
 
 
 @pytest.mark.parametrize("rates", [replace(HARD, splice=0.6, mask=0, replace=0), replace(NONE, splice=1)])

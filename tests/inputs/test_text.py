@@ -118,12 +118,12 @@ def test_take_understands_masks_and_refuses_what_is_not_there() -> None:
 def test_concatenate_fills_the_missing_labels() -> None:
     labelled = encode(Rows(["a", "b c"], None, ["0", "1"]), make_tokenizer(), 8, {"0": 0, "1": 1})
     bare = encode(Rows(["d e f"]), make_tokenizer(), 8, None)
-    both = concatenate(labelled, bare, -100)
+    both = concatenate(labelled, bare, np.array([-100]))
     assert rows_of(both) == rows_of(labelled) + rows_of(bare)
     assert both.labels is not None
     assert both.labels.dtype == np.int64
     assert both.labels.tolist() == [0, 1, -100]
-    assert concatenate(bare, bare, -100).labels is None
+    assert concatenate(bare, bare, np.array([-100])).labels is None
 
 
 def test_fingerprint_sees_ids_borders_and_labels() -> None:
@@ -154,7 +154,7 @@ def test_a_tokenizer_that_gives_no_segment_ids_is_not_made_to() -> None:
     encoded = encode(rows, tokenizer, 8, None)
     assert encoded.type_ids is None
     assert encoded.take([1, 0]).type_ids is None
-    assert concatenate(encoded, encoded, -1).type_ids is None
+    assert concatenate(encoded, encoded, np.array([-1])).type_ids is None
     assert encode(Rows([]), tokenizer, 8, None).type_ids is None
 
 

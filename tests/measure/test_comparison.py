@@ -12,6 +12,7 @@ from kdcli.inputs.text import Rows
 from kdcli.measure import comparison
 from kdcli.report import gates
 from kdcli.request import Gates
+from kdcli.tasks.classification import CLASSIFICATION
 from tests.report.reports import measurement
 
 
@@ -66,7 +67,9 @@ def test_a_fall_is_judged_row_by_row(lost: int, won: int, warned: bool) -> None:
         assert one.quality is not None
         value = one.quality.accuracy.value
         one.quality.accuracy.n, one.quality.accuracy.stderr = n, (value * (1 - value) / n) ** 0.5
-    delta = comparison.row_by_row(comparison.compare(before, after), old, new, labels)
+    delta = comparison.row_by_row(
+        comparison.compare(before, after), CLASSIFICATION.compare(np.eye(2)[old], np.eye(2)[new], labels)
+    )
     assert (delta.lost, delta.won) == (lost, won)
     assert delta.accuracy == pytest.approx((won - lost) / n)
     found = comparison.honest(delta, before, after)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdcli.errors import InputError
 from kdcli.models import checkpoint, inspect
+from kdcli.tasks.multi_label import MultiLabel
 from tests import tiny
 
 State = dict[str, Tensor]
@@ -268,28 +269,36 @@ def test_label_names_that_contradict(tmp_path: Path, config: dict[str, Any], wor
     refuse(edit(tiny.saved(tmp_path), **config), words)
 
 
+SIGMOID = "torch.nn.modules.activation.Sigmoid"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"problem_type": "multi_label_classification"},
+        {"function_to_apply": "sigmoid"},
+        {"sentence_transformers": {"activation_fn": SIGMOID}},
+        {"sbert_ce_default_activation_function": SIGMOID},
+    ],
+)
+def test_a_model_that_gives_several_labels_is_recognised(tmp_path: Path, config: dict[str, Any]) -> None:
+    path = edit(tiny.saved(tmp_path), **config)
+    assert checkpoint.load(path).task.name == "multi-label"
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"problem_type": "multi_label_classification"}, "several labels at once"),
-        ({"function_to_apply": "sigmoid"}, "several labels at once"),
-        (
-            {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}},
-            "several labels",
-        ),
-        ({"sbert_ce_default_activation_function": "torch.nn.modules.activation.Sigmoid"}, "several labels"),
-        ({"problem_type": "regression"}, "predicts numbers"),
+        ({"problem_type": "regression"}, "has 2 outputs with problem_type 'regression'"),
+        ({"problem_type": "ranking"}, "problem_type 'ranking' in .* is none that kdcli knows"),
         ({"architectures": ["BertForTokenClassification"]}, "tags single words"),
     ],
 )
-def test_a_classifier_that_does_not_choose_one_label(
-    tmp_path: Path, config: dict[str, Any], words: str
-) -> None:
+def test_a_task_that_kdcli_does_not_have(tmp_path: Path, config: dict[str, Any], words: str) -> None:
     for by_kdcli in (False, True):
         path = edit(tiny.saved(tmp_path / str(by_kdcli), by_kdcli=by_kdcli), **config)
         with pytest.raises(InputError, match=words):
             checkpoint.load(path)
-    refuse(edit(tiny.saved(tmp_path / "plain"), **config), words)
 
 
 def test_one_output_is_a_score(tmp_path: Path) -> None:
@@ -297,9 +306,21 @@ def test_one_output_is_a_score(tmp_path: Path) -> None:
     for name, config in (
         ("named", {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}),
         ("unnamed", {"id2label": None, "label2id": None}),
+        ("said", {"id2label": {"0": "LABEL_0"}, "label2id": None, "problem_type": "regression"}),
     ):
         path = edit(tiny.saved(tmp_path / name), lambda state: state.update(one), **config)
-        refuse(path, "has one output: it gives a score")
+        assert checkpoint.load(path).task.name == "regression"
+
+
+def test_the_task_that_was_written_is_read_again(tmp_path: Path) -> None:
+    made = tiny.checkpoint()
+    made.task = MultiLabel(primary="macro_f1", thresholds=(0.25, 0.75))
+    again = tiny.reload(made, tmp_path / "one")
+    assert again.task == made.task
+    again.task = MultiLabel(thresholds=None)
+    checkpoint.rewrite_task(again, tmp_path / "one")
+    assert checkpoint.load(tmp_path / "one").task == MultiLabel()
+    assert tiny.reload(again, tmp_path / "two").task == MultiLabel()
 
 
 def test_one_label_that_is_said_to_be_chosen_stays(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from kdcli.cli import console as consoles
 from kdcli.cli import table
-from kdcli.measure import answers
 from kdcli.progress import Progress
 from kdcli.report import facts, html, markdown
 from kdcli.report.schema import LineageEntry, Report
@@ -24,6 +23,7 @@ from kdcli.request import (
     Request,
 )
 from kdcli.run import life, lineage
+from kdcli.tasks.classification import CLASSIFICATION
 from tests import tiny
 
 NAMES = ["negative", "positive"]
@@ -47,9 +47,9 @@ def logits(given: list[int], classes: int = 2) -> np.ndarray:
     ],
 )
 def test_answers_that_say_nothing(given: list[int], truth: list[int], codes: set[str]) -> None:
-    found = answers.doubts(logits(given), np.array(truth), NAMES)
+    found = CLASSIFICATION.doubts(logits(given), np.array(truth), NAMES)
     assert {w.code for w in found} == codes
-    of_input = answers.doubts(logits(given), np.array(truth), NAMES, of_input=True)
+    of_input = CLASSIFICATION.doubts(logits(given), np.array(truth), NAMES, of_input=True)
     assert {w.code.removeprefix("input-") for w in of_input} == codes
     assert not {w.code for w in of_input} & set(facts.ALARMS)
 
@@ -58,7 +58,7 @@ def test_the_rarer_of_many_labels_is_no_majority() -> None:
     truth = np.arange(150).repeat(2)
     given = truth.copy()
     given[::2] = (given[::2] + 1) % 150
-    assert answers.doubts(logits(given.tolist(), 150), truth, [str(i) for i in range(150)]) == []
+    assert CLASSIFICATION.doubts(logits(given.tolist(), 150), truth, [str(i) for i in range(150)]) == []
 
 
 def constant(place: Path) -> Path:

@@ -157,7 +157,7 @@ def watching(context: Context) -> Iterator[Watch]:
         patch.setattr(Splits, "__getitem__", lambda self, split: watch.give(split, lambda: own(self, split)))
         for reporting in (vocab, control):
             patch.setattr(reporting, "pick", lambda *given: _Picked(opened, *given))
-        patch.setattr(control, "accuracy", opened(control.accuracy))
+        patch.setattr(control, "score", opened(control.score))
         context.encoded = _Watched(context.encoded, watch)
         context.dataset = replace(context.dataset, splits=_Watched(context.dataset.splits, watch))  # type: ignore[arg-type]
         watch.closed = True

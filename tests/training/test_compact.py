@@ -17,9 +17,10 @@ from kdcli.inputs.text import Encoded
 from kdcli.models import transforms
 from kdcli.models.tokens import token_tables
 from kdcli.progress import Progress
+from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.training import loop
 from kdcli.training.compact import compacted
-from kdcli.training.cross_entropy import cross_entropy
+from kdcli.training.label_loss import label_loss
 from kdcli.training.loop import FitOptions, fit
 from kdcli.training.side_by_side import Together
 from tests import tiny
@@ -60,7 +61,7 @@ def train(made: Any, weight_decay: float) -> None:
         made.model,
         rows,
         texts(16, np.concatenate([USED, ALSO]), seed=1),
-        cross_entropy(rows.labels, CPU),
+        label_loss(CLASSIFICATION, rows.labels, CPU),
         FitOptions(epochs=3, batch_size=16, lr=5e-3, weight_decay=weight_decay, keep="last"),
         pad_id=made.pad_id,
         device=CPU,

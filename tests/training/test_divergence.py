@@ -45,9 +45,7 @@ def test_without_labels_to_compare_nothing_is_said() -> None:
 def test_a_result_worse_than_none_is(loss: float, validation: float) -> None:
     with pytest.raises(InputError, match=r"training diverged: the loss was 0.6 at the first step") as found:
         judge(0.6, loss, validation, 0.62)
-    said = (
-        f"on validation it is {validation:.4g} (without an opinion: 0.6931) at an accuracy of 62.0% (always"
-    )
+    said = f"on validation it is {validation:.4g} (one answer for all rows: 0.6931) at accuracy 0.62 (one answer for"
     assert said in str(found.value)
     assert found.value.hint == "the peak learning rate was 5; give a lower one with --lr, or check the data"
 

@@ -16,8 +16,9 @@ from kdcli.data import sources
 from kdcli.errors import ExitCode, InputError, InterruptedRun, UsageError
 from kdcli.inputs import text
 from kdcli.progress import Progress, Task
+from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.training import loop
-from kdcli.training.cross_entropy import cross_entropy, hard
+from kdcli.training.label_loss import hard, label_loss
 from kdcli.training.loop import Batch, FitOptions, fit, learning_rate, parameter_groups
 from kdcli.training.resume import ResumePoint
 from kdcli.training.side_by_side import Together
@@ -41,7 +42,7 @@ def train(made, rows, options=OPTIONS, **more):
         made.model,
         rows["train"],
         rows["validation"],
-        more.pop("loss", cross_entropy(labels, CPU)),
+        more.pop("loss", label_loss(CLASSIFICATION, labels, CPU)),
         options,
         pad_id=made.pad_id,
         device=CPU,
@@ -82,7 +83,7 @@ def with_table_of(made, seed: int):
 def test_it_learns_and_keeps_the_best_epoch(rows) -> None:
     made = tiny.untrained()
     result = train(made, rows, FitOptions(epochs=12, batch_size=16, lr=5e-3))
-    assert result.best_accuracy >= 0.9  # one telling word a sentence; chance is 0.5
+    assert result.best_score >= 0.9  # one telling word a sentence; chance is 0.5
     best = max(result.history, key=lambda e: (e["validation_accuracy"], -e["validation_loss"]))
     assert result.best_epoch == best["epoch"]
     assert result.tokens_per_s > 0
@@ -160,10 +161,10 @@ def test_a_training_that_had_ended_is_not_run_again(rows, tmp_path: Path) -> Non
     assert state(again) == state(whole)
     assert not again.model.training
     assert second.history == first.history
-    assert (second.steps, second.best_epoch, second.best_accuracy) == (
+    assert (second.steps, second.best_epoch, second.best_score) == (
         first.steps,
         first.best_epoch,
-        first.best_accuracy,
+        first.best_score,
     )
     # Without resuming it starts again, and the old point is gone.
     train(tiny.checkpoint(), rows, resume=ResumePoint(tmp_path / "point", {}), after_step=count)
@@ -175,7 +176,7 @@ def test_the_epoch_that_is_kept(rows, monkeypatch: pytest.MonkeyPatch, keep, kep
     made, after = tiny.checkpoint(), []
     accuracies = iter([0.5, 0.9, 0.8, 0.7])
 
-    def judged(model, *_):
+    def judged(_, model, *more):
         # The layers only: of the table, the loop shows the rows that occur.
         after.append({k: v.clone() for k, v in model.state_dict().items() if ".layer." in k})
         return next(accuracies), 0.1
@@ -183,7 +184,7 @@ def test_the_epoch_that_is_kept(rows, monkeypatch: pytest.MonkeyPatch, keep, kep
     monkeypatch.setattr(loop, "evaluate", judged)
     result = train(made, rows, FitOptions(epochs=4, batch_size=16, lr=5e-3, seed=3, keep=keep))
     assert (result.epochs, result.best_epoch) == (4, kept)
-    assert result.best_accuracy == [0.5, 0.9, 0.8, 0.7][kept - 1]
+    assert result.best_score == [0.5, 0.9, 0.8, 0.7][kept - 1]
     weights = made.model.state_dict()
     same = [all(torch.equal(weights[k], epoch[k]) for k in epoch) for epoch in after]
     assert same == [number == kept for number in (1, 2, 3, 4)]
@@ -202,7 +203,7 @@ def test_progress_rises_from_zero_to_below_one(rows) -> None:
 
     def loss(output, batch: Batch) -> torch.Tensor:
         seen.append(batch)
-        return hard(output.logits, targets[torch.from_numpy(batch.rows)])
+        return hard(CLASSIFICATION, output.logits, targets[torch.from_numpy(batch.rows)])
 
     train(tiny.checkpoint(), rows, FitOptions(epochs=3, batch_size=20, lr=5e-3), loss=loss)
     assert len(seen) == 15  # 96 rows are 4 batches of 20 and one of 16
@@ -223,7 +224,7 @@ def test_rates_scale_the_steps_of_models_side_by_side(rows) -> None:
     targets = torch.from_numpy(rows["train"].labels)
 
     def loss(output, batch: Batch) -> torch.Tensor:
-        return sum(hard(z, targets[torch.from_numpy(batch.rows)]) for z in output.every)
+        return sum(hard(CLASSIFICATION, z, targets[torch.from_numpy(batch.rows)]) for z in output.every)
 
     # One step; without dropout equal members have equal gradients.
     for module in both.modules():

@@ -27,14 +27,14 @@ from kdcli.inputs import batching
 from kdcli.inputs.feeding import torch_runner
 from kdcli.inputs.picked import pick
 from kdcli.inputs.text import Encoded
-from kdcli.measure import quality
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.facts import SIGNIFICANT, control_words
 from kdcli.report.schema import Warning_
 from kdcli.stages.distill.fitting import run_fit
 from kdcli.stages.distill.student import Taught, Texts, set_dropout
-from kdcli.training.cross_entropy import cross_entropy, mixed_cross_entropy
+from kdcli.tasks.task import Task
 from kdcli.training.first_token import first_token_only
+from kdcli.training.label_loss import label_loss, mixed_label_loss
 from kdcli.training.loop import FitOptions, Loss, evaluate, inference
 from kdcli.training.terms import Needs
 
@@ -63,7 +63,8 @@ def lessons(context: Context, taught: Taught, texts: Texts) -> list[Lesson]:
     """
     train = context.encoded["train"]
     assert train.labels is not None
-    known = np.flatnonzero(train.labels >= 0)
+    task = taught.checkpoint.task
+    known = np.flatnonzero(task.known(train.labels))
     if not len(known):
         raise UsageError("--control needs labelled rows")
     size = taught.options.batch_size
@@ -71,9 +72,9 @@ def lessons(context: Context, taught: Taught, texts: Texts) -> list[Lesson]:
     # Few rows are repeated until an epoch has some steps: an epoch ends with a validation.
     rows = train.take(np.tile(known, _repeats(len(known), size)))
     assert rows.labels is not None
-    alone = Lesson("labels", rows, cross_entropy(rows.labels, context.device), 0, usual)
+    alone = Lesson("labels", rows, label_loss(task, rows.labels, context.device), 0, usual)
     found = [alone]
-    if (more := _with_texts(context, texts, known, size, usual)) is not None:
+    if (more := _with_texts(context, task, texts, known, size, usual)) is not None:
         found.append(more)
     if not usual:
         last = found[-1]
@@ -82,7 +83,7 @@ def lessons(context: Context, taught: Taught, texts: Texts) -> list[Lesson]:
 
 
 def _with_texts(
-    context: Context, texts: Texts, known: np.ndarray, size: int, dropout: float
+    context: Context, task: Task, texts: Texts, known: np.ndarray, size: int, dropout: float
 ) -> Lesson | None:
     """The labelled rows and the texts that were made from them alone; None when there are none."""
     labels, origins = context.encoded["train"].labels, texts.origins
@@ -90,17 +91,18 @@ def _with_texts(
         return None
     first, second, share = labels[origins.first], labels[origins.second], origins.share
     # A text counts when every row that left a token in it has a label.
-    more = np.flatnonzero(((first >= 0) | (share == 0)) & ((second >= 0) | (share == 1)))
+    more = np.flatnonzero((task.known(first) | (share == 0)) & (task.known(second) | (share == 1)))
     if not len(more):
         return None
     first, second, share = first[more], second[more], share[more]
     at = np.concatenate([known, len(labels) + more])
-    own = np.concatenate([labels[known], np.where(share > 0, first, second)])
-    other = np.concatenate([labels[known], np.where(share < 1, second, first)])
+    in_first, in_second = (part.reshape(-1, *[1] * (labels.ndim - 1)) for part in (share > 0, share < 1))
+    own = np.concatenate([labels[known], np.where(in_first, first, second)])
+    other = np.concatenate([labels[known], np.where(in_second, second, first)])
     whole = np.concatenate([np.ones(len(known)), share])
     every = np.tile(np.arange(len(at)), _repeats(len(at), size))
     rows = texts.rows.take(at[every])
-    loss = mixed_cross_entropy(own[every], other[every], whole[every], context.device)
+    loss = mixed_label_loss(task, own[every], other[every], whole[every], context.device)
     return Lesson("labels+texts", replace(rows, labels=own[every]), loss, len(more), dropout)
 
 
@@ -129,7 +131,7 @@ def control(
         options = FitOptions(**(asdict(taught.options) | {"epochs": epochs, "patience": None}))
         title = "control" if lesson.name == "labels" else f"control {lesson.name}"
         with first_token_only(other, Needs()):
-            result = run_fit(context, other.model, other.pad_id, lesson.rows, lesson.loss, options, title)
+            result = run_fit(context, other, lesson.rows, lesson.loss, options, title)
         given.append(answers(other, measured))
         runs.append(
             {
@@ -139,7 +141,9 @@ def control(
                 "training": result.detail(),
             }
         )
-    found, warnings = compare(answers(taught.checkpoint, measured), given, runs, measured)
+    found, warnings = compare(
+        taught.checkpoint.task, answers(taught.checkpoint, measured), given, runs, measured
+    )
     found["split"] = split
     words = control_words(found)
     if words is not None:
@@ -148,43 +152,49 @@ def control(
 
 
 def compare(
-    student: np.ndarray, controls: Sequence[np.ndarray], runs: Sequence[dict[str, Any]], rows: Encoded
+    task: Task,
+    student: np.ndarray,
+    controls: Sequence[np.ndarray],
+    runs: Sequence[dict[str, Any]],
+    rows: Encoded,
 ) -> tuple[dict[str, Any], list[Warning_]]:
     """What the teacher gave, row by row, and a warning when that is no more than noise.
 
     Args:
-        student: (N,) answers.
-        controls: Answers (N,) of each control.
+        task: What an answer is.
+        student: Logits (N, C).
+        controls: Logits (N, C) of each control.
         runs: What each of them is, for the report.
         rows: N labelled rows.
 
     Returns:
-        ``runs``, each with its accuracy, the student's gain over it and the p-value of that, and the name of the best
+        ``runs``, each with its score, the student's gain over it and the p-value of that, and the name of the best
         one. The best is the best on these rows, which is in its favour and not in the teacher's.
     """
     labels = rows.labels
     assert labels is not None
-    own = float((student == labels).mean())
+    own, metric = task.score(student, labels), task.primary
     made = []
     for run, given in zip(runs, controls, strict=True):
-        accuracy = float((given == labels).mean())
-        p_value = quality.mcnemar(given, student, labels)
-        made.append(run | {"accuracy": accuracy, "gain": own - accuracy, "p_value": p_value})
-    best = max(made, key=lambda run: float(run["accuracy"]))
+        score = task.score(given, labels)
+        p_value = task.compare(given, student, labels).p_value
+        made.append(run | {metric: score, "gain": own - score, "p_value": p_value})
+    best = max(made, key=lambda run: float(run[metric]))
     found = {
-        "student_accuracy": own,
-        "accuracy": best["accuracy"],
+        "metric": metric,
+        f"student_{metric}": own,
+        metric: best[metric],
         "best": best["name"],
         "rows": len(labels),
         "runs": made,
     }
-    if best["gain"] > 0 and best["p_value"] < SIGNIFICANT:
+    if best["gain"] > 0 and best["p_value"] is not None and best["p_value"] < SIGNIFICANT:
         return found, []
-    return found, [Warning_(code="no-gain", message=f"the teacher did not help: {_without(best)}")]
+    return found, [Warning_(code="no-gain", message=f"the teacher did not help: {_without(best, metric)}")]
 
 
-def _without(best: dict[str, Any]) -> str:
-    reached = f"without it the student reaches {best['accuracy']:.1%}"
+def _without(best: dict[str, Any], metric: str) -> str:
+    reached = f"without it the student reaches {best[metric]:.1%}"
     if best["gain"] <= 0:
         return f"{reached} ({100 * -best['gain']:.1f} points more)"
     return (
@@ -203,18 +213,18 @@ def dropout_of(model: nn.Module) -> float:
 
 @torch.inference_mode()
 def answers(model: Checkpoint, rows: Encoded) -> np.ndarray:
-    """The class (N,) that a model of the data's own vocabulary gives every row."""
+    """Logits (N, C) of a model of the data's own vocabulary."""
     model.model.eval()
     run = torch_runner(model)
-    found = np.empty(len(rows), dtype=np.int64)
+    found = np.empty((len(rows), len(model.labels)), dtype=np.float32)
     for at in batching.inference_batches(rows.lengths, 128):
-        found[at] = run(batching.collate(rows, at, model.pad_id)).argmax(1)
+        found[at] = run(batching.collate(rows, at, model.pad_id))
     return found
 
 
 @torch.inference_mode()
-def accuracy(context: Context, model: Checkpoint, split: str) -> float:
-    """Accuracy of a model of the data's own vocabulary on one split."""
+def score(context: Context, model: Checkpoint, split: str) -> float:
+    """The task's, of a model of the data's own vocabulary on one split."""
     rows = context.encoded[split]
-    found, _ = evaluate(model.model, rows, inference(rows, 128, model.pad_id), context.device)
+    found, _ = evaluate(model.task, model.model, rows, inference(rows, 128, model.pad_id), context.device)
     return found

@@ -14,6 +14,7 @@ from kdcli.inputs import text
 from kdcli.inputs.text import Encoded
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import students
+from kdcli.models.checkpoint import Checkpoint
 from kdcli.request import DistillOptions
 from kdcli.stages.distill.plan import DistillPlan
 from kdcli.training.loop import FitOptions, FitResult, Loss, fit
@@ -76,16 +77,27 @@ def default_rate(made: students.Student) -> float:
 
 def run_fit(
     context: Context,
-    model: nn.Module,
-    pad_id: int,
+    trained: Checkpoint,
     rows: Encoded,
     loss: Loss,
     options: FitOptions,
     title: str,
     *,
+    model: nn.Module | None = None,
     extra: nn.Module | None = None,
 ) -> FitResult:
-    """Fit with a resume point of its own, whose identity names every option and file."""
+    """Fit with a resume point of its own, whose identity names every option and file.
+
+    Args:
+        context: Of the stage.
+        trained: What is trained, or, where ``model`` is, whose padding and task that has.
+        rows: Training rows.
+        loss: Of one batch.
+        options: How to train.
+        title: Of the training, for people and for its resume point.
+        model: Several models that train together, or a part of one.
+        extra: Parameters that are trained along and thrown away.
+    """
     request = context.request
     identity: dict[str, Any] = {
         "training": title,
@@ -99,18 +111,19 @@ def run_fit(
     identity |= {f"option {key}": value for key, value in chosen.items()}
     identity["file student"] = _digest_of(options_of(context).student)
     return fit(
-        model,
+        trained.model if model is None else model,
         rows,
         context.encoded["validation"],
         loss,
         options,
-        pad_id=pad_id,
+        pad_id=trained.pad_id,
         device=context.device,
         progress=context.progress,
         title=f"training the {title}",
         resume=ResumePoint(context.resume_dir / title.replace(" ", "-"), identity),
         resuming=request.common.resume,
         extra=extra,
+        task=trained.task,
     )
 
 

@@ -62,7 +62,9 @@ def soft_targets(
     temperature = next(
         (float(c.config.temperature) for c in plan.chosen if hasattr(c.config, "temperature")), 1.0
     )
-    return features.combined(found, teacher_weights(plan.settings, len(found)), temperature)
+    return features.combined(
+        found, teacher_weights(plan.settings, len(found)), temperature, context.checkpoint.task
+    )
 
 
 def teach(
@@ -159,7 +161,9 @@ class _Lesson:
         if options.epochs < 2 or not self.shapes[0].pooled or not self.shapes[1].pooled:
             return False
         train = self.context.encoded["train"]  # the first of the rows; augmented ones come after them
-        some = sampling.positions(train.labels, len(train), TRIAL_ROWS, self.context.seed)
+        some = sampling.positions(
+            sampling.strata(train, self.student.task), len(train), TRIAL_ROWS, self.context.seed
+        )
         short = replace(options, epochs=TRIAL_EPOCHS, patience=None)
         weights = copy.deepcopy(self.student.model.state_dict())
         one = self.answers(short, f"{title} trial in one phase", some)
@@ -167,11 +171,11 @@ class _Lesson:
         self.features(replace(short, epochs=1, keep="last"), f"{title} trial features", some)
         two = self.answers(replace(short, epochs=TRIAL_EPOCHS - 1), f"{title} trial in two phases", some)
         self.student.model.load_state_dict(weights)
-        found["trial"] = {"one": one.best_accuracy, "two": two.best_accuracy, "rows": len(some)}
-        better = two.best_accuracy > one.best_accuracy
+        found["trial"] = {"one": one.best_score, "two": two.best_score, "rows": len(some)}
+        better = two.best_score > one.best_score
         self.context.progress.note(
-            f"trial on validation: one phase {one.best_accuracy:.1%}, two {two.best_accuracy:.1%}; "
-            f"{'two' if better else 'one'} taken"
+            f"trial on validation, {self.student.task.primary}: one phase {one.best_score:.4g}, "
+            f"two {two.best_score:.4g}; {'two' if better else 'one'} taken"
         )
         return better
 
@@ -207,8 +211,8 @@ class _Lesson:
         self.seconds += time.perf_counter() - started
         self.stored = signals.stored
         with closing(signals), Capture(student, of_student) as capture, first_token_only(student, of_student):
-            loss = objective.Objective(terms, hard_weight, rows.labels, capture, signals, context.device)
-            result = run_fit(
-                context, student.model, student.pad_id, rows, loss, options, title, extra=loss.extra
+            loss = objective.Objective(
+                terms, hard_weight, rows.labels, capture, signals, context.device, student.task
             )
+            result = run_fit(context, student, rows, loss, options, title, extra=loss.extra)
         return result

@@ -24,8 +24,8 @@ from kdcli.stages.distill.fitting import options_of
 from kdcli.stages.distill.plan import DistillPlan, check
 from kdcli.stages.distill.prepared import Prepared
 from kdcli.stages.distill.student import precheck
+from kdcli.tasks.task import Task
 from kdcli.training import teacher as teachers
-from kdcli.training.cross_entropy import UNLABELLED
 from kdcli.training.loop import FitOptions
 
 __all__ = ["STAGE", "check", "teacher_epochs"]
@@ -41,10 +41,12 @@ def prepare(context: Context) -> Prepared:
     train, validation = context.encoded["train"], context.encoded["validation"]
     assert train.labels is not None
     if options.labels is not None:
-        classes = len(np.unique(train.labels))
-        train = _budget(train, options.labels, context.seed)
+        task = context.checkpoint.task
+        groups = sampling.strata(train, task)
+        classes = 1 if groups is None else len(np.unique(groups))
+        train = _budget(train, options.labels, context.seed, task, len(context.checkpoint.labels))
         count = choosing(options.labels, len(train), len(validation), classes)
-        validation = sampling.sample(validation, count, context.seed)
+        validation = sampling.sample(validation, count, context.seed, task)
         context.progress.note(
             f"--labels {options.labels}: the labels of {options.labels} training rows teach, "
             f"{len(validation)} validation rows choose"
@@ -53,7 +55,7 @@ def prepare(context: Context) -> Prepared:
     if options.unlabeled is not None:
         extra = sources.load_texts(options.unlabeled, context.request.common.columns)
         more = text.encode(extra, teacher.tokenizer, teacher.max_length, None)
-        train = text.concatenate(train, more, UNLABELLED)
+        train = text.concatenate(train, more, teacher.task.unlabelled(1, len(teacher.labels)))
     narrowed = {"train": train, "validation": validation}
     context.encoded = ChainMap(narrowed, context.encoded)  # type: ignore[arg-type]
     came_trained = [] if not teacher.has_head else [options.teachers[0]]
@@ -128,7 +130,7 @@ def _with_head(
         return teacher, {"fine_tuned": False}
     settings, train = plan.settings, context.encoded["train"]
     assert train.labels is not None
-    labelled = int((train.labels >= 0).sum())
+    labelled = int(teacher.task.known(train.labels).sum())
     context.progress.phase("teacher")
     options = FitOptions(
         epochs=settings.teacher_epochs
@@ -149,21 +151,24 @@ def _with_head(
     )
 
 
-def _budget(train: Encoded, labels: int, seed: int) -> Encoded:
-    """Keep the labels of ``labels`` rows, as evenly over the classes as they come; hide the others."""
+def _budget(train: Encoded, labels: int, seed: int, task: Task, outputs: int) -> Encoded:
+    """Keep the labels of ``labels`` rows, as evenly over the task's strata as they come; hide the others."""
     assert train.labels is not None
-    classes = np.unique(train.labels)
+    groups = sampling.strata(train, task)
+    if groups is None:
+        groups = np.zeros(len(train), dtype=np.int64)
+    classes = np.unique(groups)
     if not len(classes) <= labels <= len(train):
         raise UsageError(
             f"--labels {labels} is out of range: from {len(classes)}, one a label, to {len(train)}, all rows"
         )
     shuffled = np.random.default_rng(seed).permutation(len(train))
-    # Rank of every row within its class, in shuffled order: taking the lowest ranks takes the classes evenly.
-    by_class = shuffled[np.argsort(train.labels[shuffled], kind="stable")]
-    sizes = np.bincount(train.labels)
+    # Rank of every row within its group, in shuffled order: taking the lowest ranks takes the groups evenly.
+    by_class = shuffled[np.argsort(groups[shuffled], kind="stable")]
+    sizes = np.bincount(groups)
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
     rank = np.arange(len(train)) - starts
     kept = by_class[np.argsort(rank, kind="stable")[:labels]]
-    hidden = np.full(len(train), UNLABELLED, dtype=np.int64)
+    hidden = task.unlabelled(len(train), outputs)
     hidden[kept] = train.labels[kept]
     return Encoded(train.ids, train.type_ids, train.offsets, hidden)

@@ -22,7 +22,6 @@ from kdcli.stages.distill.fitting import augmented, options_of
 from kdcli.stages.distill.plan import DistillPlan
 from kdcli.training import layer_map, vocabulary
 from kdcli.training.capture import shape_of
-from kdcli.training.cross_entropy import UNLABELLED
 from kdcli.training.loop import FitOptions, FitResult
 from kdcli.training.terms import Setting, Shape, check
 from kdcli.training.terms import needs as needs_of
@@ -105,7 +104,10 @@ def rows_of(context: Context, plan: DistillPlan, teacher: Checkpoint) -> Texts:
     new = augment.unlike(more, train)
     more = more.take(new)
     context.progress.note(f"{len(more)} further texts made from {len(train)}, for the teacher to label")
-    return Texts(text.concatenate(train, more, UNLABELLED), origins.take(new))
+    return Texts(
+        text.concatenate(train, more, teacher.task.unlabelled(1, len(context.checkpoint.labels))),
+        origins.take(new),
+    )
 
 
 def make(
@@ -130,6 +132,7 @@ def make(
         resolve=lambda ref: references.resolve(ref, offline=offline).path,
         vectors=lambda: vocabulary.token_vectors(teacher, context.progress),
     )
+    made.checkpoint.task = teacher.task
     made.checkpoint.model.to(context.device)
     set_dropout(made.checkpoint, plan.settings.dropout)
     for note in made.notes:
@@ -169,14 +172,14 @@ def describe(context: Context, teacher: dict[str, Any], taught: Taught, rows: En
     """How teacher (its own detail) and student came about, for the report."""
     train = context.encoded["train"]
     assert train.labels is not None
-    made = taught.made
+    made, known = taught.made, context.checkpoint.task.known(train.labels)
     return {
         "teacher": teacher,
         "init": {"from": made.init, "notes": made.notes, "no_published_weights": made.no_hub},
         **taught.detail,
         "rows": {
-            "labelled": int((train.labels >= 0).sum()),
-            "unlabelled": int((train.labels < 0).sum()),
+            "labelled": int(known.sum()),
+            "unlabelled": int((~known).sum()),
             "augmented": len(rows) - len(train),
             "choosing": len(context.encoded["validation"]),
         },

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdcli import devices
-from kdcli.data.labels import printable
 from kdcli.data.sources import Dataset
 from kdcli.errors import InputError
 from kdcli.export import files, own_graph
@@ -18,6 +17,7 @@ from kdcli.measure import comparison, environment, measurement
 from kdcli.models import graph_only, safety, tokenizers
 from kdcli.models.checkpoint import Checkpoint, quiet
 from kdcli.models.references import Resolved
+from kdcli.names import printable
 from kdcli.probe import soundness
 from kdcli.progress import Progress
 from kdcli.report.schema import Delta, LineageEntry, Measurement, Warning_
@@ -168,9 +168,9 @@ def compare(one: Candidate, baseline: Candidate | None, lineage: list[LineageEnt
             assert rows.labels is not None
             found.delta = comparison.row_by_row(
                 found.delta,
-                baseline.measured.logits[:, order].argmax(1),
-                one.measured.logits.argmax(1),
-                rows.labels,
+                one.checkpoint.task.compare(
+                    baseline.measured.logits[:, order], one.measured.logits, rows.labels
+                ),
             )
     elif len(one.checkpoint.log.lineage) > 1 and (recorded := _recorded(lineage[0])) is not None:
         found.before = comparison.from_record(recorded, after)

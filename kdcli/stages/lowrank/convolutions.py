@@ -164,7 +164,7 @@ def _decide(
                 found = []
                 for step in at:
                     model.set_submodule(name, factors(name, steps[step]))
-                    found.append(rank_budget.divergence(model, dense, batches))
+                    found.append(rank_budget.divergence(context.checkpoint.task, model, dense, batches))
                 model.set_submodule(name, layer)
                 # Falling, and straight between the tries on a logarithmic scale.
                 logs = np.log(np.maximum(np.maximum.accumulate(found[::-1])[::-1], 1e-9))
@@ -200,7 +200,7 @@ def _decide(
         divergence = {}
         for title, ranks in (("even", even), ("weighted", weighed)):
             _put(model, {n: factors(n, r) for n, r in ranks.items() if r is not None})
-            divergence[title] = rank_budget.divergence(model, dense, batches)
+            divergence[title] = rank_budget.divergence(context.checkpoint.task, model, dense, batches)
             _put(model, layers)
         best = min(divergence, key=divergence.__getitem__)
         detail["allocation"] = {"chosen": best, "rows": detail.get("rows"), "kl": divergence}
@@ -209,8 +209,8 @@ def _decide(
     if "budget" in amount:
         return shared(amount["budget"], detail)
     validation = context.encoded["validation"]
-    judged = sampling.sample(validation, JUDGED_ROWS, sampling.JUDGING_SEED)
-    full, best, latest = calibration.accuracy(context, judged), none, none
+    judged = sampling.sample(validation, JUDGED_ROWS, sampling.JUDGING_SEED, context.checkpoint.task)
+    full, best, latest = calibration.score(context, judged), none, none
 
     def attempt(budget: float) -> float | None:
         nonlocal latest
@@ -219,7 +219,7 @@ def _decide(
         except UsageError:
             return None
         _put(model, {n: factors(n, r) for n, r in latest.items() if r is not None})
-        found = calibration.accuracy(context, judged)
+        found = calibration.score(context, judged)
         _put(model, layers)
         return found
 

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcli.inputs import kinds
 from kdcli.probe.moments import watching
 from kdcli.stages.lowrank.factors import narrow_by_outputs
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 
 # A backward pass through 12 layers of 768 keeps some 0.8 MB a token.
 TOKENS = 256
@@ -32,13 +33,14 @@ def sensitivity(
     layers: Mapping[str, nn.Linear | nn.Embedding],
     batches: Iterable[Mapping[str, Tensor]],
     seed: int,
+    task: Task = CLASSIFICATION,
 ) -> Sensitivity:
-    """Sample the Gauss-Newton matrix G of the divergence KL(model || changed model) for every layer's outputs.
+    """Sample the Gauss-Newton matrix G of the divergence of the changed model's answers for every layer's outputs.
 
-    To second order an output error e of a layer costs e^T G e / 2, with G = E[J^T (diag(p) - p p^T) J]
-    summed over the tokens of a row: p the model's probabilities, J the derivative of its logits. With
-    e ~ N(0, 1) and v = sqrt(p) * e - p (sqrt(p) . e), the gradient g of v . logits has E[g g^T] = G, so one
-    backward pass gives a sample for every token. Labels play no part. Tokens are taken as independent and
+    To second order an output error e of a layer costs e^T G e / 2, with G = E[J^T H J] summed over the tokens of a
+    row: J the derivative of the model's logits, H the task's curvature, which is diag(p) - p p^T for classes of
+    probabilities p. With E[v v^T] = H, the gradient g of v . logits has E[g g^T] = G, so one backward pass gives a
+    sample for every token. Labels play no part. Tokens are taken as independent and
     errors as independent of gradients, as in K-FAC.
 
     The squared gradients of the tokens say which of them an error matters at: in the last layer of a model
@@ -52,6 +54,7 @@ def sensitivity(
         layers: By name.
         batches: Inputs of the model; padding does not count.
         seed: Of the sampled noise.
+        task: What an answer is.
     """
     noise = torch.Generator().manual_seed(seed)
     matrices: dict[str, Tensor] = {}
@@ -61,9 +64,7 @@ def sensitivity(
         parts: list[dict[str, Tensor]] = []
         for batch in _parts(whole):
             outputs, logits = _watched(model, layers, batch)
-            p = logits.detach().softmax(-1)
-            sampled = p.sqrt() * torch.randn(p.shape, generator=noise).to(p)
-            direction = sampled - p * sampled.sum(-1, keepdim=True)
+            direction = task.curved(logits, noise)
             gradients = torch.autograd.grad(
                 (logits * direction).sum(), list(outputs.values()), allow_unused=True
             )
@@ -94,6 +95,7 @@ def fisher(
     model: nn.Module,
     layers: Mapping[str, nn.Linear | nn.Embedding],
     batches: Iterable[tuple[Mapping[str, Tensor], Tensor]],
+    task: Task = CLASSIFICATION,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Sums over the rows and over the columns of every layer's empirical Fisher information.
 
@@ -105,7 +107,8 @@ def fisher(
     Args:
         model: In eval mode.
         layers: By name.
-        batches: Inputs, and targets: class indices (B,).
+        batches: Inputs, and labels of B rows.
+        task: Whose loss is differentiated.
 
     Returns:
         Name -> float64 sums (O,) and (I,), divided by the number of rows.
@@ -115,7 +118,7 @@ def fisher(
     for batch, targets in _labelled(batches):
         inputs: dict[str, Tensor] = {}
         outputs, logits = _watched(model, layers, batch, inputs)
-        loss = F.cross_entropy(logits, targets, reduction="sum")
+        loss = task.loss(logits, targets, "sum")
         gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
         real = kinds.mask(batch).unsqueeze(-1)
         rows += len(logits)

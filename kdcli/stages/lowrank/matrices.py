@@ -29,7 +29,6 @@ from kdcli.stages.lowrank.factor_units import Unit
 from kdcli.stages.lowrank.factors import Factors, Problem
 from kdcli.stages.lowrank.rank_budget import Choices, Ranks, Size
 from kdcli.stages.lowrank.sequential import Fit, Sample
-from kdcli.training.cross_entropy import UNLABELLED
 
 _HELD = 4  # one row in four of the calibration rows judges the shares of a budget
 _ALONE_ROWS = 64  # held rows on which each layer is factorised alone
@@ -41,7 +40,7 @@ class Work:
 
     def __init__(self, context: Context, module: Any, config: Any, units: Mapping[str, Unit]) -> None:
         self.context, self.module, self.config, self.units = context, module, config, units
-        self.model = context.checkpoint.model
+        self.model, self.task = context.checkpoint.model, context.checkpoint.task
         self.sizes: dict[str, Size] = {n: rank_budget.size_of(unit.dense) for n, unit in units.items()}
         self.dense: dict[str, Any] = {
             m: self.model.get_submodule(m) for unit in units.values() for m in unit.members
@@ -144,7 +143,7 @@ class Work:
         inputs = [sample.inputs for sample in some]
         with self.context.progress.task("sensitivity", len(inputs)) as task:
             self.felt = curvature.sensitivity(
-                self.model, self.dense, _counted(inputs, task.advance), self.context.seed
+                self.model, self.dense, _counted(inputs, task.advance), self.context.seed, self.task
             )
         if "fisher" in self.module.NEEDS:
             labelled = [
@@ -152,7 +151,9 @@ class Work:
                 for at, batch in calibration.indexed(self.context, rows)
             ]
             with self.context.progress.task("Fisher information", len(labelled)) as task:
-                self.fisher = curvature.fisher(self.model, self.dense, _counted(labelled, task.advance))
+                self.fisher = curvature.fisher(
+                    self.model, self.dense, _counted(labelled, task.advance), self.task
+                )
         power = getattr(self.config, "token_power", 0.0)
         if not needed or not power:
             return samples
@@ -163,11 +164,14 @@ class Work:
 
     @torch.no_grad()
     def _targets(self, rows: Encoded, at: np.ndarray, batch: Mapping[str, Tensor]) -> Tensor:
-        """Labels (B,) of a batch; a row without one gets the model's own answer."""
-        labels = np.full(len(at), UNLABELLED) if rows.labels is None else rows.labels[at]
-        targets = torch.from_numpy(labels.astype(np.int64)).to(self.context.device)
-        if bool((targets < 0).any()):
-            targets = torch.where(targets < 0, self.model(**batch).logits.argmax(1), targets)
+        """Labels of a batch of B rows; a row without one gets the model's own answer."""
+        labels = rows.labels
+        if labels is None:
+            labels = self.task.unlabelled(len(rows), len(self.context.checkpoint.labels))
+        targets = torch.from_numpy(labels[at]).to(self.context.device)
+        unknown = ~self.task.known(labels[at])
+        if unknown.any():
+            targets[unknown] = self.task.own(self.model(**batch).logits)[unknown]
         return targets
 
     # --- how many directions ----------------------------------------------------------------------
@@ -224,7 +228,7 @@ class Work:
                     layer = int(name.removeprefix(family.layers + ".").partition(".")[0])
                     behind = from_layer.starting_at(self.model, family, layer, states.inputs[layer])
                 with behind:
-                    found = rank_budget.divergence(self.model, states.logits, batches)
+                    found = rank_budget.divergence(self.task, self.model, states.logits, batches)
                 self._dense(unit)
                 measured[name] = {rank: found}
                 damage[name] = rank_budget.scaled(curve, [rank], [found])
@@ -249,7 +253,7 @@ class Work:
         with self.context.progress.task("shares of the budget", len(shares)) as task:
             for name, ranks in shares.items():
                 self._install(ranks)
-                divergence[name] = rank_budget.divergence(self.model, dense, trial)
+                divergence[name] = rank_budget.divergence(self.task, self.model, dense, trial)
                 self._dense()
                 task.advance()
         best = min(divergence, key=divergence.__getitem__)  # the first of equals, so the even one
@@ -298,10 +302,10 @@ class Work:
         trial: list[dict[str, Tensor]],
         detail: dict[str, Any],
     ) -> Ranks:
-        """The smallest budget that loses at most ``max_drop`` of the accuracy on validation rows."""
+        """The smallest budget that loses at most ``max_drop`` of the primary metric on validation rows."""
         validation = self.context.encoded["validation"]
-        judged = sampling.sample(validation, JUDGED_ROWS, sampling.JUDGING_SEED)
-        full = calibration.accuracy(self.context, judged)
+        judged = sampling.sample(validation, JUDGED_ROWS, sampling.JUDGING_SEED, self.task)
+        full = calibration.score(self.context, judged)
         best: Ranks = dict.fromkeys(self.units)
         latest = best
 
@@ -312,7 +316,7 @@ class Work:
             except UsageError:  # rank 1 everywhere is more than that
                 return None
             self.replace({n: r for n, r in latest.items() if r is not None})
-            found = calibration.accuracy(self.context, judged)
+            found = calibration.score(self.context, judged)
             self._dense()
             return found
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcli.errors import UsageError
+from kdcli.tasks.task import Task
 
 Ranks = dict[str, int | None]
 """Layer name -> rank, or None where the layer stays dense."""
@@ -191,14 +191,11 @@ def between(sizes: Mapping[str, Size], one: Ranks, two: Ranks) -> Ranks:
 
 
 @torch.no_grad()
-def divergence(model: nn.Module, dense: Iterable[Tensor], batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Mean KL(dense || model) over the rows of the batches, in nats; ``dense`` has their logits (B, C)."""
-    found = [
-        F.kl_div(model(**b).logits.log_softmax(-1), z.log_softmax(-1), reduction="none", log_target=True).sum(
-            -1
-        )
-        for z, b in zip(dense, batches, strict=True)
-    ]
+def divergence(
+    task: Task, model: nn.Module, dense: Iterable[Tensor], batches: Iterable[Mapping[str, Tensor]]
+) -> float:
+    """Mean divergence of the model's answers from the dense ones over the rows; ``dense`` has logits (B, C)."""
+    found = [task.divergence(model(**b).logits, z) for z, b in zip(dense, batches, strict=True)]
     return float(torch.cat(found).double().mean())
 
 

@@ -33,6 +33,8 @@ from kdcli.families.layer import Layer
 from kdcli.inputs.feeding import Labelled
 from kdcli.models.transforms import Cut
 from kdcli.progress import Progress
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class UnitJob:
     #: What a method found out about the model as it came, by a name of its own: the same model may come again
     #: with another ``remove``.
     memo: dict[str, Any] = field(default_factory=dict)
+    task: Task = CLASSIFICATION
 
 
 @dataclass
@@ -125,6 +128,7 @@ class LayerJob:
     remove: float  # in the unit of the prices; less than all layers cost
     batches: Sequence[Labelled]
     progress: Progress = field(default_factory=Progress)
+    task: Task = CLASSIFICATION
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def _drop_layers(context: Context, part: Part, state: State) -> None:
         remove = min(round(part.sparsity * have), have - 1)
     batches = _batches(context, part)
     chosen = part.module.choose(
-        LayerJob(model, family, prices, remove, batches, context.progress), part.config
+        LayerJob(model, family, prices, remove, batches, context.progress, checkpoint.task), part.config
     )
     if len(chosen.keep) < have:
         drop = Layers(keep=chosen.keep)

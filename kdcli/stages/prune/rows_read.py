@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from kdcli.context import Context
 from kdcli.inputs import batching, sampling
 from kdcli.inputs.feeding import Labelled, model_inputs
-from kdcli.training.cross_entropy import UNLABELLED
 
 
 def of(context: Context, config: Any) -> list[Labelled]:
@@ -21,16 +19,19 @@ def of(context: Context, config: Any) -> list[Labelled]:
 
 def batches(context: Context, samples: int, batch_size: int) -> list[Labelled]:
     """Inputs and labels of some training rows, by length; a row without a label gets the model's own answer."""
-    model, train = context.checkpoint.model, context.encoded["train"]
-    sample = sampling.sample(train, samples, context.seed)
-    labels = np.full(len(sample), UNLABELLED, dtype=np.int64) if sample.labels is None else sample.labels
+    model, train, task = context.checkpoint.model, context.encoded["train"], context.checkpoint.task
+    sample = sampling.sample(train, samples, context.seed, task)
+    labels = sample.labels
+    if labels is None:
+        labels = task.unlabelled(len(sample), len(context.checkpoint.labels))
+    known = task.known(labels)
     made: list[Labelled] = []
     for at in batching.inference_batches(sample.lengths, batch_size):
         inputs = model_inputs(model, batching.collate(sample, at, context.checkpoint.pad_id), context.device)
         targets = torch.from_numpy(labels[at]).to(context.device)
-        if (labels[at] < 0).any():
+        if not known[at].all():
             with torch.no_grad():
-                own = model(**inputs).logits.argmax(1)
-            targets = torch.where(targets < 0, own, targets)
+                own = task.own(model(**inputs).logits)
+            targets[~known[at]] = own[~known[at]]
         made.append((inputs, targets))
     return made

@@ -1,4 +1,4 @@
-"""``--max-drop`` as a search: the smallest model whose accuracy on the validation rows falls by no more."""
+"""``--max-drop`` as a search: the smallest model whose score on the validation rows falls by no more."""
 
 from __future__ import annotations
 
@@ -74,17 +74,19 @@ def apply(context: Context, max_drop: float, cut: Callable[[Context, float], App
 
     Args:
         context: The input.
-        max_drop: In points of 1 of the accuracy on the validation rows.
+        max_drop: In points of 1 of the primary metric on the validation rows.
         cut: Prunes the model of a context by a share, recovery included.
 
     Raises:
         InputError: The validation rows have no labels to judge by.
     """
     start = context.checkpoint
-    labels = context.encoded["validation"].labels
-    if labels is None or (labels < 0).any():
-        raise InputError("--max-drop searches by the accuracy on the validation rows, and some have no label")
-    dense = accuracy(context)
+    metric, labels = start.task.primary, context.encoded["validation"].labels
+    if labels is None or not start.task.known(labels).all():
+        raise InputError(
+            f"--max-drop searches by the {metric} on the validation rows, and some have no label"
+        )
+    dense = score(context)
     rows: list[dict[str, Any]] = []
 
     def attempt(share: float) -> tuple[Applied, float]:
@@ -93,19 +95,19 @@ def apply(context: Context, max_drop: float, cut: Callable[[Context, float], App
         inner = replace(context, checkpoint=loaded, resume_dir=context.resume_dir / f"try-{number}")
         context.progress.note(f"try {number} of {TRIES}: {share:.1%} removed")
         applied = cut(inner, share)
-        value = accuracy(replace(inner, checkpoint=applied.checkpoint))
+        value = score(replace(inner, checkpoint=applied.checkpoint))
         rows.append(
             {
                 "try": number,
                 "sparsity": share,
                 "macs_kept": applied.method.detail.get("encoder_macs_kept"),
-                "accuracy": value,
+                metric: value,
                 "drop": dense - value,
                 "kept": _keeps(dense - value, max_drop),
                 "seconds": round(time.perf_counter() - begun, 1),
             }
         )
-        context.progress.note(f"try {number}: validation accuracy {value:.4f} after {dense:.4f}")
+        context.progress.note(f"try {number}: validation {metric} {value:.4f} after {dense:.4f}")
         return applied, dense - value
 
     best = bisect(attempt, max_drop, tries=TRIES)
@@ -114,7 +116,7 @@ def apply(context: Context, max_drop: float, cut: Callable[[Context, float], App
     applied.method.detail["search"] = {
         "split": "validation",
         "rows": len(labels),
-        "accuracy_before": dense,
+        f"{metric}_before": dense,
         "max_drop": max_drop,
         "tries": rows,
     }
@@ -127,11 +129,11 @@ def apply(context: Context, max_drop: float, cut: Callable[[Context, float], App
     return applied
 
 
-def accuracy(context: Context) -> float:
-    """Of the model of ``context`` on its validation rows, by torch."""
+def score(context: Context) -> float:
+    """The task's, of the model of ``context`` on its validation rows, by torch."""
     rows, made = context.encoded["validation"], context.checkpoint
     batches = loop.inference(rows, _BATCH, made.pad_id)
-    return loop.evaluate(made.model, rows, batches, context.device)[0]
+    return loop.evaluate(made.task, made.model, rows, batches, context.device)[0]
 
 
 def _keeps(drop: float, max_drop: float) -> bool:

@@ -50,6 +50,7 @@ def apply(context: Context, plan: PrunePlan, amount: Amount | None = None) -> Ap
         seed=context.seed,
         progress=context.progress,
         memo=plan.memo,
+        task=checkpoint.task,
     )
     recovery = None
     if options.schedule == "gradual":

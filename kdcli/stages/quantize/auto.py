@@ -130,7 +130,9 @@ def apply(context: Context, plan: QuantizePlan) -> Applied:
     ]
     timings = Timings()
     count = min(plan.config.rows, context.request.common.limit or plan.config.rows)
-    rows = sampling.sample(context.encoded["validation"], count, sampling.JUDGING_SEED)
+    rows = sampling.sample(
+        context.encoded["validation"], count, sampling.JUDGING_SEED, context.checkpoint.task
+    )
     conditions = measuring.Conditions(
         threads=environment.threads(),
         device="cpu",
@@ -225,9 +227,7 @@ def _try_all(
         one.measurement = measured.measurement
         one.delta = comparison.row_by_row(
             comparison.compare(given.measurement, measured.measurement),
-            given.logits.argmax(1),
-            measured.logits.argmax(1),
-            rows.labels,
+            context.checkpoint.task.compare(given.logits, measured.logits, rows.labels),
         )
         one.gates = gates.judge(
             context.request.common.gates, given.measurement, measured.measurement, one.delta

@@ -76,7 +76,9 @@ def hardware_choice(context: Context, plan: QuantizePlan) -> tuple[Any, dict[str
     named = {"reduce_range", "unsigned"} & set(context.request.common.settings)
     if environment.has_vnni() or named or config.bits < 8:
         return config, detail
-    rows = sampling.sample(context.encoded["validation"], ROWS, sampling.JUDGING_SEED)
+    rows = sampling.sample(
+        context.encoded["validation"], ROWS, sampling.JUDGING_SEED, context.checkpoint.task
+    )
     dense = {f"{name}.weight": layer.weight.detach().clone() for name, layer in plan.matrices.items()}
     base = answer(context.checkpoint, rows)
     scores = {}
@@ -85,7 +87,7 @@ def hardware_choice(context: Context, plan: QuantizePlan) -> tuple[Any, dict[str
         integers = {n: plan.module.quantise(weight, form) for n, weight in dense.items()}
         with Simulation(context.checkpoint, integers, dense, rounds=ROUNDS) as simulation:
             got = simulation.answers(simulation.layers, rows)
-        scores[name] = (got.accuracy, -base.divergence(got))
+        scores[name] = (got.score, -base.divergence(got))
     # As accurate is good enough: the faster form comes first.
     best = max(scores, key=lambda name: (scores[name][0], name == "int8, 7 bits"))
     detail |= {"accuracy": {name: score[0] for name, score in scores.items()}, "chosen": best}

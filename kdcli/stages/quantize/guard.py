@@ -36,7 +36,7 @@ def apply(context: Context, plan: QuantizePlan, module: Any) -> Applied:
         return _with(module.apply(context, plan), detail)
     checkpoint, validation = context.checkpoint, context.encoded["validation"]
     count = min(single_layers.SEARCH_ROWS, context.request.common.limit or single_layers.SEARCH_ROWS)
-    rows = sampling.sample(validation, count, sampling.JUDGING_SEED)
+    rows = sampling.sample(validation, count, sampling.JUDGING_SEED, checkpoint.task)
     dense = {f"{name}.weight": layer.weight.detach().clone() for name, layer in plan.layers.items()}
     base = answer(checkpoint, rows)
     applied: Applied = module.apply(context, plan)
@@ -49,7 +49,7 @@ def apply(context: Context, plan: QuantizePlan, module: Any) -> Applied:
         checkpoint, applied.integers, dense, rounds=rounds, ranges=quantised.activations
     ) as simulation:
         first = simulation.answers(simulation.layers, rows)
-        drop = base.accuracy - first.accuracy
+        drop = base.score - first.score
         missed = limit is not None and drop > limit + 1e-12
         if asked or missed:
             measured = single_layers.measure(simulation, checkpoint, rows, context.progress)

@@ -140,7 +140,7 @@ def calibration_batches(context: Context, rows: int, batch_size: int = 8) -> Ite
     Rows of one batch have the same length, so that no padding is observed.
     """
     train, pad = context.encoded["train"], context.checkpoint.pad_id
-    picked = sampling.sample(train, rows, context.seed)
+    picked = sampling.sample(train, rows, context.seed, context.checkpoint.task)
     for part in batching.equal_length_batches(picked.lengths, batch_size):
         yield batching.collate(picked, part, pad)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from kdcli import families
@@ -23,7 +22,6 @@ from kdcli.stages.quantize.ranges import Affine
 from kdcli.training import objective
 from kdcli.training import teacher as teachers
 from kdcli.training.capture import Capture, shape_of
-from kdcli.training.cross_entropy import UNLABELLED
 from kdcli.training.features import TeacherSignals
 from kdcli.training.loop import FitOptions, fit
 from kdcli.training.losses import response, tinybert
@@ -156,7 +154,8 @@ def _distil(context: Context, plan: QuantizePlan) -> dict[str, Any]:
     signals = TeacherSignals(
         dense, train, targets, theirs, budget=_CACHE, device=context.device, progress=context.progress
     )
-    labels = train.labels if train.labels is not None else np.full(len(train), UNLABELLED, dtype=np.int64)
+    task = student.task
+    labels = train.labels if train.labels is not None else task.unlabelled(len(train), len(student.labels))
     identity = {
         "stage": request.stage,
         "model": checkpoints.weights_digest(student.path),
@@ -170,7 +169,7 @@ def _distil(context: Context, plan: QuantizePlan) -> dict[str, Any]:
             student.model,
             train,
             context.encoded["validation"],
-            Objective(terms, 1 - config.alpha, labels, capture, signals, context.device),
+            Objective(terms, 1 - config.alpha, labels, capture, signals, context.device, task),
             options,
             pad_id=student.pad_id,
             device=context.device,
@@ -179,5 +178,6 @@ def _distil(context: Context, plan: QuantizePlan) -> dict[str, Any]:
             resume=ResumePoint(context.resume_dir / "quantize", identity),
             resuming=request.common.resume,
             after_step=hold_zeros(student, but=_without_zero(context, plan)),
+            task=task,
         )
     return {"training": {"methods": [c.name for c in chosen], "batch_size": BATCH_SIZE} | result.detail()}

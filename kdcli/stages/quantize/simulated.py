@@ -21,6 +21,8 @@ from kdcli.inputs.text import Encoded
 from kdcli.models import activations
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.integers import Integers
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 
 _BATCH = 32
 
@@ -31,16 +33,17 @@ class Answers:
 
     logits: np.ndarray
     labels: np.ndarray
+    task: Task = CLASSIFICATION
 
     @property
-    def accuracy(self) -> float:
-        """Share of right answers."""
-        return float((self.logits.argmax(1) == self.labels).mean())
+    def score(self) -> float:
+        """The task's, against the labels."""
+        return self.task.score(self.logits, self.labels)
 
     def divergence(self, other: Answers) -> float:
-        """Mean Kullback-Leibler divergence of the other's probabilities from these; in nats."""
-        p, q = _log_softmax(self.logits), _log_softmax(other.logits)
-        return max(0.0, float((np.exp(p) * (p - q)).sum(1).mean()))
+        """Mean divergence of the other's answers from these; in nats where it is a KL."""
+        before, after = (torch.from_numpy(one.logits.astype(np.float64)) for one in (self, other))
+        return max(0.0, float(self.task.divergence(after, before).numpy().mean()))
 
 
 class Simulation:
@@ -124,10 +127,4 @@ def answer(checkpoint: Checkpoint, rows: Encoded) -> Answers:
             logits = np.empty((len(rows), part.shape[1]), dtype=np.float32)
         logits[index] = part
     assert logits is not None
-    return Answers(logits, rows.labels)
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return Answers(logits, rows.labels, checkpoint.task)

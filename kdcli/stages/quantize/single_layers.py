@@ -71,13 +71,13 @@ def measure(
         ``units``: :class:`Unit` objects; ``rows``, ``all`` and ``none``: how many rows, and (divergence,
         accuracy) with everything and with nothing quantised.
     """
-    few = sampling.sample(rows, SENSITIVITY_ROWS, sampling.JUDGING_SEED)
+    few = sampling.sample(rows, SENSITIVITY_ROWS, sampling.JUDGING_SEED, checkpoint.task)
     everything = set(simulation.layers)
     found = units(checkpoint, simulation.layers)
     base = simulation.answers(set(), few)
 
     def quality(answers: Answers) -> tuple[float, float]:
-        return base.divergence(answers), answers.accuracy
+        return base.divergence(answers), answers.score
 
     whole = quality(simulation.answers(everything, few))
     with progress.task("sensitivity", len(found)) as task:
@@ -86,7 +86,7 @@ def measure(
             unit.kept = quality(simulation.answers(everything - set(unit.layers), few))
             task.advance()
     found.sort(key=lambda unit: unit.kept[0])
-    return {"units": found, "rows": len(few), "all": whole, "none": (0.0, base.accuracy)}
+    return {"units": found, "rows": len(few), "all": whole, "none": (0.0, base.score)}
 
 
 def search(
@@ -108,14 +108,14 @@ def search(
     """
     everything = set(simulation.layers)
     tried: list[dict[str, Any]] = []
-    known: dict[frozenset[str], float] = {frozenset(): base.accuracy - first.accuracy}
+    known: dict[frozenset[str], float] = {frozenset(): base.score - first.score}
     limit = max_drop + _SLACK
 
     def drop(kept: list[Unit]) -> float:
         names = frozenset(unit.name for unit in kept)
         if names not in known:
             layers = everything - {layer for unit in kept for layer in unit.layers}
-            known[names] = base.accuracy - simulation.answers(layers, rows).accuracy
+            known[names] = base.score - simulation.answers(layers, rows).score
             tried.append({"kept": len(kept), "drop": known[names]})
         return known[names]
 

@@ -1,4 +1,4 @@
-"""Response distillation: the student imitates the teacher's softened class probabilities.
+"""Response distillation: the student imitates the teacher's softened answers.
 
 With t_T and s_T the softmax of teacher and student logits divided by the temperature T:
 
@@ -14,10 +14,11 @@ it differs by the teacher's entropy only, and it is zero when the student agrees
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 from kdcli.training.terms import Setting, Signals, Step
 
 KIND = "response"
@@ -36,25 +37,25 @@ class Config(BaseModel):
     )
 
 
-def loss(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
-    """Distance of the student's softened probabilities from the teacher's.
+def loss(student: Tensor, teacher: Tensor, config: Config, task: Task = CLASSIFICATION) -> Tensor:
+    """Divergence of the student's softened answers from the teacher's.
 
     Args:
         student: Logits (B, C); computed in float32 at least.
         teacher: Logits (B, C); no gradient flows into them.
         config: The temperature.
+        task: What an answer is.
 
     Returns:
         Scalar, in nats times T^2, at least 0.
     """
     # Half precision is lifted before the softmax: its rounding would be larger than the divergence.
     dtype = student.dtype if student.dtype.itemsize >= 4 else torch.float32
-    temperature = config.temperature
-    log_student = F.log_softmax(student.to(dtype) / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.detach().to(dtype) / temperature, dim=-1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+    t = config.temperature
+    total = task.divergence(student.to(dtype) / t, teacher.detach().to(dtype) / t, "sum")
+    return total / len(student) * t**2
 
 
 def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
     """The loss on the logits of both."""
-    return loss(student.logits, teacher.logits, setting.config)
+    return loss(student.logits, teacher.logits, setting.config, step.task)

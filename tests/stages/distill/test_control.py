@@ -18,6 +18,7 @@ from kdcli.report import card, facts, html, markdown
 from kdcli.request import Common, DistillOptions, Request
 from kdcli.run import dry_run, life
 from kdcli.stages.distill import control
+from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.training.loop import FitOptions
 from tests import tiny
 
@@ -50,10 +51,10 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     found = Watch()
     real = lesson.run_fit
 
-    def run_fit(context, model, pad_id, rows, loss, options, title, **more) -> Any:
-        weights = {k: v.clone() for k, v in model.state_dict().items()}
-        rate = control.dropout_of(model)
-        result = real(context, model, pad_id, rows, loss, options, title, **more)
+    def run_fit(context, trained, rows, loss, options, title, **more) -> Any:
+        weights = {k: v.clone() for k, v in trained.model.state_dict().items()}
+        rate = control.dropout_of(trained.model)
+        result = real(context, trained, rows, loss, options, title, **more)
         found.trained.append(Trained(title, weights, rate, options, len(rows), result.steps))
         return result
 
@@ -176,6 +177,7 @@ class Given:
         self.options = FitOptions(epochs=1, batch_size=1, lr=1e-3)
         self.checkpoint = self
         self.model = torch.nn.Dropout(0.0)
+        self.task = CLASSIFICATION
 
 
 def test_a_further_text_has_the_labels_of_its_rows_as_far_as_its_tokens_go(
@@ -187,7 +189,7 @@ def test_a_further_text_has_the_labels_of_its_rows_as_far_as_its_tokens_go(
         np.array([0, 1, 2, 0, 3, 3]), np.array([0, 2, 0, 3, 1, 3]), np.array([1, 0.25, 0.0, 0.5, 0.0, 1])
     )
     given = Given(train)
-    texts = control.Texts(concatenate(train, rows([-100] * 6), -100), origins)
+    texts = control.Texts(concatenate(train, rows([-100] * 6), np.array([-100])), origins)
     _, second, third = control.lessons(given, given, texts)  # type: ignore[arg-type]
     assert third.rows is second.rows
     # Rows 0 to 2; the texts of 0 alone, of 1 and 2, of nothing but 0, of nothing but 1; none of which row 3 is part.
@@ -211,7 +213,9 @@ def test_a_further_text_has_the_labels_of_its_rows_as_far_as_its_tokens_go(
 def compared(student: list[int], *controls: list[int]) -> tuple[dict, list]:
     measured = rows([0] * len(student))
     runs = [{"name": name} for name in ("labels", "labels+texts+dropout")[: len(controls)]]
-    return control.compare(np.array(student), [np.array(c) for c in controls], runs, measured)
+    return control.compare(
+        CLASSIFICATION, np.eye(2)[student], [np.eye(2)[c] for c in controls], runs, measured
+    )
 
 
 def test_the_student_is_compared_with_the_better_control_row_by_row() -> None:

@@ -17,6 +17,7 @@ from kdcli.progress import Progress
 from kdcli.request import Common, DistillOptions, Request
 from kdcli.run import life
 from kdcli.stages.distill.strategies.online import mutual
+from kdcli.tasks.classification import CLASSIFICATION
 from tests import tiny
 
 
@@ -158,7 +159,7 @@ def test_mutual_learning_is_the_sum_of_the_peers_losses() -> None:
             own.log_softmax(-1), other.log_softmax(-1), reduction="batchmean", log_target=True
         )
 
-    got = mutual(every, targets, 0.5, soft)
+    got = mutual(CLASSIFICATION, every, targets, 0.5, soft)
     want = 0.0
     for k, own in enumerate(every):
         p = own.detach().softmax(-1).numpy()

@@ -13,6 +13,7 @@ from torch import nn
 from kdcli.errors import UsageError
 from kdcli.stages.lowrank import rank_budget
 from kdcli.stages.lowrank.rank_budget import Choices, Size
+from kdcli.tasks.classification import CLASSIFICATION
 
 SIZES = {
     "square": Size(40, 40, 40),
@@ -118,9 +119,9 @@ def test_divergence() -> None:
     p = torch.cat(dense).softmax(-1).double().numpy()
     q = torch.cat([model(**b).logits for b in batches]).softmax(-1).detach().double().numpy()
     expected = (p * np.log(p / q)).sum(1).mean()
-    assert rank_budget.divergence(model, dense, batches) == pytest.approx(expected, rel=1e-5)
+    assert rank_budget.divergence(CLASSIFICATION, model, dense, batches) == pytest.approx(expected, rel=1e-5)
     own = [model(**b).logits.detach() for b in batches]
-    assert rank_budget.divergence(model, own, batches) == pytest.approx(0, abs=1e-7)
+    assert rank_budget.divergence(CLASSIFICATION, model, own, batches) == pytest.approx(0, abs=1e-7)
 
 
 def test_scaled_goes_through_what_was_measured() -> None:

@@ -37,7 +37,7 @@ from kdcli.stages.distill.strategies import succession, teacher_assisted
 from kdcli.stages.distill.student import Taught
 from kdcli.training import distributed
 from kdcli.training.capture import Capture, Cut
-from kdcli.training.cross_entropy import cross_entropy, hard
+from kdcli.training.label_loss import hard, label_loss
 from kdcli.training.loop import Batch, FitOptions, evaluate, inference
 from kdcli.training.side_by_side import Outputs
 from kdcli.training.terms import Needs
@@ -92,11 +92,16 @@ def mean_of(states: Tensor, mask: Tensor) -> Tensor:
 
 
 def run(context: Context, prepared: Prepared) -> Applied:
-    """Tune the layers, train their students, mix them; the report has the accuracy of each."""
+    """Tune the layers, train their students, mix them; the report has the score of each."""
     plan = prepared.plan
     teacher = context.checkpoint
     if not families.is_encoder(teacher.model_type):
         raise UsageError(f"strategy 'layerwise' needs encoder layers, a '{teacher.model_type}' shows none")
+    if teacher.task.kind != "one-of":
+        raise UsageError(
+            f"strategy 'layerwise' mixes probabilities of classes, and the task is {teacher.task.name}",
+            "use --strategy teacher-assisted",
+        )
     made = students.make(context, plan, teacher, plan.options.student)
     if not families.is_encoder(made.checkpoint.model_type) or made.checkpoint.log.transforms:
         raise UsageError(
@@ -115,20 +120,19 @@ def run(context: Context, prepared: Prepared) -> Applied:
         [m.checkpoint.model for m in members],
         made.checkpoint.model.get_input_embeddings().weight.data,  # type: ignore[operator]
     ).to(context.device)
-    whole = Checkpoint(model, teacher.tokenizer, list(names), TransformLog(), teacher.path)
+    whole = Checkpoint(model, teacher.tokenizer, list(names), TransformLog(), teacher.path, task=teacher.task)
     students.set_dropout(whole, plan.settings.dropout)
     options = fitting.fit_options(context, plan, made, rows)
-    result = fitting.run_fit(
-        context, model, teacher.pad_id, rows, _loss(context, plan, rows, targets), options, "ensemble"
-    )
+    result = fitting.run_fit(context, whole, rows, _loss(context, plan, rows, targets), options, "ensemble")
     _weigh(context, whole, table)
     detail: dict[str, Any] = {"training": result.detail(), "ensemble": {"members": count}}
     for split in ("validation", "test"):
         if split in context.encoded:
-            detail["ensemble"][f"{split}_accuracy"] = control.accuracy(context, whole, split)
-    shown = ", ".join(f"{row['student_accuracy']:.1%}" for row in table)
+            detail["ensemble"][f"{split}_{teacher.task.primary}"] = control.score(context, whole, split)
+    metric = teacher.task.primary
+    shown = ", ".join(f"{row[f'student_{metric}']:.4g}" for row in table)
     context.progress.note(
-        f"validation: students {shown}; ensemble {detail['ensemble']['validation_accuracy']:.1%}"
+        f"{metric} on validation: students {shown}; ensemble {detail['ensemble'][f'validation_{metric}']:.4g}"
     )
     taught = Taught(Student(whole, made.init, made.notes, made.no_hub), options, result, detail, result.steps)
     if plan.settings.distill_ensemble:
@@ -146,10 +150,10 @@ def run(context: Context, prepared: Prepared) -> Applied:
 def _tune(
     context: Context, plan: DistillPlan, teacher: Checkpoint
 ) -> tuple[list[nn.Linear], list[dict[str, Any]]]:
-    """Fine-tune every layer with a classifier on its output, in place; classifiers and a table of accuracies."""
+    """Fine-tune every layer with a classifier on its output, in place; classifiers and a table of scores."""
     settings, train = plan.settings, context.encoded["train"]
     assert train.labels is not None
-    labelled = train.take(np.flatnonzero(train.labels >= 0))
+    labelled = train.take(np.flatnonzero(teacher.task.known(train.labels)))
     assert labelled.labels is not None
     layers = encoder_layers(teacher.model, teacher.family)
     heads: list[nn.Linear] = []
@@ -169,14 +173,15 @@ def _tune(
             seed=context.seed,
             rate_option="--set teacher_lr=RATE",
         )
-        loss = cross_entropy(labelled.labels, context.device)
+        loss = label_loss(teacher.task, labelled.labels, context.device)
         title = f"teacher layer {layer.index + 1} of {len(layers)}"
-        fitting.run_fit(context, part, teacher.pad_id, labelled, loss, options, title)
-        found, _ = evaluate(part, validation, inference(validation, 128, teacher.pad_id), context.device)
+        fitting.run_fit(context, teacher, labelled, loss, options, title, model=part)
+        batches = inference(validation, 128, teacher.pad_id)
+        found, _ = evaluate(teacher.task, part, validation, batches, context.device)
         part.close()
         heads.append(part.classifier)
-        table.append({"layer": layer.index + 1, "teacher_accuracy": found})
-        context.progress.note(f"{title}: validation {found:.1%}")
+        table.append({"layer": layer.index + 1, f"teacher_{teacher.task.primary}": found})
+        context.progress.note(f"{title}: validation {teacher.task.primary} {found:.4g}")
     for p in teacher.model.parameters():
         p.requires_grad_(True)
     return heads, table
@@ -218,13 +223,14 @@ def _loss(context: Context, plan: DistillPlan, rows: Encoded, targets: np.ndarra
     """The mean of the members' own losses, each against its own layer's answers."""
     assert rows.labels is not None
     labels = torch.from_numpy(rows.labels).to(context.device)
-    alpha, soft = 1 - plan.hard_weight, plan.chosen[0]
+    alpha, soft, task = 1 - plan.hard_weight, plan.chosen[0], context.checkpoint.task
 
     def loss(output: Any, batch: Batch) -> Tensor:
         own = labels[torch.from_numpy(batch.rows).to(context.device)]
         theirs = torch.from_numpy(targets[batch.rows]).to(context.device)
         parts = [
-            (1 - alpha) * hard(logits, own) + alpha * soft.module.loss(logits, theirs[:, m], soft.config)
+            (1 - alpha) * hard(task, logits, own)
+            + alpha * soft.module.loss(logits, theirs[:, m], soft.config, task)
             for m, logits in enumerate(output["every"])
         ]
         return torch.stack(parts).mean()
@@ -240,13 +246,13 @@ def _weigh(context: Context, whole: Checkpoint, table: list[dict[str, Any]]) -> 
     parts, order = [], []
     for at in batching.inference_batches(rows.lengths, 128):
         batch = batching.collate(rows, at, whole.pad_id)
-        parts.append(model(**model_inputs(model, batch, context.device))["every"].log_softmax(-1))
+        parts.append(model(**model_inputs(model, batch, context.device))["every"])
         order.append(at)
     answers = torch.cat(parts, 1)
     labels = torch.from_numpy(rows.labels[np.concatenate(order)]).to(context.device)
     weights = ensemble.mixture_weights(answers, labels)
     buffer: Any = model.log_weights
     buffer.copy_(weights.clamp_min(1e-9).log().to(buffer))
-    right = (answers.argmax(-1) == labels).double().mean(1)
-    for row, accuracy, weight in zip(table, right.tolist(), weights.tolist(), strict=True):
-        row |= {"student_accuracy": accuracy, "weight": weight}
+    truth = labels.cpu().numpy()
+    for row, own, weight in zip(table, answers.cpu().numpy(), weights.tolist(), strict=True):
+        row |= {f"student_{whole.task.primary}": whole.task.score(own, truth), "weight": weight}

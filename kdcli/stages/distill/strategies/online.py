@@ -2,7 +2,7 @@
 
 ``--set online=peers``: K students of the same size and different first weights learn from the labels and from each
 other (Zhang et al. 2018, "Deep Mutual Learning", arXiv:1706.00384, eq. 8 to 10); the one with the best validation
-accuracy is the result. For student k, with p_j the other students' probabilities at the same step, no gradient
+score is the result. For student k, with p_j the other students' probabilities at the same step, no gradient
 through them:
 
     L_k = (1 - alpha) * CE(y, p_k) + alpha * T^2 / (K - 1) * sum_j KL(p_j || p_k)
@@ -29,7 +29,8 @@ from kdcli.stages.distill.plan import DistillPlan
 from kdcli.stages.distill.prepared import Prepared
 from kdcli.stages.distill.strategies import succession, teacher_assisted
 from kdcli.stages.distill.student import Taught
-from kdcli.training.cross_entropy import hard
+from kdcli.tasks.task import Task
+from kdcli.training.label_loss import hard
 from kdcli.training.loop import Batch
 from kdcli.training.side_by_side import Outputs, Together
 
@@ -46,8 +47,8 @@ def together(context: Context, plan: DistillPlan) -> tuple[Taught, dict[str, Any
     made = students.make(context, plan, teacher, plan.options.student)
     rows = context.encoded["train"]
     options = fitting.fit_options(context, plan, made, rows)
-    rate = plan.settings.teacher_lr or TEACHER_RATE
-    both = Together([made.checkpoint.model, teacher.model], [0], [1.0, rate / options.lr])
+    rate, task = plan.settings.teacher_lr or TEACHER_RATE, teacher.task
+    both = Together([made.checkpoint.model, teacher.model], [0], [1.0, rate / options.lr], task)
     assert rows.labels is not None
     labels = torch.from_numpy(rows.labels).to(context.device)
     alpha, soft = 1 - plan.hard_weight, plan.chosen[0]
@@ -55,10 +56,10 @@ def together(context: Context, plan: DistillPlan) -> tuple[Taught, dict[str, Any
     def loss(output: Outputs, batch: Batch) -> Tensor:
         targets = labels[torch.from_numpy(batch.rows).to(context.device)]
         own, theirs = output.every
-        value = hard(theirs, targets) + (1 - alpha) * hard(own, targets)
-        return value + alpha * soft.module.loss(own, theirs.detach(), soft.config)
+        value = hard(task, theirs, targets) + (1 - alpha) * hard(task, own, targets)
+        return value + alpha * soft.module.loss(own, theirs.detach(), soft.config, task)
 
-    result = fitting.run_fit(context, both, teacher.pad_id, rows, loss, options, "student and teacher")
+    result = fitting.run_fit(context, teacher, rows, loss, options, "student and teacher", model=both)
     teacher.has_head = True
     context.checkpoint = succession.keep(context, teacher, "teacher")
     detail = {"fine_tuned": True, "together_with_the_student": True, "lr": rate}
@@ -81,43 +82,48 @@ def _peers(context: Context, plan: DistillPlan) -> Taught:
         for number in range(plan.settings.peers)
     ]
     options = fitting.fit_options(context, plan, made[0], rows)
-    models = [one.checkpoint.model for one in made]
-    peers = Together(models, list(range(len(models))), [1.0] * len(models))
+    models, task = [one.checkpoint.model for one in made], context.checkpoint.task
+    peers = Together(models, list(range(len(models))), [1.0] * len(models), task)
     assert rows.labels is not None
     labels = torch.from_numpy(rows.labels).to(context.device)
     alpha, soft = 1 - plan.hard_weight, plan.chosen[0]
 
     def loss(output: Outputs, batch: Batch) -> Tensor:
         targets = labels[torch.from_numpy(batch.rows).to(context.device)]
-        return mutual(output.every, targets, alpha, lambda s, t: soft.module.loss(s, t, soft.config))
+        return mutual(
+            task, output.every, targets, alpha, lambda s, t: soft.module.loss(s, t, soft.config, task)
+        )
 
-    result = fitting.run_fit(context, peers, made[0].checkpoint.pad_id, rows, loss, options, "peers")
-    accuracies = [_validation(context, one.checkpoint) for one in made]
-    best = accuracies.index(max(accuracies))
+    result = fitting.run_fit(context, made[0].checkpoint, rows, loss, options, "peers", model=peers)
+    scores = [_validation(context, one.checkpoint) for one in made]
+    best = scores.index(max(scores))
     context.progress.note(
-        "peers on validation: " + ", ".join(f"{a:.1%}" for a in accuracies) + f"; number {best + 1} is kept"
+        f"peers on validation, {task.primary}: "
+        + ", ".join(f"{a:.4g}" for a in scores)
+        + f"; number {best + 1} is kept"
     )
-    return _taught(made[best], options, result, {"online": "peers", "peers": accuracies, "kept": best + 1})
+    return _taught(made[best], options, result, {"online": "peers", "peers": scores, "kept": best + 1})
 
 
-def mutual(every: list[Tensor], targets: Tensor, alpha: float, soft: Any) -> Tensor:
+def mutual(task: Task, every: list[Tensor], targets: Tensor, alpha: float, soft: Any) -> Tensor:
     """Sum over the students of their losses against the labels and against the other students.
 
     Args:
+        task: What a label is.
         every: Logits (B, C) of each of K students.
-        targets: (B,) class indices, -100 where a row has none.
+        targets: Labels of B rows.
         alpha: Weight of the others' answers.
         soft: (student logits, teacher logits) -> scalar, already times T^2.
     """
     value = every[0].new_zeros(())
     for k, own in enumerate(every):
         others = [soft(own, other.detach()) for j, other in enumerate(every) if j != k]
-        value = value + (1 - alpha) * hard(own, targets) + alpha * torch.stack(others).mean()
+        value = value + (1 - alpha) * hard(task, own, targets) + alpha * torch.stack(others).mean()
     return value
 
 
 def _validation(context: Context, model: Checkpoint) -> float:
-    return control.accuracy(context, model, "validation")
+    return control.score(context, model, "validation")
 
 
 def _taught(made: Student, options: Any, result: Any, detail: dict[str, Any]) -> Taught:

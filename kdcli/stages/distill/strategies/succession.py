@@ -3,7 +3,7 @@
 ``assistant-chain`` puts students of middling size between teacher and student (Mirzadeh et al. 2020, "Improved
 Knowledge Distillation via Teacher Assistant", arXiv:1902.03393). ``self`` lets a student teach its own successor
 of the same size (Furlanello et al. 2018, "Born-Again Neural Networks", arXiv:1805.04770); of its generations the
-one with the best validation accuracy is the result, not their ensemble; and a successor starts from its predecessor's
+one with the best validation score is the result, not their ensemble; and a successor starts from its predecessor's
 weights, as every student does from its teacher's where the sizes agree, unless ``--init random`` says otherwise.
 """
 
@@ -28,7 +28,7 @@ from kdcli.training import distributed
 
 
 def run(context: Context, prepared: Prepared) -> Applied:
-    """Train one model after the other; the report has the accuracy of each."""
+    """Train one model after the other; the report has the score of each."""
     plan = prepared.plan
     own = plan.options.strategy == "self"
     names = (
@@ -55,10 +55,10 @@ def run(context: Context, prepared: Prepared) -> Applied:
                 "student": name,
                 "taught_by": _name(taught_by, table),
                 "parameters": sum(p.numel() for p in made.checkpoint.model.parameters()),
-                "validation_accuracy": taught.result.best_accuracy,
+                f"validation_{context.checkpoint.task.primary}": taught.result.best_score,
             }
         )
-        if best is None or not own or taught.result.best_accuracy > best.result.best_accuracy:
+        if best is None or not own or taught.result.best_score > best.result.best_score:
             best, best_steps = taught, steps
         if not last:
             taught_by = [keep(context, taught.checkpoint, title)]

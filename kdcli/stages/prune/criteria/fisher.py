@@ -252,7 +252,7 @@ def gate_gradients(job: UnitJob, batches: Iterator[Labelled]) -> tuple[Units, fl
     """
     parts: list[list[list[np.ndarray]]] = [[[] for _ in job.layers] for _ in range(2)]
     total, rows = 0.0, 0
-    for loss, found in taylor.row_gradients(job.model, job.layers, batches):
+    for loss, found in taylor.row_gradients(job.model, job.layers, batches, job.task):
         for kept, new in zip(parts, (found.heads, found.neurons), strict=True):
             for layer, gradient in zip(kept, new, strict=True):
                 layer.append(gradient.float().cpu().numpy())

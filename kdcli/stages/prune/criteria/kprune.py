@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -111,7 +110,7 @@ def knowledge(job: UnitJob, batches: Sequence[Labelled], drawn: Sequence[Tensor]
     for (inputs, _), answers in zip(batches, drawn, strict=True):
         with torch.enable_grad(), gated(layers, len(answers)) as gates, energy.of(kinds.mask(inputs)):
             logits = job.model(**inputs).logits.float()
-            loss = t * t * F.cross_entropy(logits / t, answers, reduction="sum")
+            loss = t * t * job.task.loss(logits / t, answers, "sum")
             found = gradients(loss, gates)
         for sums, grads in ((total.heads, found.heads), (total.neurons, found.neurons)):
             for at, grad in zip(sums, grads, strict=True):
@@ -179,12 +178,11 @@ class _Energy:
 
 @torch.no_grad()
 def _draw(job: UnitJob, batches: Sequence[Labelled], temperature: float) -> list[Tensor]:
-    """One answer (B,) a row, drawn from the model's softened probabilities."""
+    """One answer a row, drawn from the model's softened ones."""
     generator = torch.Generator().manual_seed(job.seed)
     drawn = []
-    for inputs, labels in batches:
-        probabilities = (job.model(**inputs).logits.float() / temperature).softmax(-1).cpu()
-        drawn.append(torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(labels.device))
+    for inputs, _ in batches:
+        drawn.append(job.task.drawn(job.model(**inputs).logits.float() / temperature, generator))
     return drawn
 
 

@@ -27,6 +27,7 @@ from kdcli.families import stack
 from kdcli.families.family import Encoder
 from kdcli.inputs.feeding import Labelled
 from kdcli.stages.prune.criterion import Chosen, LayerJob
+from kdcli.tasks.task import Task
 
 STRUCTURES = ("layers",)
 
@@ -42,23 +43,23 @@ class Config(BaseModel):
     batch_size: int = Field(32, ge=1, description="rows a batch; changes speed and memory, not the result")
 
 
-def log_probabilities(model: nn.Module, batches: Iterable[Labelled]) -> Tensor:
-    """Log probabilities (N, C) of all rows, float64."""
+def answers(model: nn.Module, batches: Iterable[Labelled]) -> Tensor:
+    """Logits (N, C) of all rows, float64."""
     with torch.no_grad():
-        return torch.cat([model(**inputs).logits.double().log_softmax(1) for inputs, _ in batches])
+        return torch.cat([model(**inputs).logits.double() for inputs, _ in batches])
 
 
-def divergence(dense: Tensor, other: Tensor) -> float:
-    """Mean KL in nats from log probabilities (N, C) to others of the same rows."""
-    return float((dense.exp() * (dense - other)).sum(1).mean())
+def divergence(task: Task, dense: Tensor, other: Tensor) -> float:
+    """Mean divergence of logits (N, C) from the dense ones of the same rows; in nats where it is a KL."""
+    return float(task.divergence(other, dense).mean())
 
 
 def without(model: nn.Module, family: Encoder, kept: Sequence[int], batches: Iterable[Labelled]) -> Tensor:
-    """Log probabilities (N, C) of ``model`` with the given layers alone; the model is as before afterwards."""
+    """Logits (N, C) of ``model`` with the given layers alone; the model is as before afterwards."""
     whole = model.get_submodule(family.layers)
     stack.keep_layers(model, family, kept)
     try:
-        return log_probabilities(model, batches)
+        return answers(model, batches)
     finally:
         model.set_submodule(family.layers, whole)
 
@@ -68,7 +69,7 @@ def choose(job: LayerJob, config: Config) -> Chosen:
 
     The trace has, for every step, the layer that went and the KL without each candidate.
     """
-    dense = log_probabilities(job.model, job.batches)
+    dense = answers(job.model, job.batches)
     kept, trace, gone = list(range(len(job.prices))), [], 0.0
     layers, steps = len(kept), int(np.ceil(job.remove / job.prices.mean()))
     with job.progress.task("layers", steps * layers - steps * (steps - 1) // 2) as task:
@@ -76,7 +77,7 @@ def choose(job: LayerJob, config: Config) -> Chosen:
             found = {}
             for layer in kept:
                 rest = [i for i in kept if i != layer]
-                found[layer] = divergence(dense, without(job.model, job.family, rest, job.batches))
+                found[layer] = divergence(job.task, dense, without(job.model, job.family, rest, job.batches))
                 task.advance()
             worth = {i: kl / job.prices[i] if job.prices[i] > 0 else np.inf for i, kl in found.items()}
             least = min(kept, key=lambda i: (worth[i], found[i]))

@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from kdcli.stages.prune import head_refit, output_refit, sublayer_refit
 from kdcli.stages.prune.budget import cut_of
 from kdcli.stages.prune.criterion import Found, UnitJob, some_rows
 from kdcli.stages.prune.output_refit import Elimination, Moments
+from kdcli.tasks.task import Task
 
 STRUCTURES = ("heads", "neurons", "heads+neurons")
 LEVELS = (1 / 4, 1 / 2, 3 / 4, 7 / 8, 1.0)  # shares of a sub-layer's units at which the answers are compared
@@ -117,7 +117,7 @@ def sensitivities(
     family, price = job.layers[0].family, job.price(job.layers)
     stream = Stream(job.model, family, job.layers, job.batches)
     probes = Stream(job.model, family, job.layers, some_rows(job.batches, config.probes))
-    dense = [x.log_softmax(-1) for x in probes.logits(0)]
+    dense = list(probes.logits(0))
     curves, table = [], []
     with job.progress.task("sensitivity", len(job.layers) * len(parts)) as task:
         for layer in job.layers:
@@ -132,7 +132,7 @@ def sensitivities(
                         weight = gone.weights[k]
                         bias = (moments[part].t - weight @ moments[part].h) / moments[part].count
                         with sublayer_refit.replaced(layer, part, weight, bias):
-                            kl.append(_divergence(dense, probes.logits(layer.index)))
+                            kl.append(_divergence(job.task, dense, probes.logits(layer.index)))
                         table.append({"layer": layer.index, "part": part, "removed": k / units, "kl": kl[-1]})
                     cost = (price.heads if part == "heads" else price.neurons)[layer.index]
                     rise = interpolate(np.array(gone.error), levels, kl)
@@ -249,9 +249,9 @@ def _lower_hull(x: np.ndarray, y: np.ndarray) -> list[int]:
     return hull
 
 
-def _divergence(dense: Sequence[Tensor], logits: Iterator[Tensor]) -> float:
+def _divergence(task: Task, dense: Sequence[Tensor], logits: Iterator[Tensor]) -> float:
     total, rows = 0.0, 0
     for before, now in zip(dense, logits, strict=True):
-        total += float(F.kl_div(now.log_softmax(-1), before, log_target=True, reduction="sum"))
+        total += float(task.divergence(now, before, "sum"))
         rows += len(before)
     return max(0.0, total / rows)

@@ -28,7 +28,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -36,6 +35,8 @@ from kdcli.families.layer import Layer
 from kdcli.inputs.feeding import Labelled
 from kdcli.stages.prune.budget import search
 from kdcli.stages.prune.criterion import Found, UnitJob, Units
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 
 Score = Literal["absolute", "squared"]
 STRUCTURES = ("heads", "neurons", "heads+neurons")
@@ -104,7 +105,11 @@ def reduce_rows(gradient: Tensor, score: Score) -> Tensor:
 
 
 def importance(
-    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Labelled], score: Score
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Labelled],
+    score: Score,
+    task: Task = CLASSIFICATION,
 ) -> tuple[Units, float]:
     """Taylor importance of every head and neuron.
 
@@ -116,13 +121,14 @@ def importance(
         layers: Its encoder layers.
         batches: At least one.
         score: What to sum over the rows.
+        task: Whose loss is differentiated.
 
     Returns:
         The scores as float64, and the mean loss of the rows in nats.
     """
     total = Units([np.zeros(x.heads) for x in layers], [np.zeros(x.neurons) for x in layers])
     loss_sum, rows = 0.0, 0
-    for loss, found in row_gradients(model, layers, batches):
+    for loss, found in row_gradients(model, layers, batches, task):
         for sums, grads in ((total.heads, found.heads), (total.neurons, found.neurons)):
             for at, grad in zip(sums, grads, strict=True):
                 at += reduce_rows(grad, score).cpu().numpy()
@@ -131,7 +137,10 @@ def importance(
 
 
 def row_gradients(
-    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Labelled]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Labelled],
+    task: Task = CLASSIFICATION,
 ) -> Iterator[tuple[float, Gates]]:
     """For every batch, its rows' summed loss and the gradient of each row's loss with respect to its gates.
 
@@ -143,7 +152,7 @@ def row_gradients(
             parameter.requires_grad_(False)
         for inputs, labels in batches:
             with torch.enable_grad(), gated(layers, len(labels)) as gates:
-                loss = F.cross_entropy(model(**inputs).logits.float(), labels, reduction="sum")
+                loss = task.loss(model(**inputs).logits.float(), labels, "sum")
                 found = gradients(loss, gates)
             yield float(loss.detach()), found
     finally:
@@ -161,7 +170,9 @@ def prune(job: UnitJob, config: Config) -> Found:
                 yield batch
                 task.advance()
 
-        return search(job, lambda: importance(job.model, job.layers, counted(), config.score), steps)
+        return search(
+            job, lambda: importance(job.model, job.layers, counted(), config.score, job.task), steps
+        )
 
 
 def _multiply(gate: Tensor, width: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

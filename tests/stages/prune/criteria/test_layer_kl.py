@@ -12,6 +12,7 @@ from scipy.stats import entropy
 from kdcli.families import stack
 from kdcli.stages.prune.criteria import layer_kl
 from kdcli.stages.prune.criterion import LayerJob
+from kdcli.tasks.classification import CLASSIFICATION
 from tests import tiny
 
 
@@ -59,11 +60,13 @@ def test_divergence_is_that_of_scipy_and_leaves_the_model_alone() -> None:
     made = tiny.checkpoint(layers=3)
     job = job_of(made, 1)
     before = {k: v.clone() for k, v in made.model.state_dict().items()}
-    dense = layer_kl.log_probabilities(made.model, job.batches)
+    dense = layer_kl.answers(made.model, job.batches)
     for kept in ([0, 1, 2], [0, 2], [1]):
         other = layer_kl.without(made.model, made.family, kept, job.batches)
         # The logits are float32.
-        assert layer_kl.divergence(dense, other) == pytest.approx(reference(made, kept, job), abs=1e-6)
+        assert layer_kl.divergence(CLASSIFICATION, dense, other) == pytest.approx(
+            reference(made, kept, job), abs=1e-6
+        )
     after = made.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)

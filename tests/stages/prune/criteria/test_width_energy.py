@@ -10,6 +10,7 @@ from kdcli.families import stack
 from kdcli.stages.prune.criteria import layer_kl, width_energy
 from kdcli.stages.prune.criteria.width_energy import Config
 from kdcli.stages.prune.criterion import WidthJob
+from kdcli.tasks.classification import CLASSIFICATION
 from tests import tiny
 
 
@@ -128,10 +129,10 @@ def test_the_refit_answers_more_like_the_dense_model(family: str) -> None:
             for i, norm in enumerate(m for m in plain.model.modules() if isinstance(m, torch.nn.LayerNorm)):
                 norm.weight.copy_(torch.linspace(0.2, 2, 32).roll(i))
         rows = batches(plain)
-        expected = layer_kl.log_probabilities(plain.model, rows)
+        expected = layer_kl.answers(plain.model, rows)
         for refit, found in ((True, ours), (False, bare)):
             made, _ = narrowed(family, seed=seed, refit=refit)
-            found.append(layer_kl.divergence(expected, layer_kl.log_probabilities(made.model, rows)))
+            found.append(layer_kl.divergence(CLASSIFICATION, expected, layer_kl.answers(made.model, rows)))
     assert np.mean(ours) < np.mean(bare)
 
 

@@ -9,7 +9,14 @@ import pytest
 from scipy.stats import binomtest
 
 from kdcli.errors import InputError
-from kdcli.measure import quality
+from kdcli.tasks import classification
+from tests.tasks.references import spread
+
+TASK = classification.Classification()
+
+
+def mcnemar(*answers: np.ndarray) -> float:
+    return classification.paired(*answers).p_value
 
 
 def rows(n: int = 200, classes: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -23,7 +30,7 @@ def rows(n: int = 200, classes: int = 4, seed: int = 0) -> tuple[np.ndarray, np.
 
 def test_accuracy_and_its_standard_error_by_hand() -> None:
     logits = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0], [0.5, 0.1]])
-    found = quality.measure(logits, np.array([0, 1, 0, 1]), "test").accuracy
+    found = TASK.measure(logits, np.array([0, 1, 0, 1]), "test")["accuracy"]
     assert (found.value, found.n, found.split, found.higher_is_better) == (0.75, 4, "test", True)
     assert found.stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 4), rel=1e-12)
 
@@ -31,14 +38,14 @@ def test_accuracy_and_its_standard_error_by_hand() -> None:
 @pytest.mark.parametrize(("right", "n"), [(0, 7), (7, 7), (1, 2), (183, 200), (999, 1000)])
 def test_wilson_is_scipys_interval(right: int, n: int) -> None:
     want = binomtest(right, n).proportion_ci(0.95, method="wilson")
-    assert quality.wilson(right, n) == pytest.approx((want.low, want.high), abs=1e-12)
+    assert classification.wilson(right, n) == pytest.approx((want.low, want.high), abs=1e-12)
 
 
 def test_the_interval_of_the_report_is_wilsons_and_holds_the_value() -> None:
     logits, labels = rows()
-    found = quality.measure(logits, labels, "test").accuracy
+    found = TASK.measure(logits, labels, "test")["accuracy"]
     right = int((logits.argmax(1) == labels).sum())
-    assert found.ci95 == quality.wilson(right, len(labels))
+    assert found.ci95 == classification.wilson(right, len(labels))
     assert found.ci95[0] < found.value < found.ci95[1]
 
 
@@ -49,14 +56,14 @@ def test_macro_f1_is_the_mean_over_classes() -> None:
     for label in range(4):
         hits = sum(p == t == label for p, t in zip(predicted, labels, strict=True))
         scores.append(2 * hits / (sum(predicted == label) + sum(labels == label)))
-    found = quality.measure(logits, labels, "test").macro_f1
+    found = TASK.measure(logits, labels, "test")["macro_f1"]
     assert found.value == pytest.approx(sum(scores) / 4, abs=1e-12)
     assert found.stderr is None
 
 
 def test_macro_f1_of_a_class_never_answered_is_zero_without_a_warning() -> None:
-    found = quality.measure(np.tile([1.0, 0.0], (4, 1)), np.array([0, 0, 0, 1]), "test")
-    assert found.macro_f1.value == pytest.approx((2 * 3 / 7 + 0) / 2)
+    found = TASK.measure(np.tile([1.0, 0.0], (4, 1)), np.array([0, 0, 0, 1]), "test")
+    assert found["macro_f1"].value == pytest.approx((2 * 3 / 7 + 0) / 2)
 
 
 def naive_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int) -> float:
@@ -79,38 +86,38 @@ def test_calibration_error_is_the_naive_one(classes: int) -> None:
     logits, labels = rows(classes=classes)
     want = naive_calibration_error(logits, labels, 15)
     assert want > 0.01
-    assert quality.calibration_error(logits, labels) == pytest.approx(want, abs=1e-12)
-    found = quality.measure(logits, labels, "test").ece
+    assert classification.calibration_error(logits, labels) == pytest.approx(want, abs=1e-12)
+    found = TASK.measure(logits, labels, "test")["ece"]
     assert (found.value, found.higher_is_better) == (pytest.approx(want, abs=1e-12), False)
 
 
 def test_a_confidence_on_a_limit_belongs_to_the_lower_bin() -> None:
     # 0.5 and right, 0.75 and wrong: two bins give (0.5 + 0.75) / 2, one would give |0.5 - 0.75| / 2.
     logits = np.array([[0.0, 0.0], [math.log(3), 0.0]])
-    assert quality.calibration_error(logits, np.array([0, 1]), bins=2) == pytest.approx(0.625)
+    assert classification.calibration_error(logits, np.array([0, 1]), bins=2) == pytest.approx(0.625)
 
 
 def test_calibrated_answers_have_no_error() -> None:
     # Three of four rows at confidence 3/4 are right.
     logits = np.tile([math.log(3), 0.0], (4, 1))
-    assert quality.calibration_error(logits, np.array([0, 0, 0, 1])) == pytest.approx(0, abs=1e-15)
+    assert classification.calibration_error(logits, np.array([0, 0, 0, 1])) == pytest.approx(0, abs=1e-15)
 
 
 def test_calibration_error_does_not_overflow_and_ignores_a_shift() -> None:
     logits, labels = rows()
-    plain = quality.calibration_error(logits.astype(np.float64), labels)
-    assert quality.calibration_error(logits.astype(np.float64) + 5e3, labels) == pytest.approx(
+    plain = classification.calibration_error(logits.astype(np.float64), labels)
+    assert classification.calibration_error(logits.astype(np.float64) + 5e3, labels) == pytest.approx(
         plain, abs=1e-9
     )
     sure = np.array([[1e4, -1e4], [1e4, -1e4]], dtype=np.float32)
-    assert quality.calibration_error(sure, np.array([0, 1])) == pytest.approx(0.5)
+    assert classification.calibration_error(sure, np.array([0, 1])) == pytest.approx(0.5)
 
 
 def test_measuring_does_not_write_to_the_logits() -> None:
     logits, labels = rows()
     before = logits.astype(np.float64)
     copy = before.copy()
-    quality.measure(copy, labels, "test")
+    TASK.measure(copy, labels, "test")
     assert np.array_equal(copy, before)
 
 
@@ -119,7 +126,7 @@ def test_answers_that_are_not_numbers_are_refused(bad: float) -> None:
     logits, labels = rows(n=10)
     logits[3, 1] = logits[3, 2] = logits[7, 0] = bad
     with pytest.raises(InputError, match="2 of 10 rows of 'validation'"):
-        quality.measure(logits, labels, "validation")
+        TASK.measure(logits, labels, "validation")
 
 
 def test_mcnemar_by_hand() -> None:
@@ -129,11 +136,31 @@ def test_mcnemar_by_hand() -> None:
     after[5] = 1  # one that only the first has
     before[6:9], after[6:9] = 1, 2  # both wrong, differently: no evidence
     # P(at most 1 of 6 heads) on both sides.
-    assert quality.mcnemar(before, after, labels) == pytest.approx(2 * (1 + 6) / 2**6)
-    assert quality.mcnemar(after, before, labels) == pytest.approx(2 * (1 + 6) / 2**6)
+    assert mcnemar(before, after, labels) == pytest.approx(2 * (1 + 6) / 2**6)
+    assert mcnemar(after, before, labels) == pytest.approx(2 * (1 + 6) / 2**6)
 
 
 def test_mcnemar_of_models_that_do_not_differ_is_one() -> None:
     labels = np.array([0, 1, 0, 1])
-    assert quality.mcnemar(labels, labels, labels) == 1.0
-    assert quality.mcnemar(np.array([1, 1, 0, 1]), np.array([0, 1, 0, 0]), labels) == pytest.approx(1.0)
+    assert mcnemar(labels, labels, labels) == 1.0
+    assert mcnemar(np.array([1, 1, 0, 1]), np.array([0, 1, 0, 0]), labels) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "mcc", "ece", "log_loss"])
+def test_what_is_resampled_is_the_metric(metric: str) -> None:
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 200)
+    logits = generator.normal(size=(200, 5)) + 2 * np.eye(5)[labels]  # two classes only among the answers
+    task = classification.Classification(metric)
+    assert classification._STATISTICS[metric](logits, labels).value == pytest.approx(
+        classification._METRICS[metric](logits, labels), rel=1e-9
+    )
+    found = task.measure(logits, labels, "test")[metric]
+    naive = spread(lambda rows: classification._METRICS[metric](logits[rows], labels[rows]), 200)
+    # 3.5% of the naive one and 1.6% of ours, four of them.
+    assert found.stderr == pytest.approx(naive, rel=4 * 0.039)
+    same = task.compare(logits, logits, labels)
+    assert (same.p_value, same.ci95) == (1.0, (0.0, 0.0))
+    worse = task.compare(logits, -logits, labels)
+    assert worse.p_value is not None
+    assert worse.p_value < 0.01

@@ -1,0 +1,262 @@
+"""One number a row: a score of a text or a pair, a reranker's relevance.
+
+The answer z is read as the mean of a Gaussian with variance 1, which gives every term one scale:
+
+    loss        (z - y)^2 / 2, the negative log likelihood less a constant      half of transformers' squared error
+    divergence  (z_after - z_before)^2 / 2, the KL of the two Gaussians
+
+A temperature changes nothing: T^2 times the divergence of z / T is the divergence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import numpy as np
+import torch
+
+from kdcli.errors import InputError
+from kdcli.report.schema import MetricValue, Warning_
+from kdcli.tasks import METRIC, intervals, ranking
+from kdcli.tasks.intervals import Statistic, ratio
+from kdcli.tasks.task import Blind, Comparison, Kind, Reduction, check_finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_RANKING = ("ndcg_at_10", "mrr_at_10")
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A number.
+
+    Args:
+        primary: The primary metric, as in the contract.
+    """
+
+    primary: str = "spearman"
+
+    name = "regression"
+    kind: ClassVar[Kind] = "number"
+    metrics = ("spearman", "pearson", "rmse", "r2", "pair_order", *_RANKING)
+    problem_type = "regression"
+
+    def outputs(self, labels: Sequence[str]) -> int:
+        """One."""
+        return 1
+
+    def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
+        """Itself: a number is the answer."""
+        return self
+
+    def config_fields(self) -> dict[str, object]:
+        """``problem_type``, and the metric where it is not the default one."""
+        found: dict[str, object] = {"problem_type": self.problem_type}
+        if self.primary != Regression.primary:
+            found[METRIC] = self.primary
+        return found
+
+    def about(self, outputs: int) -> dict[str, str]:
+        """Nothing."""
+        return {}
+
+    # Labels as arrays.
+
+    def unlabelled(self, rows: int, outputs: int) -> np.ndarray:
+        """(N,) NaN."""
+        return np.full(rows, np.nan, np.float32)
+
+    def known(self, labels: np.ndarray) -> np.ndarray:
+        """Rows with a number."""
+        return ~np.isnan(labels)
+
+    def strata(self, labels: np.ndarray) -> None:
+        """None: numbers form no groups."""
+        return None
+
+    def blind(self, labels: np.ndarray) -> Blind | None:
+        """The loss and the score of the mean of the labels, with the noise of an order by chance.
+
+        A ranking metric is known for queries alone: its score is said to be 0, which every model exceeds.
+        """
+        n = len(labels)
+        if (labels == labels[0]).all():
+            return None
+        square = (labels.astype(np.float64) - labels.mean(dtype=np.float64)) ** 2
+        deviation = float(np.sqrt(square.mean()))
+        chance = 2 / float(
+            np.sqrt(n - 1)
+        )  # of a correlation; a share of pairs spreads by half as much at most
+        score, noise = {
+            "spearman": (0.0, chance),
+            "pearson": (0.0, chance),
+            "pair_order": (0.5, chance / 2),
+            "rmse": (-deviation, float(square.std()) / deviation / float(np.sqrt(n))),
+        }.get(self.primary, (0.0, 0.0))
+        return Blind(float(square.mean()) / 2, score, noise)
+
+    # Tensors.
+
+    def loss(self, logits: Tensor, labels: Tensor, reduction: Reduction = "none") -> Tensor:
+        """(B,) half squared errors; 0 for a row without a label."""
+        known = ~labels.isnan()
+        each = (logits[:, 0] - torch.where(known, labels, 0.0).to(logits.dtype)).square() / 2 * known
+        return each.sum() if reduction == "sum" else each
+
+    def divergence(self, after: Tensor, before: Tensor, reduction: Reduction = "none") -> Tensor:
+        """(B,) half squared differences."""
+        each = (after[:, 0] - before[:, 0]).square() / 2
+        return each.sum() if reduction == "sum" else each
+
+    def own(self, logits: Tensor) -> Tensor:
+        """(B,) the numbers themselves."""
+        return logits.detach()[:, 0]
+
+    def drawn(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """(B,) the number plus a standard normal draw."""
+        return logits.detach()[:, 0] + torch.randn(len(logits), generator=generator).to(logits)
+
+    def curved(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """(B, 1) standard normal draws: the Hessian is 1."""
+        return torch.randn(logits.shape, generator=generator).to(logits)
+
+    def combined(self, every: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+        """(B, 1) the mean number."""
+        z = torch.stack(list(every))
+        return (z * z.new_tensor(weights or [1 / len(every)] * len(every))[:, None, None]).sum(0)
+
+    # Arrays.
+
+    def score(self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None) -> float:
+        """The primary metric; the negative RMSE, so that larger is better."""
+        found = self._statistic(self.primary, logits, labels, queries)
+        return found.value if found.higher_is_better else -found.value
+
+    def measure(
+        self, logits: np.ndarray, labels: np.ndarray, split: str, queries: np.ndarray | None = None
+    ) -> dict[str, MetricValue]:
+        """Each metric with the bootstrap's error and interval; NDCG@10 and MRR@10 where there are queries.
+
+        ``rmse`` is in the unit of the labels, ``r2`` may be negative. A constant prediction has no order: its
+        correlations are 0 and :meth:`doubts` says why. With queries, whole queries are resampled, and a query's rows
+        count as relevant where their label is above 0.
+
+        Raises:
+            InputError: An answer is not a finite number, or the primary metric needs queries and there are none.
+        """
+        check_finite(logits, split)
+        every = {name: self._statistic(name, logits, labels, queries) for name in self._given(queries)}
+        return intervals.measured(every, len(labels), split, queries)
+
+    def compare(
+        self,
+        before: np.ndarray,
+        after: np.ndarray,
+        labels: np.ndarray,
+        queries: np.ndarray | None = None,
+        first: Self | None = None,
+    ) -> Comparison:
+        """Paired bootstrap of the primary metric, of whole queries where there are some."""
+        one = {name: self._statistic(name, before, labels, queries) for name in self._given(queries)}
+        two = {name: self._statistic(name, after, labels, queries) for name in self._given(queries)}
+        pair = intervals.paired(one[self.primary], two[self.primary], queries)
+        return Comparison(
+            differences={name: two[name].value - one[name].value for name in one},
+            ci95=pair.ci95,
+            p_value=pair.p_value,
+            agreement=self.same(before, after),
+        )
+
+    def same(self, before: np.ndarray, after: np.ndarray, first: Self | None = None) -> float:
+        """Share of pairs of rows in the same order."""
+        return ranking.same_order(before[:, 0], after[:, 0])
+
+    def doubts(
+        self, logits: np.ndarray, labels: np.ndarray, names: Sequence[str], *, of_input: bool = False
+    ) -> list[Warning_]:
+        """``one-label``: all rows have one number; ``one-answer``: all rows get one, though they have several."""
+        who, code = ("the input", "input-") if of_input else ("the model", "")
+        n = len(labels)
+        if (labels == labels[0]).all():
+            message = f"all {n} rows have the number {labels[0]:g}: there is no order to get right"
+            return [Warning_(code="one-label", message=message)]
+        if (logits == logits[0]).all():
+            message = (
+                f"{who} gives all {n} rows the number {float(logits[0, 0]):.6g}: it tells nothing apart, and a "
+                "correlation with it is undefined and counted as 0"
+            )
+            return [Warning_(code=f"{code}one-answer", message=message)]
+        return []
+
+    # What people get.
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """(N, 1) the numbers."""
+        return logits.astype(np.float64)
+
+    def answer(self, logits: np.ndarray, names: Sequence[str]) -> list[dict[str, object]]:
+        """``score``: the number."""
+        return [{"score": number} for number in logits[:, 0].tolist()]
+
+    def snippet(self, of_graph: bool) -> str:
+        """The number."""
+        return "print(float(logits[0, 0]))" if of_graph else "print(float(logits[0]))"
+
+    def _given(self, queries: np.ndarray | None) -> tuple[str, ...]:
+        if queries is None and self.primary in _RANKING:
+            raise InputError(
+                f"{self.primary} orders the rows of a query, but the data have no column 'query'",
+                "name the column by --columns query=NAME, or choose another --metric",
+            )
+        return tuple(name for name in self.metrics if queries is not None or name not in _RANKING)
+
+    def _statistic(
+        self, metric: str, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None
+    ) -> Statistic:
+        x, y = logits[:, 0].astype(np.float64), labels.astype(np.float64)
+        if metric in _RANKING:
+            self._given(queries)
+            assert queries is not None
+            return (ranking.ndcg if metric == "ndcg_at_10" else ranking.mrr)(x, y, queries)
+        return {
+            "spearman": ranking.spearman,
+            "pair_order": ranking.pair_order,
+            "pearson": pearson,
+            "rmse": rmse,
+            "r2": r2,
+        }[metric](x, y)
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> Statistic:
+    """Pearson's correlation of x and y (N,); 0 where either is constant."""
+    if (x == x[0]).all() or (y == y[0]).all():
+        return intervals.linear(0.0, np.zeros(len(x)))
+    p, q = (x - x.mean()) / x.std(), (y - y.mean()) / y.std()
+    r = float(np.clip((p * q).mean(), -1.0, 1.0))
+    return intervals.correlation(r, (p * q - r * (p * p + q * q) / 2) / len(x))
+
+
+def rmse(x: np.ndarray, y: np.ndarray) -> Statistic:
+    """Root of the mean squared difference of x and y (N,)."""
+    return Statistic(
+        np.stack([(x - y) ** 2, np.ones(len(x))], 1),
+        lambda s: np.sqrt(ratio(s[:, 0], s[:, 1])),
+        higher_is_better=False,
+    )
+
+
+def r2(x: np.ndarray, y: np.ndarray) -> Statistic:
+    """1 - the squared error of x over that of the mean of y, (N,) each; 0 where y is constant."""
+    if (y == y[0]).all():
+        return intervals.linear(0.0, np.zeros(len(y)))
+    z = y - y.mean()
+
+    def of(s: np.ndarray) -> np.ndarray:
+        spread = s[:, 1] - ratio(s[:, 2] ** 2, s[:, 3])
+        # Of a resample with one number rounding alone is left.
+        return np.where(spread > 1e-12 * s[:, 1], 1 - ratio(s[:, 0], spread), 0.0)
+
+    return Statistic(np.stack([(x - y) ** 2, z * z, z, np.ones(len(x))], 1), of)
