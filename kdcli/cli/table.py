@@ -12,19 +12,22 @@ if TYPE_CHECKING:
 
 
 ZEROS = ("non-zero", "model.onnx, gzipped")
-DETAILS = ("calibration", *ZEROS, "throughput")
-"""Beginnings of the rows that only -v shows; those of ZEROS always where many weights are zero."""
+DETAILS = (*ZEROS, "throughput")
+"""Beginnings of the rows that only -v shows, with the minor metrics; those of ZEROS always where many weights are
+zero."""
 
 
 def of_report(report: Report, console: Console) -> list[str]:
     """Before and after of one stage, then its answers, gates and warnings."""
-    from kdcli.report import facts
+    from kdcli.report import facts, findings
 
     zeros = facts.zero_share(report.after) > facts.MANY_ZEROS
     found = [
         fact
         for fact in facts.comparison(report)
-        if console.verbose or not fact.name.startswith(DETAILS) or (zeros and fact.name.startswith(ZEROS))
+        if console.verbose
+        or not (fact.minor or fact.name.startswith(DETAILS))
+        or (zeros and fact.name.startswith(ZEROS))
     ]
     if report.before is None:
         body = aligned([("", "measured"), *((fact.name, fact.texts[1]) for fact in found)])
@@ -43,19 +46,20 @@ def of_report(report: Report, console: Console) -> list[str]:
         lines.append(said)
     if report.stage == "evaluate" and (said := facts.files_text(report)):
         lines.append(clean(said))
-    lines += [clean(said) for said in (facts.amount_text(report), facts.control_text(report)) if said]
+    lines += [clean(said) for said in (findings.amount_text(report), findings.control_text(report)) if said]
     return lines + _notes([report], console)
 
 
 def of_several(reports: Sequence[Report], console: Console) -> list[str]:
-    """One row a model; a star marks those that no other one beats in accuracy, size and latency together."""
+    """One row a model; a star marks those that no other one beats in the primary metric, size and latency."""
     from kdcli.report import markdown
 
-    rows = markdown.cells([markdown.Row.of(report) for report in reports])
-    lines = ["", *(clean(line) for line in aligned([markdown.COLUMNS, *rows])), ""]
+    rows = [markdown.Row.of(report) for report in reports]
+    table = aligned([markdown.columns(rows), *markdown.cells(rows)])
+    lines = ["", *(clean(line) for line in table), ""]
     return [
         *lines,
-        "* no other model here is better in accuracy, size and latency",
+        clean(markdown.legend(rows)),
         *_notes(reports, console),
     ]
 

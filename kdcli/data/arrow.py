@@ -111,6 +111,10 @@ def _classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
 def _named(features: Any) -> dict[str, list[str]]:
     found = {}
     for column, feature in features.items() if isinstance(features, dict) else ():
+        if isinstance(feature, list) and len(feature) == 1:  # lists of classes, as older versions wrote them
+            feature = feature[0]
+        elif isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+            feature = feature["feature"]
         names = feature.get("names") if isinstance(feature, dict) else None
         if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
             found[column] = names

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kdcli.data.columns import Columns
-from kdcli.data.readers import extract
-from kdcli.data.tables import Located, Table
+from kdcli.data.tables import Table
 from kdcli.errors import InputError, ResourceError, UnavailableError, first_line
 from kdcli.names import printable
 
@@ -32,15 +30,14 @@ def parse(ref: str) -> tuple[str, str | None] | None:
 
 
 def load(
-    repo: str, revision: str | None, wanted: Mapping[str, str], columns: Columns, *, offline: bool
-) -> tuple[dict[str, Located], list[str]]:
-    """Load the splits of a hub data set; the local cache alone when offline or nothing answers.
+    repo: str, revision: str | None, wanted: Mapping[str, str], *, offline: bool
+) -> tuple[dict[str, Table], list[str]]:
+    """Open the splits of a hub data set; the local cache alone when offline or nothing answers.
 
     Args:
         repo: ``org/name``.
         revision: A commit, tag or branch, or None for the newest.
         wanted: Split name on the hub -> split name here.
-        columns: The columns that are not named like their role.
         offline: Open no connection.
 
     Returns:
@@ -91,14 +88,14 @@ def load(
         notes.append(f"data set '{repo}' has no @revision; this is {commit or 'an unknown revision'}")
     if ignored := sorted(name for name in loaded if name not in wanted):
         notes.append(f"data set '{repo}': splits left out: {', '.join(map(printable, ignored))}")
-    parts: dict[str, Located] = {}
+    tables: dict[str, Table] = {}
     for name, split in loaded.items():
         if name not in wanted:
             continue
-        if wanted[name] in parts:
+        if wanted[name] in tables:
             raise InputError(f"data set '{ref}' has two splits that mean '{wanted[name]}'")
-        parts[wanted[name]] = extract(_table(f"{ref} {name}", split), columns)
-    return parts, notes
+        tables[wanted[name]] = _table(f"{ref} {name}", split)
+    return tables, notes
 
 
 def _table(source: str, split: Any) -> Table:
@@ -108,7 +105,8 @@ def _table(source: str, split: Any) -> Table:
     classes = {
         name: names
         for name, feature in split.features.items()
-        if (names := getattr(feature, "names", None)) is not None
+        if (names := getattr(getattr(feature, "feature", feature), "names", None))
+        is not None  # also of lists
     }
     return Table(source, list(split.column_names), range(1, len(split) + 1), column, "row", classes)
 

@@ -6,19 +6,21 @@ import hashlib
 import importlib.util
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from kdcli.data import arrow, files, folders, hub, splits
-from kdcli.data.columns import Columns, complete, parse_columns
+from kdcli.data.columns import Columns, complete, parse_columns, targets
 from kdcli.data.files import FORMS, REFUSED, decode, form_of, read_bytes
 from kdcli.data.labels import ordered, suggest
-from kdcli.data.readers import extract, read, table_of
-from kdcli.data.tables import Located, Rows, joined
+from kdcli.data.readers import extract, recognised, table_of
+from kdcli.data.tables import Located, Rows, Table, joined
+from kdcli.data.wanted import Wanted
 from kdcli.errors import InputError, KdcliError, UnavailableError, UsageError, did_you_mean
 from kdcli.names import printable
+from kdcli.tasks.task import Kind
 
 __all__ = ["ALIASES", "DataAlias", "Dataset", "Judging", "Rows", "list_aliases", "load", "load_texts"]
 
@@ -63,13 +65,14 @@ class Dataset:
     ref: str
     splits: dict[str, Rows]
     fingerprint: str  # sha256 over the content of all splits
-    label_names: list[str]  # sorted, numbers numerically
+    label_names: list[str]  # sorted, numbers numerically; none where the answer is a number
     notes: list[str] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)  # (code, message), for the report
     #: The labels are numbers of the model's own list, as ``--columns label=NAME:ids`` says.
     ids: bool = False
     #: The value of ``--columns`` that would say so.
     ids_option: str = "label=label:ids"
+    kind: Kind = "one-of"
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def load(
     seed: int = 0,
     offline: bool = False,
     judging: Judging | None = None,
+    wanted: Wanted | None = None,
 ) -> Dataset:
     """Load a data set and check every row of it.
 
@@ -104,35 +108,39 @@ def load(
 
     Args:
         ref: A local directory or file, an alias, or a hub id ``org/name[@revision]``; a local path wins.
-        columns: ``text=NAME,label=NAME`` or ``text_a=NAME,text_b=NAME,label=NAME``, for columns that
-            are not named like their role.
+        columns: As :func:`kdcli.data.columns.parse_columns` takes it, for columns that are not named like their role.
         seed: Splits a single file, and takes a validation split from train where there is none.
         offline: Open no connection.
         judging: Given by ``evaluate`` alone.
+        wanted: What an answer is, as ``--task`` or the model says; None finds it from the data, from train first.
 
     Raises:
         UsageError: ``columns`` is malformed or does not apply.
-        InputError: The data is not there, broken, or unfit; names the file and the line.
+        InputError: The data is not there, broken, or unfit, or its labels are not of the kind that is wanted; names
+            the file and the line.
         UnavailableError: A package or a hub data set that is not on this machine and can't be fetched.
     """
     chosen = parse_columns(columns)
-    found = _Found(ref, seed, judging)
+    found = _Found(ref, seed, judging, chosen, wanted)
     if ref.strip() and os.path.exists(ref):
         if ref in ALIASES:
             found.notes.append(f"'{ref}' is a local path here; the alias of that name is not used")
-        _local(Path(ref), chosen, found)
+        _local(Path(ref), found)
     elif ref in ALIASES:
         if chosen != Columns():
             raise UsageError(f"--columns does not apply to the alias '{ref}', whose columns are known")
+        if wanted is not None and wanted.kind != "one-of":
+            raise wanted.contradicted(f"data '{ref}' has one label a row")
         found.parts = _alias(ALIASES[ref])
     elif ref.startswith((".", "/", "~")) or form_of(Path(ref))[0] in (*FORMS, *REFUSED):
         raise InputError(f"data '{printable(ref, 200)}' does not exist")
     elif (hub_id := hub.parse(ref)) is not None:
         found.published = True
         try:
-            found.parts, notes = hub.load(*hub_id, folders.SPLITS, chosen, offline=offline)
+            tables, notes = hub.load(*hub_id, folders.SPLITS, offline=offline)
         except KdcliError as error:
             raise _not_here(ref, error) from error
+        found.parts = _extracted(tables, found)
         found.notes += notes
     else:
         raise InputError(
@@ -144,11 +152,12 @@ def load(
         raise InputError(f"data '{ref}' has no train split; it has: {', '.join(sorted(parts)) or 'none'}")
     if "validation" not in parts and "train" in parts:
         train = parts["train"]
-        held = splits.roles(train.rows.labels or [], seed, splits.keys(train.rows)) == 1
+        held = splits.roles_of(train, seed, splits.keys(train.rows)) == 1
         parts |= {"train": train.take(np.flatnonzero(~held)), "validation": train.take(np.flatnonzero(held))}
         found.notes.append(
             f"no validation split: {int(held.sum())} rows of train are taken for it, seed {seed}"
         )
+    kind = next(iter(parts.values())).kind
     names = _check(ref, parts, judging)
     if chosen.ids:
         names = [str(i) for i in range(int(names[-1]) + 1)]
@@ -156,8 +165,9 @@ def load(
     if not found.one:
         found.warnings += splits.findings(rows)
     found.notes += [message for _, message in found.warnings]
+    option = chosen.with_ids(*found.target)
     return Dataset(
-        ref, rows, _fingerprint(rows), names, found.notes, found.warnings, chosen.ids, chosen.with_ids()
+        ref, rows, _fingerprint(rows), names, found.notes, found.warnings, chosen.ids, option, kind
     )
 
 
@@ -168,21 +178,26 @@ class _Found:
     ref: str
     seed: int
     judging: Judging | None
+    columns: Columns
+    wanted: Wanted | None
     parts: dict[str, Located] = field(default_factory=dict)
     #: One file, whose rows have been looked at together.
     one: bool = False
+    #: Role and column of the labels, where they are not as ``columns`` says.
+    target: tuple[str, ...] = ()
     #: Somebody's published data set: a split without labels is left out, not refused.
     published: bool = False
     notes: list[str] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
 
 
-def load_texts(path: Path, columns: str | None = None) -> Rows:
+def load_texts(path: Path, columns: str | None = None, kind: Kind = "one-of") -> Rows:
     """Unlabelled rows: ``.txt`` with one text a line, or the text columns of any other data file.
 
     Args:
         path: The file; ``.gz`` behind its ending is unpacked.
         columns: As of :func:`load`; names that this file does not have are passed over.
+        kind: Of the labels beside which these texts stand: where they are numbers, a query and its text are a pair.
 
     Raises:
         InputError: The file is not there, broken, empty, or has no text column.
@@ -191,29 +206,30 @@ def load_texts(path: Path, columns: str | None = None) -> Rows:
         ways = [parse_columns(columns), Columns()]
         table = files.read_table(path, lambda names: any(complete(names, w, labelled=False) for w in ways))
         way = next((w for w in ways if complete(table.names, w, labelled=False)), Columns())
-        return extract(table, way, labelled=False).rows
+        return replace(extract(table, way, Wanted(kind), labelled=False).rows, queries=None)
     texts = [line.strip() for line in decode(read_bytes(path), path).split("\n") if line.strip()]
     if not texts:
         raise InputError(f"data file '{path}' has no rows")
     return Rows(texts)
 
 
-def _local(path: Path, columns: Columns, found: _Found) -> None:
+def _local(path: Path, found: _Found) -> None:
     """Read a file or a folder of files."""
-    if not path.is_dir():
-        found.parts = _one(read(path, columns), found)
-    elif arrow.is_saved(path):
-        found.parts = _one(extract(arrow.saved(path), columns), found)
-    elif (saved := arrow.saved_splits(path)) is not None:
+    if not path.is_dir() or arrow.is_saved(path):
+        table = arrow.saved(path) if path.is_dir() else table_of(path, found.columns)
+        found.parts = _one(_extracted({"train": table}, found)["train"], found)
+        return
+    tables: dict[str, Table] = {}
+    if (saved := arrow.saved_splits(path)) is not None:
         found.published = True
         for name in saved:
             split = folders.SPLITS.get(name)
             if split is None:
                 found.notes.append(f"'{path}': split left out: {printable(name)}")
-            elif split in found.parts:
+            elif split in tables:
                 raise InputError(f"'{path}' has two splits that mean '{split}'")
             else:
-                found.parts[split] = extract(arrow.saved(path / name), columns)
+                tables[split] = arrow.saved(path / name)
     else:
         layout = folders.layout(path)
         if "train" not in layout.files and (found.judging is None or not layout.files):
@@ -221,11 +237,31 @@ def _local(path: Path, columns: Columns, found: _Found) -> None:
         found.published = layout.published
         found.notes += layout.notes
         for split, group in layout.files.items():
-            if len(group) == 1:
-                found.parts[split] = read(group[0], columns)
-            else:
-                tables = [table_of(file, columns) for file in group]
-                found.parts[split] = extract(joined(f"{group[0].parent}/{split}-*", tables), columns)
+            each = [table_of(file, found.columns) for file in group]
+            tables[split] = each[0] if len(each) == 1 else joined(f"{group[0].parent}/{split}-*", each)
+    found.parts = _extracted(tables, found)
+
+
+def _extracted(tables: dict[str, Table], found: _Found) -> dict[str, Located]:
+    """The rows of every split, all of one kind: what is wanted, or what the first split with labels shows."""
+    ways = dict.fromkeys(tables, found.wanted)
+    if found.wanted is None:
+        seen = ((name, recognised(tables[name], found.columns)) for name in splits.ORDER if name in tables)
+        by, kind = next(((name, kind) for name, kind in seen if kind is not None), ("", "one-of"))
+        ways = {name: Wanted(kind, "" if name == by else f"the {by} split") for name in tables}
+        if kind != "one-of":
+            found.notes.append(f"'{found.ref}': {_RECOGNISED[kind]}")
+    parts = {name: extract(table, found.columns, ways[name]) for name, table in tables.items()}
+    first = next(iter(tables))
+    if parts[first].kind == "any-of":
+        found.target = ("labels", *targets(tables[first].names, found.columns, "any-of")[:1])
+    return parts
+
+
+_RECOGNISED: dict[Kind, str] = {
+    "any-of": "a row can have any number of labels",
+    "number": "the label of a row is a number",
+}
 
 
 def _no_train(path: Path) -> InputError:
@@ -273,7 +309,8 @@ def _labelled(found: _Found) -> dict[str, Located]:
             found.warnings.append(("rows-without-label", message))
             continue
         if part.without_label:
-            message = f"{part.without_label} rows of {name} have no label (-1) and are left out"
+            said = "" if part.kind == "any-of" else " (-1)"
+            message = f"{part.without_label} rows of {name} have no label{said} and are left out"
             found.warnings.append(("rows-without-label", message))
         kept[name] = part
     return kept
@@ -298,7 +335,7 @@ def _alias(alias: DataAlias) -> dict[str, Located]:
     column, value = alias.only
     kept = np.flatnonzero(np.array(table.column(column)) == value)
     part = extract(table, Columns()).take(kept)
-    labels = [alias.label_names[label] for label in part.rows.labels or []]
+    labels = [alias.label_names[str(label)] for label in part.rows.labels or []]
     part = Located(Rows(part.rows.first, None, labels), part.source, part.lines)
     return splits.in_three(part, _ALIAS_SEED, splits.keys(part.rows))
 
@@ -311,7 +348,9 @@ def _one(part: Located, found: _Found) -> dict[str, Located]:
     found.one = True
     keys = splits.keys(part.rows)
     found.warnings += splits.conflicts(keys, part.rows.labels)
-    split = splits.in_three(part, found.seed, keys)
+    # Rows that can't be split have never been: they are judged all together.
+    whole = judging is not None and splits.too_few_queries(part.rows) is not None
+    split = {"test": part} if whole else splits.in_three(part, found.seed, keys)
     if judging is None:
         found.notes.append(
             f"'{ref}' is one file: train, validation and test are 80/10/10 of it, seed {found.seed}"
@@ -322,7 +361,7 @@ def _one(part: Located, found: _Found) -> dict[str, Located]:
                 "of the distinct texts"
             )
         return split
-    made = _fingerprint({name: part.rows for name, part in split.items()}) in judging.made_with
+    made = not whole and _fingerprint({name: part.rows for name, part in split.items()}) in judging.made_with
     if not made and (judging.as_made or os.path.realpath(ref) in judging.made_from):
         message = f"the model was made with '{ref}' as it was then: rows judged now may have been trained on"
         found.warnings.append(("maybe-trained-on", message))
@@ -331,7 +370,9 @@ def _one(part: Located, found: _Found) -> dict[str, Located]:
             f"'{ref}' is one file, and the model was made with it: judged is what was held out"
         )
         return split
-    if judging.as_made:  # the file has changed: which rows were held out is not known for certain any more
+    if (
+        judging.as_made and not whole
+    ):  # the file has changed: which rows were held out is not known for certain any more
         found.notes.append(f"'{ref}' is one file, and is split as when the model was made with it")
         return split
     found.notes.append(f"'{ref}' is one file: all {len(part.rows)} rows of it are the split to judge")
@@ -352,21 +393,28 @@ def _check(ref: str, parts: dict[str, Located], judging: Judging | None) -> list
             )
         if (part.rows.second is None) != (parts[first].rows.second is None):
             raise InputError(f"data '{ref}': one of {first} and {name} has pairs of texts, the other has not")
+    if parts[first].kind == "number":
+        if judging is None and len(set(parts["train"].rows.labels or [])) < 2:
+            raise InputError(f"data '{ref}': every row of train has the same number; two are needed")
+        return []
     if judging is not None:
-        return ordered(label for part in parts.values() for label in part.rows.labels or [])
-    names = ordered(parts["train"].rows.labels or [])
+        return ordered(label for part in parts.values() for label in splits.names(part.rows.labels or []))
+    names = ordered(splits.names(parts["train"].rows.labels or []))
     if len(names) < 2:
         raise InputError(
             f"data '{ref}': every row of train has the label '{printable(names[0])}'; two labels are needed"
+            if names and parts[first].kind == "one-of"
+            else f"data '{ref}': the rows of train have {len(names)} labels; two labels are needed"
         )
     known = set(names)
     for name, part in parts.items():
         for i, label in enumerate(part.rows.labels or []):
-            if label not in known:
-                raise InputError(
-                    f"{part.place(i)}: the label '{printable(label)}' of the {name} split is not in train",
-                    suggest(label, names),
-                )
+            for one in splits.names([label]):
+                if one not in known:
+                    raise InputError(
+                        f"{part.place(i)}: the label '{printable(one)}' of the {name} split is not in train",
+                        suggest(one, names),
+                    )
     return names
 
 
@@ -374,5 +422,6 @@ def _fingerprint(parts: dict[str, Rows]) -> str:
     digest = hashlib.sha256()
     for name in sorted(parts):
         rows = parts[name]
-        digest.update(json.dumps([name, rows.first, rows.second, rows.labels]).encode())
+        columns = [rows.first, rows.second, rows.labels, *([] if rows.queries is None else [rows.queries])]
+        digest.update(json.dumps([name, *columns]).encode())
     return digest.hexdigest()

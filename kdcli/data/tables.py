@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from kdcli.errors import InputError
+from kdcli.tasks.task import Kind
+
+_T = TypeVar("_T")
+
+Label = str | tuple[str, ...] | float
+"""One row's answer by its kind: a name, the sorted names of any number of labels, or a number."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts, or pairs of texts, with their label names where they have any."""
+    """Texts, or pairs of texts, with their labels where they have any."""
 
     first: list[str]
     second: list[str] | None = None
-    labels: list[str] | None = None
+    labels: Sequence[Label] | None = None
+    #: Rows of one query are ranked against each other.
+    queries: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.first)
@@ -26,10 +34,10 @@ class Rows:
         """The rows at these positions, in this order."""
         picked = np.arange(len(self))[indices].tolist()
 
-        def pick(values: list[str] | None) -> list[str] | None:
+        def pick(values: Sequence[_T] | None) -> list[_T] | None:
             return None if values is None else [values[i] for i in picked]
 
-        return Rows([self.first[i] for i in picked], pick(self.second), pick(self.labels))
+        return Rows([self.first[i] for i in picked], pick(self.second), pick(self.labels), pick(self.queries))
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Located:
     unit: str = "line"
     #: Rows left out because they have no label.
     without_label: int = 0
+    kind: Kind = "one-of"
 
     def place(self, i: int) -> str:
         """Where row ``i`` is, for a message."""

@@ -163,6 +163,7 @@ def build(
                 "kdcli_version": __version__,
                 "max_length": str(checkpoint.max_length),
                 **({} if needed is None else {"oldest_onnxruntime": needed}),
+                **checkpoint.task.about(len(checkpoint.labels)),
                 **(properties or {}),
             }
             onnx.annotate(target, checkpoint.labels, meta)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from kdcli.data.readers import Rows
     from kdcli.inputs.text import Encoded
+    from kdcli.tasks.task import Kind
 
 Array = TypeVar("Array", np.ndarray, "Tensor")
 
@@ -58,7 +59,15 @@ class Inputs(Protocol):
         ...
 
     def encode(
-        self, rows: Rows, tokenizer: Any, longest: int, label_index: Mapping[str, int] | None, title: str
+        self,
+        rows: Rows,
+        tokenizer: Any,
+        longest: int,
+        label_index: Mapping[str, int] | None,
+        title: str,
+        *,
+        kind: Kind,
+        outputs: int,
     ) -> Encoded:
         """The rows as :mod:`kdcli.inputs.batching` takes them.
 
@@ -68,6 +77,8 @@ class Inputs(Protocol):
             longest: Tokens that a row may have; what is over is cut.
             label_index: Label name -> index; None leaves the labels out.
             title: What the rows are called in a message.
+            kind: Of the task's answers, which says what form labels have.
+            outputs: C of the head.
 
         Raises:
             InputError: A row cannot be read.

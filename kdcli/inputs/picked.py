@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdcli.data.sources import Dataset
+from kdcli.data.splits import strata
 from kdcli.errors import UsageError
 from kdcli.inputs import sampling
+from kdcli.inputs.targets import groups
 from kdcli.inputs.text import Encoded, Rows
 
 
@@ -45,15 +47,23 @@ def pick(dataset: Dataset, split: str | None, limit: int | None) -> Picked:
     if name not in splits:
         raise UsageError(f"the data has no split '{name}'; it has {', '.join(sorted(splits))}")
     total = len(splits[name])
-    labels = splits[name].labels
-    codes = None if labels is None else np.unique(np.array(labels), return_inverse=True)[1]
-    at = sampling.positions(codes, total, total if limit is None else limit, sampling.JUDGING_SEED)
+    at = _positions(splits[name], total if limit is None else limit)
     every = _each(splits[name])
     return Picked(name, at, total, _joined([every[i] for i in at]), _joined(every))
 
 
+def _positions(rows: Rows, count: int) -> np.ndarray:
+    """At most ``count`` rows in the shares of their labels; whole queries, without which a ranking is another one."""
+    if rows.queries is not None:
+        return sampling.whole_groups(groups(rows.queries), count, sampling.JUDGING_SEED)
+    codes = None if rows.labels is None else np.unique(strata(rows.labels), return_inverse=True)[1]
+    return sampling.positions(codes, len(rows), count, sampling.JUDGING_SEED)
+
+
 def _each(rows: Rows) -> list[bytes]:
-    columns = [column for column in (rows.first, rows.second, rows.labels) if column is not None]
+    columns = [
+        column for column in (rows.first, rows.second, rows.labels, rows.queries) if column is not None
+    ]
     return [hashlib.sha256(json.dumps(row).encode()).digest() for row in zip(*columns, strict=True)]
 
 

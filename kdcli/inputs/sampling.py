@@ -19,6 +19,8 @@ JUDGING_SEED = 0
 def order(labels: np.ndarray | None, total: int, seed: int) -> np.ndarray:
     """All rows in a random order of which every beginning is a stratified sample.
 
+    A stratum is a label, or what a task has instead (:meth:`kdcli.tasks.task.Task.strata`).
+
     The first C rows are one of each of the C labels, the most frequent label first; in the first n >= C rows every
     label has its share of n but for rounding, and never none. Of a label the rows are uniformly random. Rows without
     a label (negative) are a stratum like a label, but not promised a place.
@@ -77,3 +79,20 @@ def sample(
 def strata(rows: Encoded, task: Task) -> np.ndarray | None:
     """(N,) groups that a sample should have in their shares; None where there are none."""
     return None if rows.labels is None else task.strata(rows.labels)
+
+
+def whole_groups(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Rows of whole groups, drawn at random, as many as fit into ``count`` rows; one group at least.
+
+    Args:
+        groups: (N,) numbers of groups.
+        count: Rows that are wanted.
+        seed: Of the draw.
+
+    Returns:
+        Ascending positions.
+    """
+    names, of_row, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    drawn = np.random.default_rng(seed).permutation(len(names))
+    fitting = max(1, int((np.cumsum(sizes[drawn]) <= count).sum()))
+    return np.flatnonzero(np.isin(of_row, drawn[:fitting]))

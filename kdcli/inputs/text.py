@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcli.data.labels import suggest
 from kdcli.data.readers import Rows
 from kdcli.errors import InputError
 from kdcli.input_names import IDS, MASK, SEGMENTS
+from kdcli.inputs import targets
 from kdcli.names import printable
+from kdcli.tasks.task import Kind
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +32,9 @@ class Encoded:
     ids: np.ndarray  # int32 (tokens,)
     type_ids: np.ndarray | None  # int8 (tokens,); None: the tokenizer gives no segment ids
     offsets: np.ndarray  # int64 (N + 1,)
-    labels: np.ndarray | None  # int64 (N,)
+    labels: np.ndarray | None  # (N,) or (N, C), in the form of the task
     cut: int = 0  # rows that were longer; known of whole splits alone
+    queries: np.ndarray | None = None  # int64 (N,): rows of one number are ranked against each other
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -58,6 +60,7 @@ class Encoded:
             None if self.type_ids is None else self.type_ids[at],
             offsets,
             None if self.labels is None else self.labels[rows],
+            queries=None if self.queries is None else self.queries[rows],
         )
 
 
@@ -67,6 +70,9 @@ def encode(
     max_length: int,
     label_index: Mapping[str, int] | None,
     title: str = "the data",
+    *,
+    kind: Kind = "one-of",
+    outputs: int = 0,
 ) -> Encoded:
     """Tokenise rows with special tokens, cut to ``max_length`` tokens, never padded.
 
@@ -75,8 +81,10 @@ def encode(
         tokenizer: A fast tokenizer of transformers. Its own truncation and padding settings are
             ignored, and as they were afterwards. Segment ids are those that it gives, or none.
         max_length: Tokens, special tokens included.
-        label_index: Label name -> index; None leaves the labels out.
+        label_index: Label name -> index; None leaves the labels out. Numbers have no names: any mapping.
         title: What the rows are called in a message.
+        kind: What a label is.
+        outputs: C, where any of C labels can apply.
 
     Raises:
         InputError: ``max_length`` has no room for text, a row has no tokens at all, or a label is not in
@@ -113,23 +121,33 @@ def encode(
             cut += sum(bool(made.encodings[i].overflowing) for i in np.flatnonzero(lengths == max_length))
     empty = np.zeros(0, dtype=np.int64)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate([empty, *counts]))]).astype(np.int64)
+    labels = None
+    if rows.labels is not None and label_index is not None:
+        labels = targets.as_array(rows.labels, kind, label_index, outputs)
     return Encoded(
         np.concatenate([empty.astype(np.int32), *ids]),
         np.concatenate([empty.astype(np.int8), *types]) if segments else None,
         offsets,
-        None if rows.labels is None or label_index is None else _indices(rows.labels, label_index),
+        labels,
         cut,
+        None if rows.queries is None else targets.groups(rows.queries),
     )
 
 
 def concatenate(first: Encoded, second: Encoded, fill: np.ndarray) -> Encoded:
-    """The rows of both; a side without labels gets ``fill``, the labels of one row, unless neither side has any."""
-    labels = None
+    """The rows of both; a side without labels gets ``fill``, the labels of one row, unless neither side has any.
+
+    The rows of a side without queries are queries of their own.
+    """
+    labels = queries = None
     if first.labels is not None or second.labels is not None:
         both = (first, second)
         labels = np.concatenate(
             [np.repeat(fill, len(x), axis=0) if x.labels is None else x.labels for x in both]
         )
+    if first.queries is not None or second.queries is not None:
+        each = [np.arange(len(x)) if x.queries is None else x.queries for x in (first, second)]
+        queries = np.concatenate([each[0], each[1] + each[0].max(initial=-1) + 1])
     types = None
     if first.type_ids is not None and second.type_ids is not None:
         types = np.concatenate([first.type_ids, second.type_ids])
@@ -138,13 +156,15 @@ def concatenate(first: Encoded, second: Encoded, fill: np.ndarray) -> Encoded:
         types,
         np.concatenate([first.offsets, second.offsets[1:] + first.offsets[-1]]),
         labels,
+        queries=queries,
     )
 
 
 def fingerprint(encoded: Encoded) -> str:
-    """sha256 over the tokens, the segment ids, the row borders and the labels."""
+    """sha256 over the tokens, the segment ids, the row borders, the labels, and the queries where there are any."""
     digest = hashlib.sha256()
-    for array in (encoded.ids, encoded.type_ids, encoded.offsets, encoded.labels):
+    queries = [] if encoded.queries is None else [encoded.queries]
+    for array in (encoded.ids, encoded.type_ids, encoded.offsets, encoded.labels, *queries):
         digest.update(b"none" if array is None else f"{array.dtype.str}{array.shape}".encode())
         digest.update(b"" if array is None else np.ascontiguousarray(array).data)
     return digest.hexdigest()
@@ -165,10 +185,18 @@ class Text:
     axes: Mapping[int, str] = field(default_factory=lambda: {0: "batch", 1: "sequence"})
 
     def encode(
-        self, rows: Rows, tokenizer: Any, longest: int, label_index: Mapping[str, int] | None, title: str
+        self,
+        rows: Rows,
+        tokenizer: Any,
+        longest: int,
+        label_index: Mapping[str, int] | None,
+        title: str,
+        *,
+        kind: Kind,
+        outputs: int,
     ) -> Encoded:
         """As :func:`encode`."""
-        return encode(rows, tokenizer, longest, label_index, title)
+        return encode(rows, tokenizer, longest, label_index, title, kind=kind, outputs=outputs)
 
     def mask(self, batch: Mapping[str, Any]) -> Any:
         """(B, T), 1 for a real token."""
@@ -214,14 +242,6 @@ class Text:
 
 
 TEXT = Text()
-
-
-def _indices(labels: list[str], label_index: Mapping[str, int]) -> np.ndarray:
-    names, codes = np.unique(np.array(labels, dtype=object), return_inverse=True)
-    for name in names:
-        if name not in label_index:
-            raise InputError(f"unknown label '{printable(name)}': {suggest(name, label_index)}")
-    return np.array([label_index[name] for name in names], dtype=np.int64)[codes]
 
 
 @contextmanager

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from kdcli.report import metrics
 from kdcli.report.facts import SIGNIFICANT
+from kdcli.report.gates import drop_of
 from kdcli.report.schema import Delta, Measurement, Quality, Warning_
 from kdcli.tasks.task import Comparison
 
-NONE = Delta(accuracy=None, size_ratio=None, speedup=None, agreement=None, p_value=None)
-"""Nothing to compare with."""
 
-
-def compare(before: Measurement, after: Measurement) -> Delta:
-    """The numbers of two measurements of one run against each other; None where either lacks one.
+def compare(before: Measurement | None, after: Measurement) -> Delta:
+    """The numbers of two measurements against each other; None where either lacks one.
 
     The ratios are above 1 where ``after`` is the better one: bytes and milliseconds of ``before`` divided by those
     of ``after``.
+
+    Args:
+        before: None: there is nothing to compare with.
+        after: Of the same run, or a later one than a recorded ``before`` (:func:`from_record`).
     """
 
     def p50(m: Measurement) -> float | None:
@@ -26,29 +31,40 @@ def compare(before: Measurement, after: Measurement) -> Delta:
     def ratio(a: float | None, b: float | None) -> float | None:
         return a / b if a and b else None
 
-    drop = None
-    if before.quality is not None and after.quality is not None:
-        drop = after.quality.accuracy.value - before.quality.accuracy.value
-    return Delta(
-        accuracy=drop,
+    primary = None if after.quality is None else after.quality.primary
+    if before is None:
+        return Delta(primary=primary)
+    delta = Delta(
+        primary=primary,
         size_ratio=ratio(before.size.onnx_bytes, after.size.onnx_bytes),
         speedup=ratio(p50(before), p50(after)),
-        agreement=None,
-        p_value=None,
     )
+    return _with(delta, _differences(before.quality, after.quality))
+
+
+def _differences(before: Quality | None, after: Quality | None) -> dict[str, float]:
+    if before is None or after is None:
+        return {}
+    return {
+        name: one.value - before.metrics[name].value
+        for name, one in after.metrics.items()
+        if name in before.metrics
+    }
+
+
+def _with(delta: Delta, more: Mapping[str, object]) -> Delta:
+    return Delta.model_validate({**delta.model_dump(), **more})
 
 
 def row_by_row(delta: Delta, found: Comparison) -> Delta:
-    """Add to the comparison of two models what only their answers to the same rows can say."""
-    return delta.model_copy(
-        update={
-            "agreement": found.agreement,
-            "p_value": found.p_value,
-            "accuracy_ci95": found.ci95,
-            "lost": found.lost,
-            "won": found.won,
-        }
-    )
+    """Add what only the answers themselves can say.
+
+    Args:
+        delta: Of the same two models.
+        found: What the task found between them.
+    """
+    paired = {name: getattr(found, name) for name in ("ci95", "p_value", "agreement", "lost", "won")}
+    return _with(delta, {**found.differences, **delta.differences, **paired})
 
 
 def from_record(recorded: Measurement, after: Measurement) -> Measurement:
@@ -87,13 +103,14 @@ def of_record(
         )
     ]
     if before.quality is None and recorded.quality is not None:
-        accuracy = recorded.quality.accuracy
+        main = recorded.quality.main
         where = (
             "its record does not say on which rows"
             if recorded.quality.rows_sha256 is None
-            else f"the record is of {accuracy.n} other rows ({accuracy.split})"
+            else f"the record is of {main.n} other rows ({main.split})"
         )
-        words = f"accuracy is not compared with the recorded one of '{model}': {where}; {how}"
+        title = metrics.of(recorded.quality.primary).title
+        words = f"{title} is not compared with the recorded one of '{model}': {where}; {how}"
         warnings.append(Warning_(code="other-rows", message=words))
         reasons["drop"] = words
     return warnings, reasons
@@ -107,20 +124,26 @@ def same_rows(one: Quality | None, other: Quality | None) -> bool:
 
 
 def fell(delta: Delta, before: Measurement, after: Measurement) -> bool:
-    """Whether the accuracy fell by more than noise.
+    """Whether the primary metric got worse by more than noise.
 
-    Paired where the answers of both are known (McNemar). Of a record only the shares are: there the errors of both
-    are added as if the rows were different ones, which misses small differences of models that mostly agree.
+    Paired where the answers of both are known: by the p-value, or where there is none by whether the interval of the
+    difference has 0 in it. Of a record only the values are: there the errors of both are added as if the rows were
+    different ones, which misses small differences of models that mostly agree.
     """
-    if delta.accuracy is None or delta.accuracy >= 0:
+    drop = drop_of(after, delta)
+    if drop is None or drop <= 0:
         return False
     if delta.p_value is not None:
         return delta.p_value < SIGNIFICANT
+    if delta.ci95 is not None:
+        return delta.ci95[0] > 0 or delta.ci95[1] < 0
     if before.quality is None or after.quality is None:
         return False
-    errors = [one.quality.accuracy.stderr for one in (before, after) if one.quality is not None]
+    errors = [
+        one.stderr for one in (before.quality.metrics.get(after.quality.primary), after.quality.main) if one
+    ]
     noise = sum(error**2 for error in errors if error is not None) ** 0.5
-    return None not in errors and delta.accuracy < -2 * noise
+    return None not in errors and drop > 2 * noise
 
 
 def honest(delta: Delta, before: Measurement | None, after: Measurement) -> list[Warning_]:
@@ -138,9 +161,16 @@ def honest(delta: Delta, before: Measurement | None, after: Measurement) -> list
                 code="bigger", message=f"bigger: model.onnx is {1 / delta.size_ratio:.2f} times the input's"
             )
         )
-    if before is not None and delta.accuracy is not None and fell(delta, before, after):
-        points = f"accuracy fell by {-100 * delta.accuracy:.1f} points, more than noise"
+    if (
+        before is not None
+        and delta.primary is not None
+        and delta.main is not None
+        and fell(delta, before, after)
+    ):
+        metric = metrics.of(delta.primary)
+        verb = "fell" if delta.main < 0 else "rose"
+        message = f"{metric.title} {verb} by {metric.points(delta.main)}, more than noise"
         if delta.lost is not None and delta.won is not None:
-            points += f": {delta.lost} rows lost and {delta.won} won"
-        found.append(Warning_(code="accuracy", message=points))
+            message += f": {delta.lost} rows lost and {delta.won} won"
+        found.append(Warning_(code="worse", message=message))
     return found

@@ -143,9 +143,7 @@ def measure(
             logits = _torch_logits(checkpoint, encoded, progress, title)
         assert encoded.labels is not None
         values = checkpoint.task.measure(logits, encoded.labels, split)
-        found = Quality(
-            **{name: values[name] for name in ("accuracy", "macro_f1", "ece")}, rows_sha256=rows_sha256
-        )
+        found = Quality.of(checkpoint.task.primary, values, rows_sha256)
     parameters = nonzero = None
     if weights:
         tensors = list(checkpoint.model.parameters())

@@ -54,13 +54,14 @@ def describe(ref: str, *, offline: bool = False) -> dict[str, Any]:
         described |= _judged(found.path, files)
     if log.is_file():
         from kdcli.models.transforms import read_log
+        from kdcli.report import io
 
         read = read_log(found.path)
         assert read is not None
         described["transforms"] = [_short(t.model_dump(mode="json")) for t in read.transforms]
         described["lineage"] = [
-            {key: entry.get(key) for key in ("stage", "method", "model", "accuracy")}
-            for entry in read.lineage
+            {key: getattr(entry, key) for key in ("stage", "method", "model", "metric", "value")}
+            for entry in io.lineage(read.lineage)
         ]
     return described
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 
-from kdcli.report import facts, markdown
-from kdcli.report.schema import LineageEntry, Report
+from kdcli.report import facts, markdown, metrics
+from kdcli.report.schema import LineageEntry, Quality, Report
 
 _PINNED = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)@[\w./-]+")
 _VERBS = {
@@ -28,8 +29,7 @@ from kdcli.models import checkpoint
 loaded = checkpoint.load(Path("."))  # the directory of this file
 batch = loaded.tokenizer(["some text"], return_tensors="pt", truncation=True, max_length=loaded.max_length)
 with torch.inference_mode():
-    logits = loaded.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-print(loaded.labels[int(logits.argmax())])"""
+    logits = loaded.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0]"""
 
 _ONNX = """\
 # the ONNX export, without torch and kdcli
@@ -43,15 +43,27 @@ session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionPro
 names = {one.name for one in session.get_inputs()}
 about = session.get_modelmeta().custom_metadata_map  # length and label names travel with the graph
 batch = tokenizer(["some text"], return_tensors="np", truncation=True, max_length=int(about["max_length"]))
-logits = session.run(None, {name: batch[name].astype("int64") for name in batch if name in names})[0]
-print(json.loads(about["labels"])[int(logits[0].argmax())])"""
+logits = session.run(None, {name: batch[name].astype("int64") for name in batch if name in names})[0]"""
 
 
-def card(report: Report, base_model: str | None = None) -> str:
+@dataclass(frozen=True)
+class Use:
+    """What a card says of a task's answers."""
+
+    of_checkpoint: (
+        str  # Python that prints the answer of ``logits``, a tensor (C,), with the checkpoint ``loaded``
+    )
+    of_graph: str  # the same of ``logits``, an array (1, C), with the graph's metadata ``about``
+    limit: str  # what not to expect of an answer; ``{labels}`` is the number of labels
+    pipeline_tag: str  # the task as the hub knows it
+
+
+def card(report: Report, use: Use, base_model: str | None = None) -> str:
     """The model card.
 
     Args:
         report: Of the stage that made the directory.
+        use: Of the model's task.
         base_model: Hub id of the model that the lineage starts from, where the caller knows it. Without it
             the front matter names one only for a pinned reference (``org/name@revision``): a bare
             ``org/name`` may as well be a directory.
@@ -60,10 +72,10 @@ def card(report: Report, base_model: str | None = None) -> str:
     source = facts.public(report.lineage[0].model if report.lineage else report.model.source)
     done = ", ".join(_VERBS.get(step, step) for step in steps or [report.stage])
     parts = [
-        _front_matter(report, f"{source}, {done}", steps, base_model),
+        _front_matter(report, f"{source}, {done}", steps, base_model, use),
         f"# {markdown.escape(source)}, {markdown.escape(done)}",
         f"A {markdown.escape(report.model.family)} model for {markdown.escape(report.model.task)} with "
-        f"{len(report.model.labels)} labels, written by kdcli {markdown.escape(report.kdcli_version)}. "
+        f"{facts.labels_text(report)}, written by kdcli {markdown.escape(report.kdcli_version)}. "
         "Every number here is from `report.json` beside this file.",
         "## What was done",
         _lineage(report),
@@ -83,13 +95,13 @@ def card(report: Report, base_model: str | None = None) -> str:
         parts.append(markdown.escape(" ".join(sentences)))
     parts += [
         "## How to load it",
-        markdown.fenced(_PYTHON, "python"),
-        markdown.fenced(_ONNX, "python"),
+        markdown.fenced(f"{_PYTHON}\n{use.of_checkpoint}", "python"),
+        markdown.fenced(f"{_ONNX}\n{use.of_graph}", "python"),
         "Plain `transformers` (`AutoModelForSequenceClassification.from_pretrained`) loads the directory too "
         "unless `kdcli.json` lists a `width`, a `factorise`, or a `cut` or `layers` without `in_config`; then only "
         "kdcli knows the shapes.",
         "## Limits",
-        "\n".join(f"- {markdown.escape(limit)}" for limit in _limits(report)),
+        "\n".join(f"- {markdown.escape(limit)}" for limit in _limits(report, use)),
         "## Labels",
         ", ".join(markdown.escape(label) for label in report.model.labels),
     ]
@@ -99,12 +111,13 @@ def card(report: Report, base_model: str | None = None) -> str:
 def _lineage(report: Report) -> str:
     if not report.lineage:
         return "No history is recorded."
-    rows = []
-    for entry in report.lineage:
-        accuracy = facts.score(entry.accuracy)
-        rows.append((entry.stage, entry.method or "-", facts.public(entry.model), accuracy, _settings(entry)))
+    head, values = facts.values_after(report.lineage)
+    rows = [
+        (entry.stage, entry.method or "-", facts.public(entry.model), value, _settings(entry))
+        for entry, value in zip(report.lineage, values, strict=True)
+    ]
     return markdown.grid(
-        ("step", "method", "model it started from", "accuracy after it", "settings"),
+        ("step", "method", "model it started from", markdown.escape(head), "settings"),
         [tuple(markdown.escape(cell) for cell in row) for row in rows],
         right=(3,),
     )
@@ -125,10 +138,11 @@ def _measured_on(report: Report) -> str:
     quality = report.after.quality
     rows = ""
     if quality is not None and report.data is not None:
-        total = report.data.rows.get(quality.accuracy.split)
-        of = f" of {total}" if total not in (None, quality.accuracy.n) else ""
+        main = quality.main
+        total = report.data.rows.get(main.split)
+        of = f" of {total}" if total not in (None, main.n) else ""
         rows = (
-            f"Quality is from {quality.accuracy.n}{of} rows of the split {quality.accuracy.split} of "
+            f"Quality is from {main.n}{of} rows of the split {main.split} of "
             f"{facts.public(report.data.ref)}. "
         )
     earlier = "the model it is compared with" if report.stage == "evaluate" else "this stage's input"
@@ -138,7 +152,7 @@ def _measured_on(report: Report) -> str:
     )
 
 
-def _limits(report: Report) -> list[str]:
+def _limits(report: Report, use: Use) -> list[str]:
     """What a reader should not conclude, in plain words; each line only where it applies."""
     after = report.after
     found = [one.message for one in report.warnings]
@@ -146,20 +160,18 @@ def _limits(report: Report) -> list[str]:
     if quality is None:
         found.append("The quality of this model was not measured.")
     else:
-        if quality.accuracy.ci95 is not None:
-            low, high = quality.accuracy.ci95
+        main, metric = quality.main, metrics.of(quality.primary)
+        if main.ci95 is not None:
+            low, high = (metric.number(end) for end in main.ci95)
             found.append(
-                f"The accuracy of {quality.accuracy.value:.4f} is an estimate: on other rows of the same kind "
-                f"it may lie between {low:.4f} and {high:.4f} (95 % interval). On texts of another kind "
+                f"The {metric.title} of {metric.number(main.value)} is an estimate: on other rows of the same kind "
+                f"it may lie between {low} and {high} (95 % interval). On texts of another kind "
                 "nothing is known."
             )
-        if quality.accuracy.split == "train":
+        if main.split == "train":
             found.append("The quality was measured on rows that the model may have been trained on.")
     if report.delta.agreement is not None and report.delta.agreement < 1:
-        found.append(
-            f"On {100 * (1 - report.delta.agreement):.2f} % of the rows it answers differently from the "
-            "model before it; the accuracy alone does not show that."
-        )
+        found.append(_answers_changed(report.delta.agreement, metrics.of(report.delta.primary or "")))
     if (zeros := facts.zero_share(after)) > facts.MANY_ZEROS:
         found.append(
             f"{100 * zeros:.0f} % of the weights are zero. Zeros are not smaller: they take "
@@ -179,13 +191,22 @@ def _limits(report: Report) -> list[str]:
             f"instructions (VNNI).{known} Answers can differ a little between CPUs."
         )
     found += [
-        f"It knows {len(report.model.labels)} labels and always answers with one of them, also for a text "
-        "that fits none.",
+        use.limit.format(labels=len(report.model.labels)),
         "Compression was judged by overall numbers: rare labels and groups of people may have lost more. "
         "kdcli did not test for bias, safety or adversarial inputs.",
         "The licences of the base model and of the data apply; kdcli does not know them.",
     ]
     return list(dict.fromkeys(found))
+
+
+def _answers_changed(agreement: float, metric: metrics.Metric) -> str:
+    changed = f"{100 * (1 - agreement):.2f} %"
+    said = (
+        f"{changed} of the pairs of rows stand in another order than with"
+        if metric.ordered
+        else f"On {changed} of the rows it answers differently from"
+    )
+    return f"{said} the model before it; the {metric.title} alone does not show that."
 
 
 def _integers(report: Report) -> bool:
@@ -194,11 +215,12 @@ def _integers(report: Report) -> bool:
     return any("int" in f"{method} {params.get('scheme', '')}" for method, params in steps)
 
 
-def _front_matter(report: Report, name: str, steps: list[str], base_model: str | None) -> str:
+def _front_matter(report: Report, name: str, steps: list[str], base_model: str | None, use: Use) -> str:
     """YAML; every string is quoted as JSON, which YAML reads as the same string."""
     pinned = _PINNED.fullmatch(report.lineage[0].model) if report.lineage else None
     base = base_model or (pinned[1] if pinned else None)
-    lines = ["---", "library_name: transformers", f"pipeline_tag: {_quoted(report.model.task)}"]
+    tag = _quoted(use.pipeline_tag)
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {tag}"]
     if base:
         lines.append(f"base_model: {_quoted(base)}")
     lines.append("tags:")
@@ -206,31 +228,41 @@ def _front_matter(report: Report, name: str, steps: list[str], base_model: str |
     quality = report.after.quality
     if quality is not None and report.data is not None:
         ref = facts.public(report.data.ref)
+        listed = _listed(quality)
         lines += [
             "metrics:",
-            "- accuracy",
-            "- f1",
+            *(f"- {kind}" for kind in dict.fromkeys(kind for kind, _, _ in listed)),
             "model-index:",
             f"- name: {_quoted(name)}",
             "  results:",
             "  - task:",
-            f"      type: {_quoted(report.model.task)}",
+            f"      type: {tag}",
             "    dataset:",
             f"      name: {_quoted(ref)}",
             f"      type: {_quoted(ref)}",
-            f"      split: {_quoted(quality.accuracy.split)}",
+            f"      split: {_quoted(quality.main.split)}",
             "    metrics:",
         ]
-        for kind, title, metric in (
-            ("accuracy", "accuracy", quality.accuracy),
-            ("f1", "macro F1", quality.macro_f1),
-        ):
+        for kind, title, value in listed:
             lines += [
                 f"    - type: {kind}",
                 f"      name: {title}",
-                f"      value: {metric.value:.6f}",
+                f"      value: {value:.6f}",
             ]
     return "\n".join([*lines, "---"])
+
+
+def _listed(quality: Quality) -> list[tuple[str, str, float]]:
+    """(type, title, value) of the metrics that the hub lists, the primary one first; the texts are YAML."""
+    found = []
+    for name in dict.fromkeys((quality.primary, *quality.metrics)):
+        metric = metrics.of(name)
+        if name == quality.primary or (metric.hub and not metric.minor):
+            kind, title = metric.hub or name, metric.title
+            plain = name in metrics.KNOWN
+            value = quality.metrics[name].value
+            found.append((kind if plain else _quoted(kind), title if plain else _quoted(title), value))
+    return found
 
 
 def _quoted(text: str) -> str:

@@ -7,13 +7,16 @@ import ntpath
 import posixpath
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 from kdcli.errors import ExitCode
+from kdcli.report import metrics
+from kdcli.report.gates import GENERAL
 from kdcli.report.schema import Gate, Latency, LineageEntry, Measurement, MetricValue, Report
 
-Kind = Literal["score", "count", "bytes", "ms", "rate"]
+Kind = Literal["score", "open", "count", "bytes", "ms", "rate"]
 
 # (lower, higher): what to call an `after` that is below or above `before`.
 _WORDS: dict[Kind, tuple[str, str]] = {
@@ -39,7 +42,7 @@ ALARMS = {
 MANY_ZEROS = 0.01
 """Share of the weights from which on zeros are worth a word: a trained model has a few of its own."""
 SIGNIFICANT = 0.05
-"""McNemar p-value from which on a difference in accuracy counts as noise."""
+"""Paired p-value from which on a difference in the primary metric counts as noise."""
 
 
 def visible(text: str) -> str:
@@ -86,6 +89,20 @@ def score(value: float | None, stderr: float | None = None) -> str:
     return f"{value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
 
 
+def value_text(name: str, one: MetricValue | None) -> str:
+    """A metric as :func:`score` writes it; one without an upper end with four digits."""
+    if one is None or metrics.of(name).scale != "open":
+        return score(None if one is None else one.value, None if one is None else one.stderr)
+    return _open(one.value, one.stderr)
+
+
+def _open(value: float | None, stderr: float | None = None) -> str:
+    """``3.142 ± 0.05``."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" + (f" ± {stderr:.2g}" if stderr is not None else "")
+
+
 def probability(value: float) -> str:
     """``p = 0.03``, or a bound where the digits mean nothing."""
     return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
@@ -96,19 +113,22 @@ class Fact:
     """One number of two models, side by side."""
 
     name: str
-    kind: Kind
+    kind: Kind  # ``open``: a metric without an upper end; ``score``: every other metric
     before: float | None
     after: float | None
     lower_is_better: bool
     before_error: float | None = None
     after_error: float | None = None
     p_value: float | None = None  # of the difference, where it was tested
+    ci95: tuple[float, float] | None = None  # of the difference, paired
+    minor: bool = False  # the console leaves it out
 
     @property
     def texts(self) -> tuple[str, str]:
         """``before`` and ``after`` as they are printed; a dash for what was not measured."""
-        if self.kind == "score":
-            return score(self.before, self.before_error), score(self.after, self.after_error)
+        if self.kind in ("score", "open"):
+            written = score if self.kind == "score" else _open
+            return written(self.before, self.before_error), written(self.after, self.after_error)
         show = {"count": count, "bytes": size, "ms": number, "rate": number}[self.kind]
         unit = " ms" if self.kind == "ms" else " /s" if self.kind == "rate" else ""
         first, second = (
@@ -121,9 +141,8 @@ class Fact:
         """Whether both are known and their difference is more than noise."""
         if self.before is None or self.after is None:
             return False
-        if self.kind == "score":
-            tested = self.p_value is None or self.p_value < SIGNIFICANT
-            return tested and round(self.after - self.before, 4) != 0
+        if self.kind in ("score", "open"):
+            return self._noise is None and not self._same
         if self.before <= 0 or self.after <= 0:
             return False
         return max(self.after / self.before, self.before / self.after) > 1 + _NOISE[self.kind]
@@ -140,8 +159,8 @@ class Fact:
         """The difference in words: ``3.90x smaller``, ``-0.0120, worse``, ``same``."""
         if self.before is None or self.after is None:
             return ""
-        if self.kind == "score":
-            return self._score_change(self.after - self.before)
+        if self.kind in ("score", "open"):
+            return self._metric_change(self.after - self.before)
         if self.before == self.after:
             return "same"
         if self.before <= 0 or self.after <= 0:
@@ -153,23 +172,41 @@ class Fact:
         shown = f"{times:.2f}" if times < 10 else f"{times:.1f}" if times < 100 else f"{times:.0f}"
         return f"{shown}x {_WORDS[self.kind][ratio > 1]}"
 
-    def _score_change(self, difference: float) -> str:
-        if round(difference, 4) == 0:
+    @property
+    def _same(self) -> bool:
+        """Of a metric: whether nothing of the difference would be printed."""
+        assert self.before is not None
+        assert self.after is not None
+        if self.kind == "open":
+            return self.texts[0].split()[0] == self.texts[1].split()[0]
+        return round(self.after - self.before, 4) == 0
+
+    @property
+    def _noise(self) -> str | None:
+        """Of a metric: what says that the difference may be chance; None where nothing does."""
+        if self.p_value is not None:
+            return None if self.p_value < SIGNIFICANT else probability(self.p_value)
+        if self.ci95 is not None and self.ci95[0] <= 0 <= self.ci95[1]:
+            return f"95 % interval {_signed(self.ci95[0], self.kind)} to {_signed(self.ci95[1], self.kind)}"
+        return None
+
+    def _metric_change(self, difference: float) -> str:
+        if self._same:
             return "same"
-        if not self.differs:
-            assert self.p_value is not None
-            return f"{difference:+.4f}, within noise ({probability(self.p_value)})"
-        return f"{difference:+.4f}, {'better' if self.better else 'worse'}"
+        shown = _signed(difference, self.kind)
+        if (noise := self._noise) is not None:
+            return f"{shown}, within noise ({noise})"
+        return f"{shown}, {'better' if self.better else 'worse'}"
+
+
+def _signed(difference: float, kind: Kind) -> str:
+    return f"{difference:+.4g}" if kind == "open" else f"{difference:+.4f}"
 
 
 def comparison(report: Report) -> list[Fact]:
-    """Every number that at least one of the two models has, in the order of the report."""
+    """Every number that at least one of the two models has: the primary metric, the others, then what it costs."""
     before, after = report.before, report.after
-    facts: list[Fact] = [
-        _score("accuracy", "accuracy", before, after, report.delta.p_value),
-        _score("macro F1", "macro_f1", before, after),
-        _score("calibration error (ECE)", "ece", before, after),
-    ]
+    facts = _metrics(report)
     for name, field, kind in _SIZES:
         old = None if before is None else getattr(before.size, field)
         facts.append(Fact(name, kind, old, getattr(after.size, field), True))
@@ -201,24 +238,40 @@ def same_setting(measurement: Measurement | None, like: Latency) -> Latency | No
     return next((one for one in measurement.latency if (one.runtime, one.batch, one.threads) == wanted), None)
 
 
-def _score(
-    name: str, field: str, before: Measurement | None, after: Measurement, p_value: float | None = None
-) -> Fact:
-    old: MetricValue | None = (
-        getattr(before.quality, field) if before is not None and before.quality else None
-    )
-    new: MetricValue | None = getattr(after.quality, field) if after.quality else None
-    known = new or old
-    return Fact(
-        name,
-        "score",
-        None if old is None else old.value,
-        None if new is None else new.value,
-        lower_is_better=known is not None and not known.higher_is_better,
-        before_error=None if old is None else old.stderr,
-        after_error=None if new is None else new.stderr,
-        p_value=p_value,
-    )
+def primary_of(report: Report) -> str | None:
+    """Name of the primary metric; None where no quality was measured."""
+    known = [
+        one.quality for one in (report.after, report.before) if one is not None and one.quality is not None
+    ]
+    return known[0].primary if known else None
+
+
+def _metrics(report: Report) -> list[Fact]:
+    sides = (report.before, report.after)
+    old, new = ({} if one is None or one.quality is None else one.quality.metrics for one in sides)
+    primary = primary_of(report)
+    names = [] if primary is None else list(dict.fromkeys((primary, *new, *old)))
+    found = []
+    for name in names:
+        known, first, second = metrics.of(name), old.get(name), new.get(name)
+        one = second or first
+        assert one is not None
+        tested = name == report.delta.primary == primary
+        found.append(
+            Fact(
+                known.title,
+                "open" if known.scale == "open" else "score",
+                None if first is None else first.value,
+                None if second is None else second.value,
+                lower_is_better=not one.higher_is_better,
+                before_error=None if first is None else first.stderr,
+                after_error=None if second is None else second.stderr,
+                p_value=report.delta.p_value if tested else None,
+                ci95=report.delta.ci95 if tested else None,
+                minor=known.minor and name != primary,
+            )
+        )
+    return found
 
 
 def alarm(report: Report) -> str | None:
@@ -272,8 +325,8 @@ def gate_value(expression: str, value: float | None) -> str:
     quantity = re.split(r"[^a-z0-9_]", expression, maxsplit=1)[0]
     if quantity.endswith("_bytes"):
         return f"{size(value)} ({value:.0f} bytes)"
-    if quantity in ("accuracy", "macro_f1", "ece", "drop", "agreement"):
-        # All digits: 0.89996 shown as 0.9000 beside a missed ">=0.9" reads as a bug.
+    if quantity in ("drop", "agreement") or quantity not in GENERAL:
+        # A metric, with all digits: 0.89996 shown as 0.9000 beside a missed ">=0.9" reads as a bug.
         return f"{value:.6g}"
     return f"{value:.3g}" if quantity == "p_value" else number(value)
 
@@ -301,137 +354,40 @@ def parity_text(report: Report) -> str:
 def delta_text(report: Report) -> str:
     """How often the answers changed; empty when that was not measured."""
     delta = report.delta
+    known = metrics.of(delta.primary or "")
     parts = []
     if delta.agreement is not None:
-        parts.append(f"same answer as before on {100 * delta.agreement:.2f} % of rows")
+        share = f"{100 * delta.agreement:.2f} %"
+        ordered = f"{share} of the pairs of rows in the same order as before"
+        parts.append(ordered if known.ordered else f"same answer as before on {share} of rows")
     if delta.p_value is not None:
         rows = f"{delta.lost} rows lost and {delta.won} won, " if delta.lost is not None else ""
-        parts.append(f"{rows}McNemar {probability(delta.p_value)}")
-    if delta.accuracy_ci95 is not None:
-        low, high = delta.accuracy_ci95
-        parts.append(f"95 % interval of the change in accuracy {low:+.4f} to {high:+.4f}")
+        parts.append(f"{rows}{known.test} {probability(delta.p_value)}")
+    if delta.ci95 is not None:
+        low, high = (f"{end:+.4g}" if known.scale == "open" else f"{end:+.4f}" for end in delta.ci95)
+        parts.append(f"95 % interval of the change in {known.title} {low} to {high}")
     return "; ".join(parts)
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """What the model's answers lose when one sub-layer alone loses a share of its units."""
-
-    layer: int
-    part: str  # heads or neurons
-    removed: float  # share of its units, in [0, 1]
-    kl: float  # KL divergence of the answers from those of the dense model, nats, mean over the rows
-
-
-def sensitivity(report: Report) -> list[Sensitivity]:
-    """The sensitivity table of a prune report; empty where there is none, rows that are none left out."""
-    found = report.method.detail.get("sensitivity") if report.method else None
-    rows = []
-    for row in found if isinstance(found, list) else []:
-        if not isinstance(row, dict):
-            continue
-        layer, part, removed, kl = (row.get(key) for key in ("layer", "part", "removed", "kl"))
-        if (
-            isinstance(layer, int)
-            and part in ("heads", "neurons")
-            and _finite(removed)
-            and _finite(kl)
-            and 0 <= removed <= 1
-        ):
-            rows.append(Sensitivity(layer, part, float(removed), max(0.0, float(kl))))
-    return sorted(rows, key=lambda row: (row.layer, row.part, row.removed))
+def values_after(lineage: Sequence[LineageEntry]) -> tuple[str, list[str]]:
+    """What a column of the values of a lineage is called, and its cells; a cell names its metric where there are
+    several."""
+    names = {entry.metric for entry in lineage if entry.metric is not None}
+    alike = len(names) == 1
+    cells = []
+    for entry in lineage:
+        known = metrics.of(entry.metric or "")
+        if entry.value is None:
+            cells.append("-")
+        else:
+            cells.append(known.number(entry.value) if alike else f"{known.title} {known.number(entry.value)}")
+    return f"{metrics.of(names.pop()).title if alike else 'quality'} after it", cells
 
 
-def sensitivity_text(report: Report) -> str:
-    """The most and the least sensitive sub-layer in one sentence; empty without a table."""
-    halves: dict[tuple[int, str], Sensitivity] = {}
-    for row in sensitivity(report):  # of each sub-layer the row nearest to half
-        known = halves.get((row.layer, row.part))
-        if known is None or abs(row.removed - 0.5) < abs(known.removed - 0.5):
-            halves[row.layer, row.part] = row
-    if len(halves) < 2:
-        return ""
-    ranked = sorted(halves.values(), key=lambda row: row.kl)
-    most, least = (
-        f"the {row.part} of layer {row.layer} (KL {number(row.kl)} nats with {100 * row.removed:.0f} % removed)"
-        for row in (ranked[-1], ranked[0])
-    )
-    return f"pruned alone, {most} changed the answers most, {least} least"
-
-
-def tries(report: Report) -> list[dict[str, Any]]:
-    """The tries of a search for the amount, one row each; empty where the amount was given."""
-    detail = report.method.detail if report.method else {}
-    for key in ("search", "target_speedup"):
-        one = detail.get(key)
-        rows = one.get("tries") if isinstance(one, dict) else None
-        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-            return rows
-    return []
-
-
-def amount_text(report: Report) -> str:
-    """How the amount was found, in one sentence; empty where it was given."""
-    rows, detail = tries(report), report.method.detail if report.method else {}
-    if not rows:
-        return ""
-    many = f"{len(rows)} {'try' if len(rows) == 1 else 'tries'}"
-    if isinstance(found := detail.get("target_speedup"), dict):
-        chosen = next((row for row in rows if row.get("measured") == found.get("measured")), rows[-1])
-        asked, predicted, measured = found.get("target"), chosen.get("predicted"), chosen.get("measured")
-        if _finite(asked) and _finite(predicted) and _finite(measured):
-            return (
-                f"{asked:g} times faster at batch 1 was asked for: {predicted:.2f} predicted, "
-                f"{measured:.2f} measured when it was cut, {many}"
-            )
-        return ""
-    found = detail["search"]
-    limit, share = found.get("max_drop"), report.method.params.get("sparsity") if report.method else None
-    if _finite(limit) and _finite(share):
-        held = any(row.get("kept") is True for row in rows)
-        return (
-            f"{100 * share:.1f} % removed is {'the most' if held else 'the nearest'} of {many} "
-            f"{'that keeps' if held else 'to'} a drop of {limit:g} on the validation rows"
-        )
-    return ""
-
-
-_CONTROLS = {
-    "labels": "the labels alone",
-    "labels+dropout": "the labels and dropout",
-    "labels+texts": "the labels and the same further texts",
-    "labels+texts+dropout": "the labels, the same further texts and dropout",
-}
-
-
-def control_text(report: Report) -> str:
-    """What a student reaches without its teacher, in one sentence; empty where there was no control."""
-    found = report.method.detail.get("control") if report.method else None
-    return (isinstance(found, dict) and control_words(found)) or ""
-
-
-def control_words(found: dict[str, Any]) -> str | None:
-    """The same of the control's own part of a report; None where it does not hold what it should."""
-    own, rows = found.get("student_accuracy"), found.get("runs")
-    runs = [run for run in rows if isinstance(run, dict)] if isinstance(rows, list) else []
-    if not (_finite(own) and runs and all(_finite(run.get("accuracy")) for run in runs)):
-        return None
-    without = ", ".join(
-        f"{100 * run['accuracy']:.2f} % with {_CONTROLS.get(str(run.get('name')), str(run.get('name')))}"
-        for run in runs
-    )
-    best = max(runs, key=lambda run: float(run["accuracy"]))
-    gain, p_value = own - best["accuracy"], best.get("p_value")
-    tested = f" ({probability(p_value)})" if _finite(p_value) else ""
-    over = "over the best of them" if len(runs) > 1 else "over that"
-    return (
-        f"accuracy on {found.get('split')}: {100 * own:.2f} % distilled; without the teacher {without}; "
-        f"the teacher gives {100 * gain:+.2f} points {over}{tested}"
-    )
-
-
-def _finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def labels_text(report: Report) -> str:
+    """``3 labels``."""
+    count_ = len(report.model.labels)
+    return f"{count_} label{'' if count_ == 1 else 's'}"
 
 
 def parameters_of(entry: LineageEntry) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
 from kdcli.errors import UsageError, did_you_mean
+from kdcli.report import metrics
 from kdcli.report.schema import Delta, Gate, Latency, Measurement
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -22,31 +23,14 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
-NAMES = (
-    "accuracy",
-    "macro_f1",
-    "ece",
-    "drop",
-    "agreement",
-    "p_value",
-    "speedup",
-    "size_ratio",
-    "parameters",
-    "nonzero_parameters",
-    "macs",
-    "checkpoint_bytes",
-    "onnx_bytes",
-    "onnx_gzip_bytes",
-    "p50_ms",
-    "p90_ms",
-    "p99_ms",
-    "throughput_per_s",
-)
+_SHARES = ("drop", "agreement", "p_value")
+_COMPARED = (*_SHARES, "speedup", "size_ratio")
+_SIZES = ("parameters", "nonzero_parameters", "checkpoint_bytes", "onnx_bytes", "onnx_gzip_bytes")
+_TIMES = ("p50_ms", "p90_ms", "p99_ms")
+GENERAL = (*_COMPARED, "macs", *_SIZES, *_TIMES, "throughput_per_s")
+"""Names that every report has a value of; those of the metrics are the task's."""
 
-
-_SHARES = ("accuracy", "macro_f1", "ece", "drop", "agreement", "p_value")
 _PERCENT = 2  # from here on a share is certainly meant in percent
-_COMPARED = ("drop", "agreement", "p_value", "speedup", "size_ratio")
 _NOTHING = "there is nothing to compare with; --baseline MODEL measures another model on the same rows"
 
 
@@ -91,8 +75,12 @@ def parse_size(given: str) -> int:
     return int(Fraction(found[1]) * _UNITS[found[2].lower()])
 
 
-def parse_expression(given: str) -> Expression:
+def parse_expression(given: str, known: Iterable[str] | None = None) -> Expression:
     """Take ``accuracy>=0.9`` apart.
+
+    Args:
+        given: As the user wrote it.
+        known: The metrics of the task, as soon as it is known; until then those of all tasks.
 
     Raises:
         UsageError: Not of the form NAME OP NUMBER, or an unknown name.
@@ -103,15 +91,17 @@ def parse_expression(given: str) -> Expression:
             f"'{given}' is not a gate", 'write it like "accuracy>=0.9", with one of >= <= == > <'
         )
     name, sign, number = found.groups()
-    if name not in NAMES:
-        raise UsageError(f"unknown gate '{name}': {did_you_mean(name, NAMES)}")
+    allowed = tuple(metrics.KNOWN if known is None else known)
+    if name not in (*allowed, *GENERAL):
+        raise _unknown(name, allowed, of_model=known is not None)
     try:
         threshold = float(parse_size(number)) if name.endswith("_bytes") else float(number)
     except ValueError:
         threshold = math.nan
     if not math.isfinite(threshold):
         raise UsageError(f"'{number}' in the gate '{given}' is not a number")
-    if name in _SHARES and (threshold >= _PERCENT or (threshold > 1 and sign[0] == "<")):
+    bounded = name in _SHARES or (name not in GENERAL and metrics.of(name).scale != "open")
+    if bounded and (threshold >= _PERCENT or (threshold > 1 and sign[0] == "<")):
         # drop<=2 would hold whatever the model answers.
         raise UsageError(
             f"'{number}' in the gate '{given}': {name} is at most 1",
@@ -120,24 +110,60 @@ def parse_expression(given: str) -> Expression:
     return Expression(name, sign, threshold)
 
 
+def _unknown(name: str, allowed: Sequence[str], *, of_model: bool) -> UsageError:
+    if not of_model:
+        return UsageError(f"unknown gate '{name}': {did_you_mean(name, (*allowed, *GENERAL))}")
+    needs = metrics.of(name).needs
+    return UsageError(
+        f"the gate '{name}' is no metric of this model{f': it needs {needs}' if needs else ''}",
+        f"its metrics are {', '.join(allowed)}; others are {', '.join(GENERAL)}",
+    )
+
+
+def check(limits: Limits, known: Iterable[str]) -> None:
+    """Refuse a gate on a metric that the model will not have, before anything is trained.
+
+    Args:
+        limits: What was asked for.
+        known: Names of the metrics.
+
+    Raises:
+        UsageError: A name is none of them.
+    """
+    names = tuple(known)
+    for one in limits.expressions:
+        parse_expression(one, names)
+
+
 def value_of(name: str, after: Measurement, delta: Delta) -> float | None:
     """The value a gate judges; None when it was not measured."""
-    if name in ("accuracy", "macro_f1", "ece"):
-        return None if after.quality is None else getattr(after.quality, name).value
     if name == "drop":
-        return None if delta.accuracy is None else 0.0 - delta.accuracy  # never -0
-    if name in ("agreement", "p_value", "speedup", "size_ratio"):
+        return drop_of(after, delta)
+    if name in _COMPARED:
         return getattr(delta, name)
     if name == "macs":
         return after.compute.macs
-    if name in ("p50_ms", "p90_ms", "p99_ms"):
+    if name in _TIMES:
         single = at_batch(after, 1)
         return None if single is None else getattr(single, name)
     if name == "throughput_per_s":
         largest = max(after.latency, key=lambda one: one.batch, default=None)
         at = at_batch(after, 32) or largest
         return None if at is None else at.throughput_per_s
-    return getattr(after.size, name)
+    if name in _SIZES:
+        return getattr(after.size, name)
+    metric = None if after.quality is None else after.quality.metrics.get(name)
+    return None if metric is None else metric.value
+
+
+def drop_of(after: Measurement, delta: Delta) -> float | None:
+    """By how much ``after`` is worse in its primary metric, in the unit of that metric; None where it is not known.
+
+    Where lower is better, a rise is the drop.
+    """
+    if delta.main is None or after.quality is None:
+        return None
+    return 0.0 - delta.main if after.quality.main.higher_is_better else 0.0 + delta.main  # never -0
 
 
 def at_batch(measurement: Measurement, batch: int) -> Latency | None:
@@ -154,8 +180,8 @@ def judge(
 ) -> list[Gate]:
     """Judge every gate that was asked for.
 
-    ``max_drop`` is in points of 1 of the accuracy; it and ``min_speedup`` need something to compare
-    with, and fail when there is nothing (``before`` is None).
+    ``max_drop`` is of the primary metric, in its unit (of a share: points of 1); it and ``min_speedup`` need something
+    to compare with, and fail when there is nothing (``before`` is None).
 
     Args:
         limits: What was asked for.
@@ -163,7 +189,11 @@ def judge(
         after: The model that is judged.
         delta: The one against the other.
         reasons: Name of a value -> why it is missing, where the caller knows; a gate without a value says it.
+
+    Raises:
+        UsageError: A gate names a metric that ``after`` does not have (:func:`check` finds that earlier).
     """
+    known = None if after.quality is None else tuple(after.quality.metrics)
     asked: list[tuple[str, str, Expression]] = []
     if limits.max_drop is not None:
         asked.append(("max-drop", f"drop<={limits.max_drop:g}", Expression("drop", "<=", limits.max_drop)))
@@ -180,7 +210,7 @@ def judge(
         asked.append(
             ("max-size", f"onnx_bytes<={limits.max_size_bytes}", Expression("onnx_bytes", "<=", size))
         )
-    asked.extend((e.strip(), e.strip(), parse_expression(e)) for e in limits.expressions)
+    asked.extend((e.strip(), e.strip(), parse_expression(e, known)) for e in limits.expressions)
     gates = []
     for name, text, expression in asked:
         value = value_of(expression.name, after, delta)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape as _escape
 from typing import Any
 
-from kdcli.report import facts, markdown
+from kdcli.report import facts, findings, markdown, metrics
 from kdcli.report.markdown import Row
 from kdcli.report.schema import Measurement, Report
 
@@ -98,7 +98,7 @@ def _one(report: Report, title: str, level: str = "h1") -> str:
 
 def _byline(report: Report) -> str:
     model = report.model
-    said = [f"{model.family}, {model.task}, {len(model.labels)} labels"]
+    said = [f"{model.family}, {model.task}, {facts.labels_text(report)}"]
     if report.data is not None:
         rows = ", ".join(f"{split} {count}" for split, count in report.data.rows.items())
         said.append(f"data {facts.public(report.data.ref)} ({rows})")
@@ -134,7 +134,7 @@ def _numbers(report: Report) -> str:
 
 def _bars(fact: facts.Fact) -> str:
     """Two bars on one scale from 0; the numbers stand beside them, so they are hidden from screen readers."""
-    top = 1.0 if fact.kind == "score" else max(fact.before or 0.0, fact.after or 0.0)
+    top = 1.0 if fact.kind == "score" else max(fact.before or 0.0, fact.after or 0.0, 0.0)
     bars = []
     for y, tone, value in ((1, "old", fact.before), (11, "new", fact.after)):
         if value is not None and top > 0:
@@ -180,13 +180,13 @@ def _latency(report: Report) -> str:
 
 
 def _amount(report: Report) -> str:
-    rows = facts.tries(report)
-    said = facts.amount_text(report)
+    rows = findings.tries(report)
+    said = findings.amount_text(report)
     return (f"<p>{text(said[0].upper() + said[1:])}.</p>" if said else "") + (_records(rows) if rows else "")
 
 
 def _control(report: Report) -> str:
-    said = facts.control_text(report)
+    said = findings.control_text(report)
     return f"<p>{text(said[0].upper() + said[1:])}.</p>" if said else ""
 
 
@@ -196,7 +196,7 @@ _DECADES = 4  # of a nat, below the largest value: what is smaller lies on the a
 
 def _sensitivity(report: Report) -> str:
     """One small chart a layer, all on one logarithmic scale; the same numbers follow as a table."""
-    rows = facts.sensitivity(report)
+    rows = findings.sensitivity(report)
     top = max((row.kl for row in rows), default=0.0)
     if top <= 0:
         return ""
@@ -205,7 +205,7 @@ def _sensitivity(report: Report) -> str:
     for layer in dict.fromkeys(row.layer for row in rows):
         own = [row for row in rows if row.layer == layer]
         charts.append(_layer_chart(layer, own, high))
-    said = facts.sensitivity_text(report)
+    said = findings.sensitivity_text(report)
     legend = (
         "KL divergence from the dense model's answers, in nats, over the share removed from one sub-layer alone: "
         f"heads solid, neurons dashed. Every axis goes from 1e{high - _DECADES} to 1e{high}, each line a tenth."
@@ -220,7 +220,7 @@ def _sensitivity(report: Report) -> str:
     )
 
 
-def _layer_chart(layer: int, rows: Sequence[facts.Sensitivity], high: int) -> str:
+def _layer_chart(layer: int, rows: Sequence[findings.Sensitivity], high: int) -> str:
     width, height = _CHART
     left, right, upper, lower = 4, width - 4, 18, height - 16
 
@@ -251,16 +251,17 @@ def _layer_chart(layer: int, rows: Sequence[facts.Sensitivity], high: int) -> st
 
 
 def _lineage(report: Report) -> str:
+    head, values = facts.values_after(report.lineage)
     rows = [
         {
             "step": entry.stage,
             "method": entry.method,
             "model it started from": facts.public(entry.model),
-            "accuracy after it": entry.accuracy,
+            head: value,
             "settings": facts.parameters_of(entry),
             "report sha256": (entry.report_sha256 or "")[:12],
         }
-        for entry in report.lineage
+        for entry, value in zip(report.lineage, values, strict=True)
     ]
     return _records(rows)
 
@@ -268,7 +269,7 @@ def _lineage(report: Report) -> str:
 def _method(report: Report) -> str:
     if report.method is None:
         return ""
-    drawn = {"sensitivity"} if facts.sensitivity(report) else set()
+    drawn = {"sensitivity"} if findings.sensitivity(report) else set()
     shown = {key: value for key, value in report.method.detail.items() if key not in drawn}
     detail = _details("Detail", f"<pre>{_json(shown)}</pre>") if shown else ""
     return f"<p>{text(report.method.name)}</p>{_pairs(report.method.params)}{detail}"
@@ -303,7 +304,7 @@ def _files(report: Report) -> str:
 
 def _several(reports: Sequence[Report], title: str) -> str:
     rows = [Row.of(report) for report in reports]
-    head = "".join(f"<th>{text(name)}</th>" for name in ("", *markdown.COLUMNS))
+    head = "".join(f"<th>{text(name)}</th>" for name in ("", *markdown.columns(rows)))
     lines = "".join(
         f"<tr><td>{number}</td>{''.join(f'<td>{text(cell)}</td>' for cell in cells)}</tr>"
         for number, cells in enumerate(markdown.cells(rows), 1)
@@ -311,7 +312,7 @@ def _several(reports: Sequence[Report], title: str) -> str:
     parts = [
         f"<h1>{text(title)}</h1>",
         f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>',
-        '<p class="soft">* no other model here is better in accuracy, size and latency</p>',
+        f'<p class="soft">{text(markdown.legend(rows))}</p>',
         _chart(rows),
     ]
     for number, report in enumerate(reports, 1):
@@ -321,8 +322,11 @@ def _several(reports: Sequence[Report], title: str) -> str:
 
 
 def _chart(rows: Sequence[Row]) -> str:
-    """Accuracy against latency, with the numbers of the table; empty with fewer than two points."""
-    points = [(n, row.p50_ms, row.accuracy) for n, row in enumerate(rows, 1)]
+    """The primary metric against latency, with the numbers of the table; empty with fewer than two points."""
+    name, title = markdown.metric_of(rows), text(markdown.title_of(rows))
+    if name is None:
+        return ""
+    points = [(n, row.p50_ms, row.quality.value if row.quality else None) for n, row in enumerate(rows, 1)]
     known = [(n, x, y) for n, x, y in points if x is not None and y is not None]
     if len(known) < 2:
         return ""
@@ -331,7 +335,8 @@ def _chart(rows: Sequence[Row]) -> str:
     low, high = min(y for *_, y in known), max(y for *_, y in known)
     margin = (high - low) * 0.15 or 0.01
     low, high = low - margin, high + margin
-    best = markdown.pareto([row.point for row in rows])
+    ends = [metrics.of(name).number(end) for end in (low, high)]
+    best = markdown.best_of(rows)
     marks = []
     for n, x, y in known:
         cx = left + (width - left - 30) * x / right_x
@@ -341,13 +346,13 @@ def _chart(rows: Sequence[Row]) -> str:
         marks.append(f'<text x="{cx + 9:.1f}" y="{cy + 4:.1f}">{n}</text>')
     return (
         f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
-        'aria-label="accuracy against latency; the numbers are in the table">'
+        f'aria-label="{title} against latency; the numbers are in the table">'
         f'<line class="axis" x1="{left}" y1="{bottom}" x2="{width - 10}" y2="{bottom}"/>'
         f'<line class="axis" x1="{left}" y1="10" x2="{left}" y2="{bottom}"/>'
-        f'<text x="4" y="24">{high:.4f}</text><text x="4" y="{bottom}">{low:.4f}</text>'
+        f'<text x="4" y="24">{ends[1]}</text><text x="4" y="{bottom}">{ends[0]}</text>'
         f'<text x="{left}" y="{bottom + 18}">0</text>'
         f'<text x="{width - 40}" y="{bottom + 18}" text-anchor="end">{text(facts.number(right_x))} ms</text>'
-        f'<text x="{left}" y="{bottom + 36}">accuracy over p50 at batch 1; blue: Pareto</text>'
+        f'<text x="{left}" y="{bottom + 36}">{title} over p50 at batch 1; blue: Pareto</text>'
         f"{''.join(marks)}</svg>"
     )
 

@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from kdcli.errors import InputError
-from kdcli.report.schema import Report
+from kdcli.report import version1
+from kdcli.report.schema import LineageEntry, Measurement, Report
 
 FILE = "report.json"
 
@@ -42,7 +45,7 @@ def write(report: Report, directory: Path) -> Path:
 
 
 def read(path: Path) -> Report:
-    """Read a report.
+    """Read a report; one of schema version 1 comes out as version 2.
 
     Args:
         path: report.json or the directory that holds it.
@@ -61,18 +64,29 @@ def read(path: Path) -> Report:
         raise InputError(f"'{file}' is not readable JSON: {error}") from error
     if not isinstance(content, dict) or content.get("kind") != "kdcli.report":
         raise InputError(f"'{file}' is not a kdcli report")
-    if content.get("schema_version") != 1:
-        version = repr(content.get("schema_version"))[:40]
+    version = content.get("schema_version")
+    if version not in (1, 2) or isinstance(version, bool):
         raise InputError(
-            f"'{file}' has schema version {version}; this kdcli reads version 1",
+            f"'{file}' has schema version {repr(version)[:40]}; this kdcli reads versions 1 and 2",
             "a newer kdcli wrote it: upgrade",
         )
     try:
-        return Report.model_validate(content)
+        return Report.model_validate(version1.report(content) if version == 1 else content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"'{file}' is not a valid report: {where}: {first['msg']}") from error
+
+
+def lineage(stored: Iterable[dict[str, Any]]) -> list[LineageEntry]:
+    """The lineage that kdcli.json holds, written by this or an earlier version of kdcli."""
+    return [LineageEntry.model_validate(version1.lineage_entry(one)) for one in stored]
+
+
+def recorded(first: LineageEntry) -> Measurement | None:
+    """The measurement that the first entry of a lineage carries along; None where it has none."""
+    stored = first.params.get("measurement")
+    return None if stored is None else Measurement.model_validate(version1.measurement(stored))
 
 
 def sha256_of(path: Path) -> str:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kdcli.report import facts
-from kdcli.report.schema import Report
+from kdcli.report import facts, findings, metrics
+from kdcli.report.schema import MetricValue, Report
 
 _SPECIAL = re.compile(r"[\\`*\[\]#|~!$]|(?<!\w)_|_(?!\w)|:(?=[:/])|(?<=:):|@(?=\w)")
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
@@ -88,7 +88,7 @@ def table(report: Report) -> str:
 
 def found_out(report: Report) -> list[str]:
     """What a stage found out about the model on its way, in sentences without a full stop."""
-    told = (facts.amount_text(report), facts.sensitivity_text(report), facts.control_text(report))
+    told = (findings.amount_text(report), findings.sensitivity_text(report), findings.control_text(report))
     return [said for said in told if said]
 
 
@@ -102,8 +102,8 @@ class Row:
     """One model in a table of several."""
 
     name: str
-    accuracy: float | None
-    stderr: float | None
+    metric: str | None  # the primary one; None where no quality was measured
+    quality: MetricValue | None  # its value
     onnx_bytes: int | None
     p50_ms: float | None  # batch 1
     macs: int | None
@@ -113,11 +113,10 @@ class Row:
     def of(cls, report: Report) -> Row:
         """The row of a report's ``after``."""
         after = report.after
-        accuracy = None if after.quality is None else after.quality.accuracy
         return cls(
             name=facts.public(report.model.source),
-            accuracy=None if accuracy is None else accuracy.value,
-            stderr=None if accuracy is None else accuracy.stderr,
+            metric=None if after.quality is None else after.quality.primary,
+            quality=None if after.quality is None else after.quality.main,
             onnx_bytes=after.size.onnx_bytes,
             p50_ms=next((one.p50_ms for one in after.latency if one.batch == 1), None),
             macs=after.compute.macs,
@@ -126,8 +125,23 @@ class Row:
 
     @property
     def point(self) -> tuple[float | None, float | None, float | None]:
-        """What :func:`pareto` compares: accuracy, bytes, milliseconds."""
-        return self.accuracy, self.onnx_bytes, self.p50_ms
+        """What :func:`pareto` compares: the primary metric, turned so that higher is better, bytes, milliseconds."""
+        worth = None
+        if self.quality is not None:
+            worth = self.quality.value if self.quality.higher_is_better else -self.quality.value
+        return worth, self.onnx_bytes, self.p50_ms
+
+
+def metric_of(rows: Sequence[Row]) -> str | None:
+    """The primary metric of all models; None where they have several, which are no comparison."""
+    names = {row.metric for row in rows if row.metric is not None}
+    return names.pop() if len(names) == 1 else None
+
+
+def title_of(rows: Sequence[Row]) -> str:
+    """What the metric of :func:`metric_of` is called; ``quality`` where there is none."""
+    name = metric_of(rows)
+    return "quality" if name is None else metrics.of(name).title
 
 
 def pareto(points: Sequence[Sequence[float | None]]) -> list[bool]:
@@ -152,26 +166,52 @@ def pareto(points: Sequence[Sequence[float | None]]) -> list[bool]:
     return marks
 
 
-COLUMNS = ("model", "accuracy", "model.onnx", "p50, batch 1", "MACs", "gates", "Pareto")
+def columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Heads of :func:`cells`."""
+    return ("model", title_of(rows), "model.onnx", "p50, batch 1", "MACs", "gates", "Pareto")
+
+
+def best_of(rows: Sequence[Row]) -> list[bool]:
+    """Which rows :func:`pareto` marks; none where the models have several primary metrics."""
+    if metric_of(rows) is None:
+        return [False] * len(rows)
+    return pareto([row.point for row in rows])
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The texts of :data:`COLUMNS`, not escaped."""
+    """The texts below :func:`columns`, not escaped."""
+    alike = metric_of(rows) is not None
     return [
         (
             row.name,
-            facts.score(row.accuracy, row.stderr),
+            _quality(row, named=not alike),
             facts.size(row.onnx_bytes),
             "-" if row.p50_ms is None else f"{facts.number(row.p50_ms)} ms",
             facts.count(row.macs),
             "ok" if row.passed else "FAILED",
             "*" if best else "",
         )
-        for row, best in zip(rows, pareto([row.point for row in rows]), strict=True)
+        for row, best in zip(rows, best_of(rows), strict=True)
     ]
 
 
+def _quality(row: Row, *, named: bool) -> str:
+    if row.metric is None:
+        return "-"
+    shown = facts.value_text(row.metric, row.quality)
+    return f"{metrics.of(row.metric).title} {shown}" if named else shown
+
+
+def legend(rows: Sequence[Row]) -> str:
+    """What the star in the last column means."""
+    several = len({row.metric for row in rows if row.metric is not None}) > 1
+    if several:
+        return "the models are judged by different metrics, so none is marked"
+    return f"* no other model here is better in {title_of(rows)}, size and latency"
+
+
 def compare_table(rows: Sequence[Row]) -> str:
-    """Several models; a star marks those that no other one beats in accuracy, size and latency."""
+    """Several models; a star marks those that no other one beats in the primary metric, size and latency."""
     body = [tuple(escape(cell) for cell in line) for line in cells(rows)]
-    return grid(COLUMNS, body, right=(1, 2, 3, 4)) + "\n\n\\* no other model here is better in all three\n"
+    head = [escape(one) for one in columns(rows)]
+    return f"{grid(head, body, right=(1, 2, 3, 4))}\n\n{escape(legend(rows))}\n"

@@ -1,10 +1,11 @@
-"""report.json, schema version 1: typed, with units in the names, null instead of NaN."""
+"""report.json, schema version 2: typed, with units in the names, null instead of NaN."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdcli.errors import ExitCode
 
@@ -51,15 +52,41 @@ class MetricValue(_Part):
 
 
 class Quality(_Part):
-    """How good the answers are."""
+    """How good the answers are: ``primary``, and every metric under its own name."""
 
-    accuracy: MetricValue
-    macro_f1: MetricValue
-    ece: MetricValue
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, MetricValue] = Field(init=False)
+
+    primary: str = Field(description="the metric that gates, searches and the best epoch go by")
     rows_sha256: str | None = Field(
         default=None,
         description="of the texts and labels of the rows, in any order; two numbers compare only where it is the same",
     )
+
+    @classmethod
+    def of(cls, primary: str, metrics: Mapping[str, MetricValue], rows_sha256: str | None = None) -> Quality:
+        """Put together what a task measured.
+
+        Raises:
+            ValueError: The primary metric is not among them.
+        """
+        return cls.model_validate({"primary": primary, "rows_sha256": rows_sha256, **metrics})
+
+    @model_validator(mode="after")
+    def _has_primary(self) -> Quality:
+        if self.primary not in self.metrics:
+            raise ValueError(f"the primary metric '{self.primary}' is missing")
+        return self
+
+    @property
+    def metrics(self) -> dict[str, MetricValue]:
+        """Name -> value, in the order of the report."""
+        return self.__pydantic_extra__
+
+    @property
+    def main(self) -> MetricValue:
+        """The primary metric."""
+        return self.metrics[self.primary]
 
 
 class Size(_Part):
@@ -118,18 +145,39 @@ class Measurement(_Part):
 
 
 class Delta(_Part):
-    """``after`` against ``before``."""
+    """``after`` against ``before``: the difference of every metric that both have, under the metric's own name.
 
-    accuracy: Number | None = Field(description="after minus before, in points of 1")
-    size_ratio: Number | None = Field(description="bytes of model.onnx before / after")
-    speedup: Number | None = Field(description="p50 at batch 1 before / after")
-    agreement: Number | None = Field(description="share of rows with the same top-1 answer")
-    p_value: Number | None = Field(description="McNemar, exact, two-sided")
-    accuracy_ci95: tuple[Number, Number] | None = Field(
-        default=None, description="95 % interval of `accuracy`, both models on the same rows"
+    A difference is after minus before, in the unit of the metric (of a share: points of 1).
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Number] = Field(init=False)
+
+    primary: str | None = Field(description="of `after`; null where its quality was not measured")
+    ci95: tuple[Number, Number] | None = Field(
+        default=None, description="95 % interval of the primary difference, both models on the same rows"
+    )
+    p_value: Number | None = Field(
+        default=None, description="that both are equally good by the primary metric; paired, two-sided"
+    )
+    agreement: Number | None = Field(
+        default=None,
+        description="share of rows with the same answer; where answers are numbers, of pairs of rows in the same order",
     )
     lost: int | None = Field(default=None, description="rows that only `before` got right")
     won: int | None = Field(default=None, description="rows that only `after` got right")
+    size_ratio: Number | None = Field(default=None, description="bytes of model.onnx before / after")
+    speedup: Number | None = Field(default=None, description="p50 at batch 1 before / after")
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """Name of a metric -> after minus before; empty where no quality was compared."""
+        return self.__pydantic_extra__
+
+    @property
+    def main(self) -> float | None:
+        """The difference of the primary metric; None where it was not compared."""
+        return None if self.primary is None else self.differences.get(self.primary)
 
 
 class Method(_Part):
@@ -171,7 +219,8 @@ class LineageEntry(_Part):
     method: str
     report_sha256: str | None
     model: str
-    accuracy: Number | None
+    metric: str | None = Field(description="what `value` is: the primary metric of then")
+    value: Number | None = Field(description="of the model after this step")
     params: dict[str, Any]
     chosen: list[str] = Field(default=[], description="what the rows of the validation split chose, in words")
     chosen_on: str | None = Field(
@@ -221,7 +270,7 @@ class Setting(_Part):
 class Report(_Part):
     """report.json of one stage."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     kind: Literal["kdcli.report"] = "kdcli.report"
     complete: bool
     exit_code: int

@@ -62,7 +62,7 @@ def run(request: Request, found: Sequence[Resolved], out: Path | None, progress:
     if out is not None:
         with output.building(out, stage.bytes_of(ours[0]) + (64 << 20)) as work:
             stage.copy(ours[0], work)
-            reports = [report_of.finish(reports[0], work, timings)]
+            reports = [report_of.finish(reports[0], ours[0].checkpoint.task, work, timings)]
             output.publish(work, out, force=request.common.force)
     if options.html is not None:
         _write_text(options.html, html.page(reports))

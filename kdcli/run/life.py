@@ -160,6 +160,8 @@ def _live(
     before = measurement.measure(
         context.checkpoint, input_graph, rows, split, conditions, title="before", rows_sha256=picked.sha256
     )
+    if before.measurement.quality is not None:
+        gates.check(request.common.gates, before.measurement.quality.metrics)
     given, input_labels = context.checkpoint, list(context.checkpoint.labels)
     first = not given.log.lineage
     history = lineage.lineage_of(given, source, before.measurement)
@@ -179,7 +181,8 @@ def _live(
             method=applied.method.name,
             report_sha256=None,
             model=source,
-            accuracy=None,
+            metric=None,
+            value=None,
             params=applied.method.params,
             chosen=lineage.chosen(request, applied.method.detail),
             chosen_on=picked_rows.pick(context.dataset, "validation", None).sha256,
@@ -243,7 +246,7 @@ def _live(
             comparison.compare(before.measurement, after.measurement),
             after_model.task.compare(before.logits[:, order], after.logits, after_rows.labels),
         )
-        entry = entry.model_copy(update={"accuracy": lineage.accuracy_of(after.measurement)})
+        entry = entry.model_copy(update=lineage.outcome_of(after.measurement))
         method = applied.method.model_copy(update={"detail": applied.method.detail | {"onnx": graph.detail}})
         warnings = [
             *doubts,
@@ -275,7 +278,7 @@ def _live(
             ),
             device=str(context.device),
         )
-        return report_of.finish(report, work, timings)
+        return report_of.finish(report, after_model.task, work, timings)
 
 
 def _weights_bytes(path: Path) -> int:

@@ -15,9 +15,12 @@ _KEPT_LAST = ("movement",)  # methods of prune whose training ends where it ends
 _FLOAT = "the layers that stay in float"
 
 
-def accuracy_of(measurement: Measurement) -> float | None:
-    """The primary metric, where it was measured."""
-    return None if measurement.quality is None else measurement.quality.accuracy.value
+def outcome_of(measurement: Measurement) -> dict[str, Any]:
+    """``metric`` and ``value`` of a step: the primary metric, where it was measured."""
+    quality = measurement.quality
+    if quality is None:
+        return {"metric": None, "value": None}
+    return {"metric": quality.primary, "value": quality.main.value}
 
 
 def lineage_of(checkpoint: Checkpoint, source: str, before: Measurement) -> list[LineageEntry]:
@@ -25,20 +28,20 @@ def lineage_of(checkpoint: Checkpoint, source: str, before: Measurement) -> list
 
     The first entry keeps its whole measurement, so that a later ``evaluate`` can compare with it.
     """
-    entries = [LineageEntry.model_validate(e) for e in checkpoint.log.lineage]
+    entries = io.lineage(checkpoint.log.lineage)
     if not entries:
         first = LineageEntry(
             stage="input",
             method="",
             report_sha256=None,
             model=redact(source),
-            accuracy=accuracy_of(before),
+            **outcome_of(before),
             params={"measurement": before.model_dump(mode="json")},
         )
         return [first]
     report = checkpoint.path / "report.json"
     if report.is_file():
-        update = {"report_sha256": io.sha256_of(report), "accuracy": accuracy_of(before)}
+        update = {"report_sha256": io.sha256_of(report), **outcome_of(before)}
         entries[-1] = entries[-1].model_copy(update=update)
     return entries
 

@@ -29,6 +29,7 @@ from kdcli.report.schema import (
     Warning_,
 )
 from kdcli.request import Request
+from kdcli.tasks.task import Task
 from kdcli.timing import Timings
 
 
@@ -68,7 +69,7 @@ def build(
         device: Where it ran.
     """
     report = Report(
-        schema_version=1,
+        schema_version=2,
         kind="kdcli.report",
         complete=True,
         exit_code=0,
@@ -99,11 +100,12 @@ def build(
     return report.model_copy(update={"exit_code": int(report.verdict)})
 
 
-def finish(report: Report, work: Path, timings: Timings) -> Report:
+def finish(report: Report, task: Task, work: Path, timings: Timings) -> Report:
     """Write the model card, list the artifacts, then report.json, which marks the directory complete."""
     first = MODELS.get(report.lineage[0].model) if report.lineage else None
     base_model = None if first is None else first.repo
-    (work / "README.md").write_text(card.card(report, base_model=base_model), encoding="utf-8")
+    said = card.card(report, use_of(task), base_model=base_model)
+    (work / "README.md").write_text(said, encoding="utf-8")
     artifacts = [
         Artifact(path=path.relative_to(work).as_posix(), bytes=path.stat().st_size, sha256=io.sha256_of(path))
         for path in sorted(work.rglob("*"))
@@ -112,6 +114,16 @@ def finish(report: Report, work: Path, timings: Timings) -> Report:
     report = report.model_copy(update={"artifacts": artifacts, "timings": timings.rounded()})
     io.write(report, work)
     return report
+
+
+def use_of(task: Task) -> card.Use:
+    """What the model card says of the answers of a task."""
+    return card.Use(
+        of_checkpoint=task.snippet(of_graph=False),
+        of_graph=task.snippet(of_graph=True),
+        limit=task.limit,
+        pipeline_tag=task.pipeline_tag,
+    )
 
 
 def config_of(request: Request) -> dict[str, Any]:

@@ -52,6 +52,16 @@ class Classification:
         """As transformers' ``config.problem_type`` has it."""
         return "single_label_classification"
 
+    @property
+    def pipeline_tag(self) -> str:
+        """As the hub calls the task in a model card."""
+        return "text-classification"
+
+    @property
+    def limit(self) -> str:
+        """That there is always an answer."""
+        return "It knows {labels} labels and always answers with one of them, also for a text that fits none."
+
     def outputs(self, labels: Sequence[str]) -> int:
         """One for every label."""
         return len(labels)

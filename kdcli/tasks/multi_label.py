@@ -53,6 +53,8 @@ class MultiLabel:
     kind: ClassVar[Kind] = "any-of"
     metrics = ("micro_f1", "macro_f1", "subset_accuracy", "average_precision")
     problem_type = "multi_label_classification"
+    pipeline_tag = "text-classification"
+    limit = "It knows {labels} labels; a text that fits none of them may get some, and one that fits some may get none."
 
     def outputs(self, labels: Sequence[str]) -> int:
         """One a label."""
@@ -72,8 +74,8 @@ class MultiLabel:
         return found
 
     def about(self, outputs: int) -> dict[str, str]:
-        """``thresholds``: a JSON list of C probabilities."""
-        return {"thresholds": json.dumps(self._thresholds(outputs).tolist())}
+        """``task``, and ``thresholds``: a JSON list of C probabilities."""
+        return {"task": self.name, "thresholds": json.dumps(self._thresholds(outputs).tolist())}
 
     # Labels as arrays.
 

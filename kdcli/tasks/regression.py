@@ -43,6 +43,8 @@ class Regression:
     kind: ClassVar[Kind] = "number"
     metrics = ("spearman", "pearson", "rmse", "r2", "pair_order", *_RANKING)
     problem_type = "regression"
+    pipeline_tag = "text-classification"
+    limit = "It answers every text with a number, also one that is unlike all that it was trained on."
 
     def outputs(self, labels: Sequence[str]) -> int:
         """One."""
@@ -60,8 +62,8 @@ class Regression:
         return found
 
     def about(self, outputs: int) -> dict[str, str]:
-        """Nothing."""
-        return {}
+        """``task``."""
+        return {"task": self.name}
 
     # Labels as arrays.
 

@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 Kind = Literal["one-of", "any-of", "number"]
 """What one answer is: one of C classes, any of C labels, or a number."""
 
+OF_TEXTS: Mapping[Kind, str] = {
+    "one-of": "text-classification",
+    "any-of": "multi-label",
+    "number": "regression",
+}
+"""Kind -> the ``--task`` that gives such answers to texts."""
+
 Reduction = Literal["none", "sum"]
 """As in torch: one value a row, or their sum (as one operation, which rounds in an order of its own)."""
 
@@ -94,6 +101,16 @@ class Task(Protocol):
         """As transformers' ``config.problem_type`` has it."""
         ...
 
+    @property
+    def pipeline_tag(self) -> str:
+        """As the hub calls the task in a model card."""
+        ...
+
+    @property
+    def limit(self) -> str:
+        """What not to expect of an answer, one sentence for the model card; ``{labels}`` is their number."""
+        ...
+
     def outputs(self, labels: Sequence[str]) -> int:
         """C of a head for these label names."""
         ...
@@ -112,7 +129,10 @@ class Task(Protocol):
         ...
 
     def about(self, outputs: int) -> dict[str, str]:
-        """What the metadata of a graph with C outputs says of its answers, besides the names of the labels."""
+        """What the metadata of a graph with C outputs says of its answers besides the names of the labels.
+
+        Without a key ``task`` one of the labels is chosen, as in every graph before there were other tasks.
+        """
         ...
 
     # Labels as arrays.

@@ -65,7 +65,9 @@ def measurement(accuracy: float = 0.9, onnx_bytes: int = 4_000_000, p50_ms: floa
         for batch in (1, 32)
     ]
     return schema.Measurement(
-        quality=schema.Quality(accuracy=score(accuracy), macro_f1=score(accuracy), ece=score(0.05)),
+        quality=schema.Quality.of(
+            "accuracy", {"accuracy": score(accuracy), "macro_f1": score(accuracy), "ece": score(0.05)}
+        ),
         size=schema.Size(
             parameters=1_000_000,
             nonzero_parameters=1_000_000,
@@ -104,7 +106,9 @@ def report(
         data=schema.DataInfo(ref="reviews", fingerprint="0" * 64, rows={"test": 100}),
         before=measurement() if before is None else before,
         after=measurement(0.88, 1_000_000, 1.0) if after is None else after,
-        delta=schema.Delta(accuracy=-0.02, size_ratio=4.0, speedup=2.0, agreement=0.97, p_value=0.5),
+        delta=schema.Delta(
+            primary="accuracy", accuracy=-0.02, size_ratio=4.0, speedup=2.0, agreement=0.97, p_value=0.5
+        ),
         method=schema.Method(name="taylor", params={}, detail={}, layers=[]),
         parity=schema.Parity(
             max_abs_diff=1e-6, top1_agreement=1.0, shapes=[(1, 8)], passed=exit_code != 5, tolerance=1e-4

@@ -60,7 +60,7 @@ def test_the_reference_has_every_command_and_option(gen: ModuleType) -> None:
                 assert f"`--{flag}`" in made["docs/cli.md"]
     for code, meaning in MEANING.items():
         assert f"| {int(code)} | `{code.name}` | {meaning} |" in made["docs/exit-codes.md"]
-    assert json.loads(made["docs/report.schema.json"])["properties"]["schema_version"]["const"] == 1
+    assert json.loads(made["docs/report.schema.json"])["properties"]["schema_version"]["const"] == 2
     assert {name for name in made if name.startswith("completions/")} == {
         "completions/kdcli.bash",
         "completions/_kdcli",

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from kdcli.data.answers import read_labels
+from kdcli.data.columns import parse_columns
+from kdcli.data.label_sets import read_sets
 from kdcli.data.tables import Table
+from kdcli.data.wanted import Wanted
 from kdcli.errors import InputError
 
 
@@ -74,23 +77,35 @@ def test_scores_are_no_classes(values: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("values", "separator"),
     [
-        ["toxic", "insult", "toxic;insult", "none"],
-        ["negative", "positive", "negative,positive"],
-        ["a|b", "b|c", "c", "a|c"],
-        ["a;b", "b;c", "c;a"],
-        ["27", "8", "8,27"],
-        ["['joy', 'fear']", "['joy']", "[]x"],
-        ["[0 1]", "[1 0]"],
+        (["toxic", "insult", "toxic;insult", "none"], ";"),
+        (["negative", "positive", "negative,positive"], ","),
+        (["a|b", "b|c", "c", "a|c"], "|"),
+        (["a;b", "b;c", "c;a"], ";"),
+        (["27", "8", "8,27"], ","),
+        (["['joy', 'fear']", "['joy']", "[]x"], None),
+        (["[0 1]", "[1 0]"], None),
     ],
 )
-def test_several_labels_a_row_are_refused(values: list[str]) -> None:
+def test_several_labels_in_one_cell_are_refused_with_the_way_to_say_so(
+    values: list[str], separator: str | None
+) -> None:
     with pytest.raises(InputError, match=r"holds (several labels a row|lists)") as caught:
         labels(values)
-    assert "one label a row" in str(caught.value.hint)
-    with pytest.raises(InputError, match="is a list, as of several labels"):
+    option = f"--columns 'labels=label:sep={separator or ';'}'"
+    assert option in str(caught.value.hint)
+    if separator is not None:
+        columns = parse_columns(option.split("'")[1])
+        table = Table("a.csv", ["label"], range(2, len(values) + 2), lambda name: values)
+        found = read_sets(table, "label", columns, Wanted("any-of"))
+        assert found == [tuple(sorted(set(value.split(separator)))) for value in values]
+
+
+def test_lists_are_no_single_labels() -> None:
+    with pytest.raises(InputError, match="is a list, as of several labels") as caught:
         labels([["a"], ["a", "b"]])
+    assert "--task multi-label" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

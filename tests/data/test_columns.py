@@ -50,9 +50,13 @@ def test_nothing_is_offered_where_the_names_say_too_little() -> None:
     assert "name the columns with --columns text=NAME" in str(caught.value.hint)
 
 
-def test_one_column_a_label_is_said_to_be_several_labels() -> None:
-    with pytest.raises(InputError, match="columns of 0 and 1: toxic, insult; kdcli learns one label a row"):
-        extract(table(text=TEXT, toxic=["0", "1"], insult=["1", "0"]), Columns())
+def test_columns_of_flags_are_offered_as_labels() -> None:
+    given = table(text=TEXT, toxic=["0", "1"], insult=["1", "0"], threat=[0, 0])
+    with pytest.raises(InputError, match="columns of 0 and 1: toxic, insult, threat") as caught:
+        extract(given, Columns())
+    option = "labels=toxic+insult+threat"
+    assert caught.value.hint == f"if each is a label that a row may have: --columns {option}"
+    assert extract(given, parse_columns(option)).rows.labels == [("insult",), ("toxic",)]
 
 
 def test_names_that_differ_in_case_alone() -> None:
@@ -69,3 +73,21 @@ def test_ids() -> None:
     assert Columns().with_ids() == "label=label:ids"
     with pytest.raises(UsageError, match="not ROLE=NAME"):
         parse_columns("label=:ids")
+
+
+def test_labels() -> None:
+    assert parse_columns("labels=tags") == Columns({"labels": "tags"})
+    for given in ("labels=tags:sep=;:ids,text=s", "text=s,labels=tags:ids:sep=;"):
+        assert parse_columns(given) == Columns({"labels": "tags", "text": "s"}, ids=True, separator=";")
+    assert parse_columns("labels=tags:sep=,,text=s") == Columns(
+        {"labels": "tags", "text": "s"}, separator=","
+    )
+    assert parse_columns("labels=tags:sep=,") == Columns({"labels": "tags"}, separator=",")
+    assert parse_columns("labels=tags:sep=|").with_ids("labels") == "labels=tags:ids:sep=|"
+    assert Columns().with_ids("labels", "Labels") == "labels=Labels:ids"
+    with pytest.raises(UsageError, match=r"'/' can't separate labels: choose one of ; \| ,"):
+        parse_columns("labels=tags:sep=/")
+    with pytest.raises(UsageError, match="either label=NAME, or labels=NAME"):
+        parse_columns("labels=tags,label=tag")
+    with pytest.raises(UsageError, match="not ROLE=NAME"):
+        parse_columns("labels=:sep=;")

@@ -98,7 +98,7 @@ def test_label_types(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}', "line 2: the label .* is missing"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n\n{"label": "x"}', "line 3: the text .* is missing"),
         ("a.jsonl", '{"text": 5, "label": "x"}', "line 1: the text in column 'text' is int, not text"),
-        ("a.jsonl", '{"text": "a", "label": ["x"]}', "line 1: the label in column 'label' is a list"),
+        ("a.jsonl", '{"text": "a", "label": {"x": 1}}', "line 1: the label in column 'label' is an object"),
         ("a.jsonl", '{"text": "a\\ud800", "label": "x"}', "line 1: .* half of a surrogate pair"),
         ("a.txt", "text\tlabel\n", r"not a data file: choose one of: .csv, .json"),
     ],

@@ -87,7 +87,7 @@ def test_data_that_have_changed_are_said_to_and_not_compared(project: Path) -> N
     report = judge("out/p1", gates=Gates(max_drop=1.0))
     assert "data-changed" in codes(report)
     assert not report.gates[0].passed
-    assert report.delta.accuracy is None
+    assert report.delta.main is None
 
 
 def test_an_older_report_counts_where_its_name_leads_to_the_same_rows(

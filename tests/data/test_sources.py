@@ -253,7 +253,8 @@ def test_load_texts(tmp_path: Path) -> None:
 def test_local_data_imports_nothing_heavy(tmp_path: Path) -> None:
     write(tmp_path / "all.csv", numbered(40))
     code = (
-        "import sys; from kdcli.data import sources, labels, text, batching; sources.load(sys.argv[1]); "
+        "import sys; from kdcli.data import sources; from kdcli.inputs import text, batching; "
+        "sources.load(sys.argv[1]); "
         "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "all.csv")]

@@ -7,10 +7,19 @@ from typing import Any
 import pytest
 import yaml
 
-from kdcli.report.card import card
+from kdcli.report import card as cards
 from kdcli.report.facts import visible
-from kdcli.report.schema import LineageEntry, Report
-from tests.report.reports import HOSTILE, bare, full, hostile
+from kdcli.report.schema import LineageEntry, Quality, Report
+from kdcli.run import report_of
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.multi_label import MultiLabel
+from kdcli.tasks.regression import Regression
+from kdcli.tasks.task import Task
+from tests.report.reports import HOSTILE, bare, full, hostile, multi_label, regression
+
+
+def card(report: Report, task: Task = CLASSIFICATION, base_model: str | None = None) -> str:
+    return cards.card(report, report_of.use_of(task), base_model)
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -21,7 +30,13 @@ def front_matter(text: str) -> dict[str, Any]:
 def quantized(isa: list[str], scheme: str = "dynamic-int8") -> Report:
     report = full()
     entry = LineageEntry(
-        stage="quantize", method=scheme, report_sha256=None, model="out/pruned", accuracy=0.8, params={}
+        stage="quantize",
+        method=scheme,
+        report_sha256=None,
+        model="out/pruned",
+        metric="accuracy",
+        value=0.8,
+        params={},
     )
     environment = report.environment.model_copy(update={"isa": isa})
     return report.model_copy(update={"lineage": [*report.lineage, entry], "environment": environment})
@@ -88,17 +103,59 @@ def test_a_model_without_integers_hears_nothing_of_int8() -> None:
     assert "Int8" not in card(quantized(["avx2"], scheme="fp16"))
 
 
-def test_the_python_in_the_card_is_python() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", card(full()), re.DOTALL)
+@pytest.mark.parametrize("task", [CLASSIFICATION, MultiLabel(), Regression()], ids=lambda task: task.name)
+def test_the_python_in_the_card_is_python_and_ends_in_the_tasks_own(task: Task) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", card(full(), task), re.DOTALL)
     assert len(blocks) == 2
-    for block in blocks:
+    for block, of_graph in zip(blocks, (False, True), strict=True):
         ast.parse(block)
+        assert block.endswith(task.snippet(of_graph=of_graph) + "\n")
+
+
+def test_the_card_of_several_labels() -> None:
+    text = card(multi_label(), MultiLabel())
+    matter = front_matter(text)
+    assert matter["pipeline_tag"] == "text-classification"
+    assert matter["metrics"] == ["f1", "accuracy"]
+    result = matter["model-index"][0]["results"][0]
+    assert [(one["type"], one["name"], one["value"]) for one in result["metrics"]] == [
+        ("f1", "micro-F1", 0.5492),
+        ("f1", "macro F1", 0.4397),
+        ("accuracy", "subset accuracy", 0.408),
+    ]
+    assert "A bert model for multi-label with 3 labels" in text
+    assert "| step | method | model it started from | micro-F1 after it | settings |" in text
+    assert "The micro-F1 of 0.5492 is an estimate" in text
+    assert "may lie between 0.5288 and 0.5696" in text
+    assert "On 6.90 % of the rows it answers differently from the model before it; the micro-F1 alone" in text
+    assert "always answers with one of them" not in text
+
+
+def test_the_card_of_numbers() -> None:
+    text = card(regression(), Regression())
+    matter = front_matter(text)
+    assert matter["metrics"] == ["spearmanr", "pearsonr"]
+    assert "with 1 label," in text
+    assert "3.80 % of the pairs of rows stand in another order than with the model before it" in text
+    assert "The Spearman of 0.8630 is an estimate" in text
+    assert "87.3" not in text
+    assert "one of them" not in text
+
+
+def test_a_metric_that_nobody_knows_cannot_break_the_front_matter() -> None:
+    report = multi_label()
+    assert report.after.quality is not None
+    name = "x: [1]"
+    odd = Quality.of(name, {name: report.after.quality.main})
+    after = report.after.model_copy(update={"quality": odd})
+    matter = front_matter(card(report.model_copy(update={"after": after})))
+    assert matter["metrics"] == [name]
 
 
 def test_hostile_names_are_harmless() -> None:
     text = card(hostile())
     matter = front_matter(text)
-    assert matter["pipeline_tag"] == visible(HOSTILE)
+    assert matter["model-index"][0]["results"][0]["dataset"]["name"] == visible(HOSTILE)
     body = text.split("---\n", 2)[2]
     outside = re.sub(r"^(`{3,}).*?^\1$", "", body, flags=re.DOTALL | re.MULTILINE)
     for raw in ("<script", "::error", "[l](javascript"):

@@ -5,9 +5,11 @@ import math
 import pytest
 
 from kdcli.errors import UsageError
-from kdcli.report.gates import NAMES, Expression, judge, parse_expression, parse_size, value_of
+from kdcli.report.gates import GENERAL, Expression, judge, parse_expression, parse_size, value_of
 from kdcli.request import Gates
 from tests.report.reports import delta, measurement
+
+NAMES = ("accuracy", "macro_f1", "ece", *GENERAL)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,16 @@ import hashlib
 import json
 import math
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kdcli.errors import InputError
+from kdcli.measure import comparison
 from kdcli.report import io
 from kdcli.report.schema import Method
 from tests.report.reports import V1, bare, full
@@ -18,7 +22,59 @@ from tests.report.reports import V1, bare, full
 @pytest.mark.parametrize("file", sorted(V1.glob("*.json")), ids=lambda path: path.name)
 def test_reports_of_earlier_releases_keep_loading(file: Path) -> None:
     """Never change these files: a report that does not load any more is a broken promise."""
-    assert io.read(file).schema_version == 1
+    assert io.read(file).schema_version == 2
+
+
+def test_version_1_reads_as_version_2() -> None:
+    old = json.loads((V1 / "prune.json").read_text(encoding="utf-8"))
+    report = full()
+    assert report.after.quality is not None
+    assert report.after.quality.primary == report.delta.primary == "accuracy"
+    found = {name: one.model_dump(mode="json") for name, one in report.after.quality.metrics.items()}
+    assert found == old["after"]["quality"]
+    assert report.delta.differences == {"accuracy": old["delta"]["accuracy"]}
+    assert [(one.metric, one.value) for one in report.lineage] == [
+        ("accuracy", one["accuracy"]) for one in old["lineage"]
+    ]
+    assert (bare().delta.primary, bare().delta.main) == (None, None)
+
+
+def test_a_lineage_of_version_1_still_compares() -> None:
+    stored = json.loads((V1 / "prune.json").read_text(encoding="utf-8"))["lineage"]
+    stored[0]["params"]["measurement"]["quality"]["rows_sha256"] = "r"
+    first, *rest = io.lineage(stored)
+    assert [(one.metric, one.value) for one in rest] == [("accuracy", one["accuracy"]) for one in stored[1:]]
+    recorded = io.recorded(first)
+    assert recorded is not None
+    now = full().after
+    assert now.quality is not None
+    now.quality.rows_sha256 = "r"
+    found = comparison.compare(comparison.from_record(recorded, now), now)
+    assert found.main == pytest.approx(0.80577778 - 0.956)
+    assert set(found.differences) == {"accuracy", "macro_f1", "ece"}
+    assert io.recorded(rest[0]) is None
+
+
+def test_an_interval_of_version_1_keeps_its_place(tmp_path: Path) -> None:
+    old = json.loads((V1 / "prune.json").read_text(encoding="utf-8"))
+    old["delta"] |= {"accuracy_ci95": [-0.2, -0.1], "lost": 9, "won": 1}
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    found = io.read(tmp_path).delta
+    assert (found.ci95, found.lost, found.won) == ((-0.2, -0.1), 9, 1)
+
+
+DOCS = Path(io.__file__).parents[2] / "docs" / "report.md"
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+def test_the_queries_of_the_documentation_answer(tmp_path: Path) -> None:
+    io.write(full(), tmp_path)
+    commands = re.findall(r"^jq .*$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    said = [
+        subprocess.run(one, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        for one in commands
+    ]
+    assert [one.split()[0] for one in said] == ["0.8057777777777778", "-0.15022222222222215", "accuracy"]
 
 
 def test_old_values_arrive_where_they_belong() -> None:
@@ -45,7 +101,7 @@ def test_the_text_is_stable_in_declaration_order_and_ends_with_a_newline() -> No
     text = io.dumps(full())
     assert text == io.dumps(io.Report.model_validate(json.loads(text)))
     assert list(json.loads(text)) == list(io.Report.model_fields)
-    assert text.startswith('{\n  "schema_version": 1,\n')
+    assert text.startswith('{\n  "schema_version": 2,\n')
     assert text.endswith("}\n")
 
 
@@ -99,8 +155,12 @@ def test_a_directory_without_a_report_says_so(tmp_path: Path) -> None:
         (b"[]", "not a kdcli report"),
         (b'{"kind": "other"}', "not a kdcli report"),
         (b'{"kind": "kdcli.report"}', "schema version None"),
-        (b'{"kind": "kdcli.report", "schema_version": 2}', "schema version 2"),
+        (b'{"kind": "kdcli.report", "schema_version": 3}', "schema version 3"),
+        (b'{"kind": "kdcli.report", "schema_version": true}', "schema version True"),
+        (b'{"kind": "kdcli.report", "schema_version": [2]}', "schema version"),
         (b'{"kind": "kdcli.report", "schema_version": 1}', "complete: Field required"),
+        (b'{"kind": "kdcli.report", "schema_version": 2}', "complete: Field required"),
+        (b'{"kind": "kdcli.report", "schema_version": 1, "lineage": [3], "after": 1}', "complete: Field"),
     ],
 )
 def test_broken_reports_are_one_line_that_names_the_file(tmp_path: Path, content: bytes, reason: str) -> None:

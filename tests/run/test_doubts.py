@@ -157,7 +157,8 @@ def test_only_the_rows_that_chose_are_meant() -> None:
         method="m",
         report_sha256=None,
         model="a",
-        accuracy=None,
+        metric=None,
+        value=None,
         params={},
         chosen=["the epoch"],
     )

@@ -127,7 +127,7 @@ def test_a_record_of_other_rows_is_no_measure(models: Path, data_dir: Path, tmp_
     report = judge(tmp_path / "p1", data=newer, common={"gates": limits}).report
     assert report.before is not None
     assert report.before.quality is None
-    assert report.delta.accuracy is None
+    assert report.delta.main is None
     assert [gate.passed for gate in report.gates] == [False, False]
     assert all(gate.reason is not None and "--baseline" in gate.reason for gate in report.gates)
     assert {"other-rows", "recorded-baseline"} <= {w.code for w in report.warnings}

@@ -28,7 +28,8 @@ from kdcli.inputs.feeding import torch_runner
 from kdcli.inputs.picked import pick
 from kdcli.inputs.text import Encoded
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.report.facts import SIGNIFICANT, control_words
+from kdcli.report.facts import SIGNIFICANT
+from kdcli.report.findings import control_words
 from kdcli.report.schema import Warning_
 from kdcli.stages.distill.fitting import run_fit
 from kdcli.stages.distill.student import Taught, Texts, set_dropout

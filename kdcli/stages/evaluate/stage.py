@@ -20,6 +20,7 @@ from kdcli.models.references import Resolved
 from kdcli.names import printable
 from kdcli.probe import soundness
 from kdcli.progress import Progress
+from kdcli.report import io
 from kdcli.report.schema import Delta, LineageEntry, Measurement, Warning_
 from kdcli.request import EvaluateOptions, Request
 from kdcli.timing import Timings
@@ -143,8 +144,8 @@ def conditions_of(
 class Against:
     """What a model is compared with, and what came of it."""
 
+    delta: Delta
     before: Measurement | None = None
-    delta: Delta = field(default_factory=lambda: comparison.NONE)
     reasons: dict[str, str] = field(default_factory=dict)  # gate -> why it has no value
     warnings: list[Warning_] = field(default_factory=list)
 
@@ -158,7 +159,7 @@ def compare(one: Candidate, baseline: Candidate | None, lineage: list[LineageEnt
         lineage: Of the model, oldest first.
     """
     after = one.measured.measurement
-    found = Against()
+    found = Against(comparison.compare(None, after))
     if baseline is not None:
         found.before = baseline.measured.measurement
         found.delta = comparison.compare(found.before, after)
@@ -172,17 +173,12 @@ def compare(one: Candidate, baseline: Candidate | None, lineage: list[LineageEnt
                     baseline.measured.logits[:, order], one.measured.logits, rows.labels
                 ),
             )
-    elif len(one.checkpoint.log.lineage) > 1 and (recorded := _recorded(lineage[0])) is not None:
+    elif len(one.checkpoint.log.lineage) > 1 and (recorded := io.recorded(lineage[0])) is not None:
         found.before = comparison.from_record(recorded, after)
         found.delta = comparison.compare(found.before, after)
         found.warnings, found.reasons = comparison.of_record(recorded, found.before, lineage[0].model)
     found.warnings += comparison.honest(found.delta, found.before, after)
     return found
-
-
-def _recorded(first: LineageEntry) -> Measurement | None:
-    stored = first.params.get("measurement")
-    return Measurement.model_validate(stored) if stored is not None else None
 
 
 def bytes_of(one: Candidate) -> int:

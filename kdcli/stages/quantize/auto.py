@@ -94,7 +94,8 @@ class Tried:
     @property
     def drop(self) -> float:
         assert self.delta is not None
-        return -(self.delta.accuracy or 0.0)
+        assert self.measurement is not None
+        return gates.drop_of(self.measurement, self.delta) or 0.0
 
     def row(self) -> dict[str, Any]:
         """For the report."""
@@ -103,7 +104,7 @@ class Tried:
         if self.measurement is not None and self.delta is not None:
             assert self.measurement.quality is not None
             made |= {
-                "accuracy": self.measurement.quality.accuracy.value,
+                self.measurement.quality.primary: self.measurement.quality.main.value,
                 "drop": self.drop,
                 "agreement": self.delta.agreement,
                 "p50_ms": {str(one.batch): one.p50_ms for one in self.measurement.latency},

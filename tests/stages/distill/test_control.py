@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from kdcli.inputs.augment import Origins
 from kdcli.inputs.text import Encoded, concatenate
 from kdcli.progress import Progress
-from kdcli.report import card, facts, html, markdown
+from kdcli.report import findings, html, markdown
 from kdcli.request import Common, DistillOptions, Request
 from kdcli.run import dry_run, life
 from kdcli.stages.distill import control
@@ -245,7 +245,7 @@ def test_the_report_says_what_the_teacher_gives_wherever_it_is_shown(
     teacher: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     report = distill(teacher, data_dir, tmp_path / "out", epochs=1, augment=1)
-    said = facts.control_text(report)
+    said = findings.control_text(report)
     found = report.method.detail["control"]
     assert f"{100 * found['student_accuracy']:.2f} % distilled" in said
     assert f"{100 * found['runs'][0]['accuracy']:.2f} % with the labels alone" in said
@@ -254,9 +254,9 @@ def test_the_report_says_what_the_teacher_gives_wherever_it_is_shown(
     gain = 100 * (found["student_accuracy"] - max(run["accuracy"] for run in found["runs"]))
     assert f"the teacher gives {gain:+.2f} points over the best of them" in said
     whole = said[0].upper() + said[1:]
-    assert whole in card.card(report).replace("\\", "")
+    assert whole in (tmp_path / "out" / "README.md").read_text(encoding="utf-8").replace("\\", "")
     assert whole in markdown.table(report).replace("\\", "")
     assert html.page(report).count("Without the teacher") == 1
     broken = {"student_accuracy": 0.5, "runs": [{"accuracy": None}]}
-    assert facts.control_words(broken) is None
-    assert facts.control_words({"accuracy": 0.9, "student_accuracy": 0.9}) is None
+    assert findings.control_words(broken) is None
+    assert findings.control_words({"accuracy": 0.9, "student_accuracy": 0.9}) is None

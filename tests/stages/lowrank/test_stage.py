@@ -391,7 +391,7 @@ def test_fitting_behind_the_factorised_layers_helps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_table_of_the_tokens(family: str, tmp_path: Path) -> None:
     made = tiny.checkpoint(family)
-    name = f"{made.family.base}.embeddings.word_embeddings"
+    name = made.family.tokens
     dense = logits(made, family)
     applied = contexts.applied(lowrank, context_of(made, tmp_path, rank=13, include=("embeddings", "*.1.*")))
     table = made.model.get_submodule(name)

@@ -36,7 +36,7 @@ def narrowed(family: str = "bert", keep: int = 24, extra: int = 0, seed: int = 0
 
 def activations(made) -> list[tuple[np.ndarray, np.ndarray]]:
     """Inputs and outputs (N, D) of every layer norm of the stream at real tokens, by hooks of our own."""
-    base = made.model.get_submodule(made.family.base)
+    base = made.model.base_model
     norms = [base.embeddings.LayerNorm]
     for layer in stack.encoder_layers(made.model, made.family):
         norms += [layer.attention_norm, layer.ffn_norm]
