@@ -87,9 +87,11 @@ def build(given: argparse.Namespace) -> None:
     from kdcli.inputs.splits import Splits
     from kdcli.models import checkpoint as checkpoints
     from kdcli.progress import Progress
-    from kdcli.request import Common, LowRankOptions, QuantizeOptions, Request
+    from kdcli.request import Common, Request
     from kdcli.stages.lowrank import stage as lowrank
+    from kdcli.stages.lowrank.options import LowRankOptions
     from kdcli.stages.quantize import stage as quantize
+    from kdcli.stages.quantize.options import QuantizeOptions
     from kdcli.timing import Timings
 
     torch.set_num_threads(1)

@@ -24,7 +24,7 @@ import common
 from common import by_onnxruntime_alone, header, mean, pairs, reports
 
 from kdcli import registry
-from kdcli.request import STRUCTURES
+from kdcli.stages.prune.options import STRUCTURES
 
 STRUCTURE = "heads+neurons"
 DEFAULT = STRUCTURES[STRUCTURE]

@@ -1,4 +1,4 @@
-"""kdcli: compress encoder-size models from the shell."""
+"""kdcli: compress encoder-size models from the shell, or from Python (``kdcli.distill(...)``, see docs/python.md)."""
 
 import os as _os
 
@@ -14,3 +14,18 @@ _os.environ.update(
     HF_UPDATE_DOWNLOAD_COUNTS="0",  # datasets
     DO_NOT_TRACK="1",
 )
+
+__all__ = ["__version__", "distill", "evaluate", "lowrank", "prune", "quantize"]
+
+
+def __getattr__(name: str) -> object:
+    """The function of a stage; nothing of it is imported before."""
+    if name in __all__:
+        from kdcli import api
+
+        return api.FUNCTIONS[name]
+    raise AttributeError(f"module 'kdcli' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

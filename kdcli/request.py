@@ -1,18 +1,24 @@
-"""What a stage is asked for: plain data, no torch, importable in a few milliseconds.
+"""What a stage is asked for: plain data, no torch.
 
-The command line builds one :class:`Request` and hands it to :func:`kdcli.run.life.run`;
-a Python caller can do the same.
+The command line, a recipe and ``kdcli.distill(...)`` build one :class:`Request` (``kdcli.stages.options.request``) and
+hand it to :func:`kdcli.run.life.run`. The options of a stage are in ``kdcli/stages/<stage>/options.py``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from kdcli.errors import UsageError, did_you_mean
+from pydantic import Field
+
+from kdcli.errors import did_you_mean
+from kdcli.models.aliases import MODELS
+from kdcli.options import Flag, Options, choice, pairs
+from kdcli.report.gates import parse_expression, parse_size
+from kdcli.report.redact import redact
 
 if TYPE_CHECKING:
     from kdcli.data.recorded import Recorded
@@ -28,192 +34,151 @@ SPLIT_SEED = 0
 """A single file is split by a seed of its own, not by ``--seed``: otherwise a later stage with another seed
 would test on rows that an earlier one trained on."""
 
-STUDENT_PRESETS: dict[str, tuple[int, int]] = {
-    "tiny": (2, 128),
-    "mini": (4, 256),
-    "small": (4, 512),
-    "medium": (8, 512),
-}
-"""Student name -> (layers, hidden size); ``LxH`` by hand is allowed too."""
-
-STRATEGIES: tuple[str, ...] = ("teacher-assisted", "layerwise", "online", "assistant-chain", "self")
-STRUCTURES: dict[str, str] = {
-    "weights": "sparsegpt",
-    "n:m": "sparsegpt",  # any N:M, such as 2:4
-    "heads": "sensitivity",
-    "neurons": "sensitivity",
-    "heads+neurons": "sensitivity",
-    "layers": "layer-kl",
-    "width": "width-energy",
-    "vocab": "token-count",
-}
-"""Structure that ``prune`` can remove -> the method it uses unless ``--method`` says otherwise."""
-
-STRUCTURE_NAMES: tuple[str, ...] = tuple("2:4" if name == "n:m" else name for name in STRUCTURES)
-"""What ``--structure`` may be given as; beside 2:4 any other N:M."""
-
-SCHEMES: dict[str, str] = {
-    "dynamic-int8": "dynamic",
-    "static-int8": "static",
-    "int8-qat": "qat",
-    "int4": "blocks",
-    "fp16": "half",
-    "ternary": "qat",
-    "binary": "qat",
-    "auto": "auto",
-}
-"""Scheme of ``quantize`` -> the file of ``stages/quantize/`` that does it."""
-
-EMBEDDINGS: tuple[str, ...] = ("int8", "int4", "fp16", "fp32")
-
-INITS: tuple[str, ...] = ("auto", "teacher", "hub", "random")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-COMBINED: tuple[str, ...] = ("vocab", "layers", "width", "heads", "neurons")
-"""Structures that ``+`` joins, in the order in which they are pruned."""
+def reference(given: str) -> str:
+    """Refuse a model reference that is no name at all; whether there is such a model is for preflight to say."""
+    if not given.strip():
+        raise ValueError("the name of a model is empty")
+    return given
 
 
-def parts_of(structure: str) -> tuple[str, ...]:
-    """What a sum of structures consists of, in the order in which it is pruned; heads and neurons are one part.
-
-    >>> parts_of("neurons+layers+heads")
-    ('layers', 'heads+neurons')
-
-    Raises:
-        UsageError: A part that there is not, or one given twice.
-    """
-    given = structure.split("+")
-    for part in given:
-        if part not in COMBINED:
-            raise UsageError(f"unknown structure '{part}' in '{structure}': {did_you_mean(part, COMBINED)}")
-        if given.count(part) > 1:
-            raise UsageError(f"structure '{structure}' names {part} twice")
-    units = "+".join(part for part in ("heads", "neurons") if part in given)
-    return tuple(part for part in (*COMBINED[:3], units) if part in given or part == units != "")
+def model_aliases() -> Iterable[str]:
+    """Names of models that need no path."""
+    return MODELS
 
 
-def n_of_m(structure: str) -> tuple[int, int] | None:
-    """The numbers of a structure like ``2:4``; None when it is another kind.
+def task_names() -> Iterable[str]:
+    """What ``--task`` takes."""
+    from kdcli import tasks
 
-    >>> n_of_m("2:4"), n_of_m("heads")
-    ((2, 4), None)
-    """
-    found = re.fullmatch(r"(\d{1,3}):(\d{1,3})", structure)
-    return None if found is None else (int(found[1]), int(found[2]))
+    return tasks.names()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gates:
+def _data_aliases() -> Iterable[str]:
+    from kdcli.data.sources import ALIASES
+
+    return ALIASES
+
+
+def _device(given: str) -> str:
+    """Check ``auto|cpu|cuda[:N]|mps``; whether the device is there is for the stage to say."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?|mps", given):
+        raise ValueError(f"unknown device '{given}': {did_you_mean(given, DEVICES)}, or cuda:N")
+    return given
+
+
+def _gate(given: str) -> str:
+    parse_expression(given)
+    return given
+
+
+def _size(given: Any) -> int:
+    return parse_size(str(given))
+
+
+def _texts(given: Any) -> Any:
+    """``--set`` values are texts until the method's own Config reads them."""
+    found = pairs(given)
+    return {key: value if isinstance(value, str) else str(value) for key, value in found.items()}
+
+
+class Gates(Options):
     """The conditions a stage's result must meet; every one of them is optional."""
 
-    max_drop: float | None = None  # points of 1 of the primary metric
-    min_speedup: float | None = None
-    max_size_bytes: int | None = None  # of model.onnx
-    expressions: tuple[str, ...] = ()  # "accuracy>=0.9"
+    max_drop: Annotated[float | None, Flag(metavar="F")] = Field(
+        default=None, ge=0, le=1, description="Gate: accuracy may fall by at most this; 0.01 is one point."
+    )
+    min_speedup: Annotated[float | None, Flag(metavar="F")] = Field(
+        default=None, ge=0, description="Gate: at least this many times faster."
+    )
+    max_size_bytes: Annotated[int | None, Flag(name="max-size", metavar="SIZE", parse=_size)] = Field(
+        default=None, description="Gate: model.onnx, such as 20MiB."
+    )
+    expressions: Annotated[tuple[str, ...], Flag(name="gate", metavar="EXPR", check=_gate)] = Field(
+        default=(), description='Gate such as "accuracy>=0.9"; repeatable.'
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Common:
+class Common(Options):
     """Options that every stage has."""
 
-    out: Path | None = None
-    data: str | None = None
-    columns: str | None = None
-    device: str = "auto"
-    seed: int = 0
-    settings: Mapping[str, str] = field(default_factory=dict)  # --set KEY=VALUE, values as given
-    limit: int | None = None
-    resume: bool = False
-    force: bool = False
-    offline: bool = False
-    debug: bool = False
-    gates: Gates = field(default_factory=Gates)
+    out: Annotated[Path | None, Flag(short="o", metavar="DIR", recipe=False)] = Field(
+        default=None, description="Output directory. [default: kdcli-out/MODEL-STAGE]"
+    )
+    data: Annotated[str | None, Flag(metavar="REF", names=_data_aliases)] = Field(
+        default=None,
+        description="An alias, a directory, a file or a hub data set. [default: the model's own]",
+    )
+    columns: Annotated[str | None, Flag(metavar="MAP")] = Field(
+        default=None,
+        description="Column names, such as text=body,label=topic; label=topic:ids for numbers of the model's labels.",
+    )
+    task: Annotated[str | None, choice("task", task_names)] = Field(
+        default=None, description="What an answer is. [default: as model and data say]"
+    )
+    metric: Annotated[str | None, Flag(metavar="NAME")] = Field(
+        default=None,
+        description="The task's metric that gates, searches and tables go by. [default: the task's own]",
+    )
+    device: Annotated[str, Flag(metavar="NAME", names=lambda: DEVICES, check=_device)] = Field(
+        default="auto", description="auto, cpu, cuda[:N] or mps."
+    )
+    seed: Annotated[int, Flag(metavar="N")] = Field(default=0, ge=0, le=2**32 - 1, description="Random seed.")
+    settings: Annotated[Mapping[str, str], Flag(name="set", metavar="KEY=VALUE", parse=_texts)] = Field(
+        default_factory=dict, description="A parameter of the method; repeatable."
+    )
+    limit: Annotated[int | None, Flag(metavar="N")] = Field(
+        default=None, ge=1, description="Measure on at most N rows, every label in its share."
+    )
+    resume: Annotated[bool, Flag(off=True, recipe=False)] = Field(
+        default=False, description="Go on where an interrupted run stopped."
+    )
+    force: Annotated[bool, Flag(short="f", off=True, recipe=False)] = Field(
+        default=False, description="Replace an output that kdcli wrote."
+    )
+    offline: Annotated[bool, Flag(off=True)] = Field(default=False, description="Never use the network.")
+    gates: Gates = Field(default_factory=Gates)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DistillOptions:
-    """``kdcli distill``."""
+class OneModel(Options):
+    """The model of a stage that works on one."""
 
-    teachers: tuple[str, ...]
-    student: str
-    methods: tuple[str, ...] = ("response",)
-    strategy: str = "teacher-assisted"
-    alpha: float | None = None
-    temperature: float | None = None
-    beta: float | None = None  # None: the feature method's own weight
-    gamma: float | None = None  # None: the relation method's own weight
-    weights: Mapping[str, float] = field(default_factory=dict)
-    layer_map: str | None = None
-    init: str = "auto"
-    epochs: int | None = None
-    lr: float | None = None
-    batch_size: int | None = None
-    labels: int | None = None
-    unlabeled: Path | None = None
-    augment: int | None = None  # further texts a row; None: by the number of rows
-    control: bool = False
+    model: Annotated[
+        str, Flag(argument=True, recipe=False, metavar="MODEL", names=model_aliases, check=reference)
+    ] = Field(description="A directory, an alias, org/name[@revision], or - for a line of stdin.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PruneOptions:
-    """``kdcli prune``."""
+class StageOptions(Options):
+    """What one stage has for itself; the base of its options."""
 
-    structure: str = "heads+neurons"
-    method: str | None = None
-    sparsity: float | None = None
-    budget: float | None = None
-    target_speedup: float | None = None
-    schedule: str | None = None  # None: the method's own
-    epochs: int = 0
-    lr: float | None = None
-    batch_size: int | None = None
+    #: Whether it works on one MODEL, which the request names.
+    takes_model: ClassVar[bool] = True
+    #: Common options that mean nothing to it.
+    without: ClassVar[frozenset[str]] = frozenset()
 
 
-@dataclass(frozen=True, kw_only=True)
-class LowRankOptions:
-    """``kdcli lowrank``."""
+class Dense(StageOptions):
+    """A stage that needs dense weights."""
 
-    method: str = "two-sided"
-    budget: float | None = None
-    energy: float | None = None
-    rank: int | str | None = None  # a number, or "evbmf"
-    target_speedup: float | None = None
-    merge: bool = False
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    epochs: int = 0
-    lr: float | None = None
-    batch_size: int | None = None
+    dequantize: Annotated[bool, Flag(off=True)] = Field(
+        default=False, description="Accept a quantised model: work on its rounded weights."
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantizeOptions:
-    """``kdcli quantize``."""
+class Recovery(Dense):
+    """A stage that may train what it has made, from the model that came in."""
 
-    scheme: str = "dynamic-int8"
-    calibration: str | None = None
-    calibration_samples: int = 128
-    keep_fp32: tuple[str, ...] = ()
-    embeddings: str | None = None  # None: the scheme's own
-    sensitivity: bool = False  # measure every layer by itself
-    epochs: int = 0
+    needs: ClassVar[Mapping[str, str]] = {"lr": "epochs", "batch_size": "epochs"}
 
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """``kdcli evaluate``."""
-
-    models: tuple[str, ...] = ()
-    baseline: str | None = None
-    split: str | None = None
-    runtime: str = "onnx"
-    batch_sizes: tuple[int, ...] = (1, 32)
-    html: Path | None = None
-    summary: Path | None = None
-    junit: Path | None = None
-
-
-Options = DistillOptions | PruneOptions | LowRankOptions | QuantizeOptions | EvaluateOptions
+    epochs: Annotated[int, Flag(metavar="N")] = Field(
+        default=0, ge=0, description="Passes of recovery training, 0 for none."
+    )
+    lr: Annotated[float | None, Flag(metavar="F")] = Field(default=None, gt=0, description="Learning rate.")
+    batch_size: Annotated[int | None, Flag(metavar="N")] = Field(
+        default=None, ge=1, description="Rows a training step."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,12 +187,39 @@ class Request:
 
     stage: StageName
     model: str | None  # None for distill, whose models are in its options
-    options: Options
+    options: StageOptions
     common: Common = field(default_factory=Common)
     argv: tuple[str, ...] = ()
-    origins: Mapping[str, str] = field(default_factory=dict)  # option -> flag|environment|file|default
-    dequantize: bool = False
+    #: Option -> flag|environment|file|recipe|argument|model|default.
+    origins: Mapping[str, str] = field(default_factory=dict)
     recorded: Recorded | None = None  # the data, where the model's own report names them
+
+    @property
+    def dequantize(self) -> bool:
+        """Whether a quantised model is accepted, and its rounded weights worked on."""
+        return isinstance(self.options, Dense) and self.options.dequantize
+
+    def configuration(self) -> dict[str, Any]:
+        """Every resolved option with where its value came from, as reports have it."""
+        common = self.common.model_dump()
+        values = common | self.options.model_dump() | common.pop("gates")
+        return {
+            key: {"value": _plain(value), "origin": self.origins.get(key, "default")}
+            for key, value in sorted(values.items())
+            if key != "gates" and key not in self.options.without
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return redact(str(value))
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
 
 
 SUCCESSORS: dict[StageName, frozenset[StageName]] = {

@@ -13,6 +13,7 @@ ROOT = Path(kdcli.__file__).parent
 # A higher number may import a lower one. Equal numbers are peers: they may not import each other.
 LEVEL = {
     "cli": 11,
+    "api": 11,
     "run": 10,
     "stages": 9,
     "training": 8,
@@ -21,7 +22,8 @@ LEVEL = {
     "measure": 6,
     "export": 5,
     "inputs": 4,
-    "request": 4,
+    "request": 5,
+    "options": 4,
     "models": 3,
     "data": 3,
     "tasks": 2,

@@ -205,3 +205,6 @@ def test_the_documented_blocks_run(place: Path, tmp_path: Path) -> None:
     done = shell(tmp_path, "set -euxo pipefail\n" + "\n".join(blocks))
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "student.html").stat().st_size > 1000
+    made = json.loads((tmp_path / "out" / "release" / "1-distill" / "report.json").read_text())
+    assert made["command"] == ["kdcli", "run", "recipe.yaml", "-o", "out/release"]
+    assert made["config"]["student"]["origin"] == "recipe"

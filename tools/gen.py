@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python tools/gen.py"
@@ -66,6 +67,83 @@ def _default(field: object) -> str:
     return "required" if field.is_required() else f"`{default}`"  # type: ignore[attr-defined]
 
 
+def tables() -> dict[str, str]:
+    """As :func:`files`, for those that the command line itself reads: they are written first."""
+    from kdcli.cli import flags
+
+    return {"kdcli/cli/flags.json": flags.text(), "kdcli/__init__.pyi": stub()}
+
+
+_STUB = """# Made by tools/gen.py from the options of the stages; for editors and type checkers.
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import overload
+
+from kdcli.progress import Progress
+from kdcli.report.schema import Report
+
+__version__: str
+"""
+
+
+def stub() -> str:
+    """kdcli/__init__.pyi: the signatures of ``kdcli.distill`` and its kin."""
+    from kdcli.stages import options
+
+    parts = [_STUB, "\n"]
+    for stage in options.OPTIONS:
+        every = list(options.of_stage(stage).values())
+        named = [f"    {one.argument}: {_hint(one)}{_value(one)}," for one in every if not one.flag.argument]
+        named = ["    *,", *named, "    progress: Progress | None = None,"]
+        first = [one.argument for one in every if one.flag.argument]
+        if stage == "evaluate":
+            forms = ((f"{first[0]}: {_REF}", "Report"), (f"{first[0]}: Sequence[{_REF}]", "list[Report]"))
+            for argument, result in forms:
+                head = f"def {stage}(" + ("  # type: ignore[overload-overlap]" if result == "Report" else "")
+                lines = ["@overload", head, f"    {argument},", *named, f") -> {result}: ..."]
+                parts.append("\n".join([*lines, ""]))
+        else:
+            arguments = [f"    {name}: {_REF}," for name in first]
+            parts.append("\n".join([f"def {stage}(", *arguments, *named, ") -> Report: ...", ""]))
+    return "".join(parts)
+
+
+_REF = "str | PathLike[str]"
+_HINTS = {
+    "set": "Mapping[str, object]",
+    "weight": "Mapping[str, float]",
+    "max_size": "int | str",
+    "batch_size": "int",
+    "rank": "int | str",
+}
+
+
+def _hint(one: Any) -> str:
+    """The type of an argument, as what the option takes rather than as what it becomes."""
+    kind = str(one.info.annotation)
+    if one.argument in _HINTS and "tuple" not in kind:
+        found = _HINTS[one.argument]
+    elif "tuple[int" in kind:
+        found = "int | Sequence[int]"
+    elif "tuple[str" in kind:
+        found = f"{_REF} | Sequence[{_REF}]" if one.flag.metavar == "MODEL" else "str | Sequence[str]"
+    elif "Path" in kind or one.flag.metavar in ("MODEL", "STUDENT", "REF"):
+        found = _REF
+    else:
+        found = next(name for name in ("bool", "int", "float", "str") if name in kind)
+    return found if one.info.is_required() else f"{found} | None" if "None" in kind else found
+
+
+def _value(one: Any) -> str:
+    if one.info.is_required():
+        return ""
+    default = one.info.get_default(call_default_factory=True, validated_data={})
+    if isinstance(default, dict):
+        return " = ..."
+    return f" = {default!r}".replace("'", '"')  # as ruff formats it
+
+
 def files() -> dict[str, str]:
     """Path below the repository -> content."""
     from kdcli.cli import reference
@@ -86,8 +164,17 @@ def files() -> dict[str, str]:
 def main(arguments: list[str]) -> int:
     """Write the files, or with ``--check`` compare them."""
     check = "--check" in arguments
+    stale = _settle(tables(), check)
+    stale += _settle(files(), check)
+    if check and stale:
+        print(f"out of date: {', '.join(stale)}; run: {COMMAND}", file=sys.stderr)
+    return 1 if check and stale else 0
+
+
+def _settle(made: dict[str, str], check: bool) -> list[str]:
+    """Write or compare files; return the names of those that differ."""
     stale = []
-    for name, content in files().items():
+    for name, content in made.items():
         path = ROOT / name
         have = path.read_text(encoding="utf-8") if path.is_file() else ""
         if have == content:
@@ -102,9 +189,7 @@ def main(arguments: list[str]) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content, encoding="utf-8")
             print(f"wrote {name}")
-    if check and stale:
-        print(f"out of date: {', '.join(stale)}; run: {COMMAND}", file=sys.stderr)
-    return 1 if check and stale else 0
+    return stale
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from typer.core import CompletionItem, TyperCommand, TyperGroup
@@ -16,6 +17,7 @@ from kdcli.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from kdcli.cli import settings
+    from kdcli.request import StageName
 
 COMMANDS = {
     "distill": "Train a small student to answer as a teacher does.",
@@ -29,8 +31,9 @@ COMMANDS = {
     "report": "Show the report of an output directory.",
     "doctor": "Describe this machine as kdcli sees it.",
 }
-"""Name -> summary. The module of that name in this package holds the function ``command``, whose
-docstring says more, and its EXAMPLES; it is imported when the command is asked for."""
+"""Name -> summary. The module of that name in this package has its EXAMPLES; it is imported when the command is asked
+for. That of a stage says more in its docstring, and its options are those of the stage; any other holds the function
+``command``, whose docstring and parameters they are."""
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _ORIGINS = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "file"}
@@ -165,12 +168,23 @@ class Group(TyperGroup):
 
 def build(name: str) -> Any:
     """Make a command from its module."""
+    from kdcli.cli import options
+
     module = importlib.import_module(f"kdcli.cli.{name}")
     examples = "".join(f"  {line}\n" for line in module.EXAMPLES.strip().splitlines())
     # \b keeps the lines of the paragraph as they are.
-    text = f"\b\nExample:\n{examples}\n{COMMANDS[name]}\n\n{inspect.getdoc(module.command)}"
+    command = options.function(name, _stage(name)) if name in options.STAGES else module.command
+    more = inspect.getdoc(module if name in options.STAGES else command)
+    text = f"\b\nExample:\n{examples}\n{COMMANDS[name]}\n\n{more}"
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(name, cls=Command, help=text, short_help=COMMANDS[name], context_settings=CONTEXT)(
-        module.command
-    )
+    app.command(name, cls=Command, help=text, short_help=COMMANDS[name], context_settings=CONTEXT)(command)
     return get_command(app)
+
+
+def _stage(name: str) -> Callable[[typer.Context], None]:
+    def run(ctx: typer.Context) -> None:
+        from kdcli.cli import stage
+
+        stage.execute(ctx, cast("StageName", name))
+
+    return run

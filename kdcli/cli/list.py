@@ -10,8 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from kdcli.cli import options as o
-from kdcli.cli import streams, values
+from kdcli.cli import streams
 from kdcli.cli.table import aligned
+from kdcli.errors import UsageError, did_you_mean
+
+LISTS = ("data", "methods", "models", "students")
 
 EXAMPLES = """
 kdcli list models
@@ -23,14 +26,15 @@ WhatArg = Annotated[
     typer.Argument(
         metavar="WHAT",
         help="data, methods, models or students.",
-        parser=values.one_of("list", lambda: values.LISTS),
-        autocompletion=values.offer(lambda: values.LISTS),
+        autocompletion=o.offer(list(LISTS)),
     ),
 ]
 
 
 def command(what: WhatArg, as_json: o.JsonOpt = False, debug: o.DebugOpt = False) -> None:
     """WHAT is one of data, methods, models and students."""
+    if what not in LISTS:
+        raise UsageError(f"WHAT: unknown list '{what}': {did_you_mean(what, LISTS)}")
     rows = {"models": models, "data": data, "methods": methods, "students": students}[what]()
     if as_json:
         streams.put(sys.stdout, json.dumps(rows, indent=2, ensure_ascii=False))
@@ -80,7 +84,7 @@ def methods() -> list[dict[str, Any]]:
 def students() -> list[dict[str, Any]]:
     """Student presets and where their first weights come from."""
     from kdcli.models.aliases import SMALL_STUDENTS, STUDENT_REPOS
-    from kdcli.request import STUDENT_PRESETS
+    from kdcli.stages.distill.options import STUDENT_PRESETS
 
     encoders = [
         {

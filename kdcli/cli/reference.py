@@ -35,8 +35,7 @@ def markdown() -> str:
     shared = [p for p in build("prune").params if flag_of(p) in options.COMMON]
     for name, summary in COMMANDS.items():
         command = build(name)
-        common = set(options.COMMON) <= {flag_of(param) for param in command.params}
-        parts.append(_command(name, summary, command, common))
+        parts.append(_command(name, summary, command, name in options.STAGES))
     parts.append("## Options of every stage\n\n" + _table(shared))
     return "\n".join(parts)
 
@@ -54,7 +53,9 @@ def _command(name: str, summary: str, command: Any, common: bool) -> str:
     own = [param for param in command.params if not (common and flag_of(param) in options.COMMON)]
     made.append(_table(own))
     if common:
-        made.append("And the [options of every stage](#options-of-every-stage).\n")
+        lacking = [f"`--{one}`" for one in options.COMMON if one not in map(flag_of, command.params)]
+        but = f", but for {' and '.join(lacking)}" if lacking else ""
+        made.append(f"And the [options of every stage](#options-of-every-stage){but}.\n")
     return "\n".join(made)
 
 

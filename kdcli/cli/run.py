@@ -9,6 +9,7 @@ import typer
 
 from kdcli import interrupts
 from kdcli.cli import options as o
+from kdcli.report.redact import redact
 
 EXAMPLES = """
 kdcli run recipe.yaml -o out/release
@@ -19,6 +20,7 @@ RecipeArg = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file w
 
 
 def command(
+    ctx: typer.Context,
     recipe: RecipeArg,
     out: o.OutOpt = None,
     force: o.ForceOpt = False,
@@ -40,14 +42,15 @@ def command(
     """
     from kdcli.cli import stage
 
+    argv = ("kdcli", *(redact(word) for word in ctx.obj["words"]))
     with stage.session("kdcli run", quiet=quiet, verbose=verbose) as (console, stdout):
         from kdcli.run import recipe as recipes
 
         if dry_run:
-            plan = recipes.run(recipe, out, force, console, True)
+            plan = recipes.run(recipe, out, force, console, True, argv)
             stage.show_plan(console, stdout, plan, as_json=as_json)
         else:
             with stage.cached(console):
-                outcome: Any = recipes.run(recipe, out, force, console, False)
+                outcome: Any = recipes.run(recipe, out, force, console, False, argv)
             interrupts.check()  # a run that was told to stop prints no path
             stage.finish(console, stdout, outcome, [outcome.report], as_json=as_json)

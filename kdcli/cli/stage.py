@@ -7,48 +7,27 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
 from kdcli import cache, interrupts, processes
 from kdcli.cli import console as consoles
-from kdcli.cli import streams, values
-from kdcli.cli.command import origin
-from kdcli.errors import ExitCode, UsageError
+from kdcli.cli import streams
+from kdcli.cli.command import origin, variable_of
+from kdcli.errors import ExitCode, InputError, UsageError
 from kdcli.report.redact import redact
-from kdcli.request import Common, DistillOptions, EvaluateOptions, Gates, Options, Request, StageName
 
 if TYPE_CHECKING:
+    from kdcli.options import Declared
     from kdcli.report.schema import Report
+    from kdcli.request import Request, StageName, StageOptions
 
 _ORDER = ("default", "file", "environment", "flag")
 
 
-def exclusive(ctx: typer.Context, **given: Any) -> tuple[Any, ...]:
-    """Of options that exclude each other keep the one said nearest: flag, then environment, then file.
-
-    Raises:
-        UsageError: Two of them come from the same place.
-    """
-    named = [name for name, value in given.items() if value is not None]
-    best = max((_ORDER.index(origin(ctx, name)) for name in named), default=0)
-    kept = [name for name in named if _ORDER.index(origin(ctx, name)) == best]
-    if len(kept) > 1:
-        options = " and ".join("--" + name.replace("_", "-") for name in kept)
-        raise UsageError(f"{options} exclude each other; give one")
-    return tuple(value if name in kept else None for name, value in given.items())
-
-
-def execute(
-    ctx: typer.Context,
-    name: StageName,
-    options: Options,
-    *,
-    model: str | None = None,
-    dequantize: bool = False,
-) -> None:
+def execute(ctx: typer.Context, name: StageName) -> None:
     """Run one stage and end the process as its report says.
 
     Raises:
@@ -56,15 +35,7 @@ def execute(
         KdcliError: Whatever stopped it.
     """
     given = ctx.params
-    request = Request(
-        stage=name,
-        model=None if model is None else streams.reference(model),
-        options=_piped(options),
-        common=_common(given),
-        argv=("kdcli", *(redact(word) for word in ctx.obj["words"])),
-        origins={key: origin(ctx, key) for key in given},
-        dequantize=dequantize,
-    )
+    request = _piped(_request(ctx, name))
     quiet = given["quiet"] or not processes.first()
     with session(f"kdcli {name}", quiet=quiet, verbose=given["verbose"]) as (console, stdout):
         # Only now, with stdin read, is anything heavy worth its seconds.
@@ -175,24 +146,68 @@ def finish(
         raise typer.Exit(code)
 
 
-def _common(given: dict[str, Any]) -> Common:
-    gates = Gates(
-        max_drop=given["max_drop"],
-        min_speedup=given["min_speedup"],
-        max_size_bytes=given["max_size_bytes"],
-        expressions=tuple(given["expressions"] or ()),
-    )
-    plain = {f.name: given[f.name] for f in dataclasses.fields(Common) if f.name not in ("settings", "gates")}
-    return Common(**plain, settings=values.pairs(given["settings"]), gates=gates)
+def _request(ctx: typer.Context, name: StageName) -> Request:
+    """What the command line, the environment and the settings file ask for.
+
+    Raises:
+        UsageError: A flag or a variable that cannot be.
+        InputError: A value of the settings file that cannot be.
+    """
+    from kdcli.options import OptionError
+    from kdcli.stages import options
+
+    every = options.of_stage(name)
+    origins = {field: origin(ctx, field) for field in every}
+    given = {field: ctx.params[field] for field, where in origins.items() if where != "default"}
+    given = _nearest(options.OPTIONS[name], given, origins)
+
+    def spelt(one: Declared) -> str:
+        if origins[one.field] == "environment":
+            return variable_of(one.name)
+        if origins[one.field] == "file":
+            return one.name
+        return str(one.flag.metavar) if one.flag.argument else f"--{one.name}"
+
+    try:
+        return options.request(
+            name, given, origins=origins, argv=("kdcli", *(redact(word) for word in ctx.obj["words"]))
+        )
+    except OptionError as error:
+        said = error.said(options.spelt(name, spelt))
+        if error.field is not None and origins[error.field] == "file":
+            raise InputError(f"settings file: {consoles.clean(said)}") from error
+        raise UsageError(consoles.clean(said), f"kdcli {name} --help shows the options") from error
 
 
-def _piped(options: Options) -> Options:
-    """Put what stdin says in the place of ``-`` among several models."""
+def _nearest(kind: type[StageOptions], given: dict[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
+    """Leave out what something said nearer has put out of force: a flag before the environment before the file.
+
+    Of options that exclude each other those said nearest stay, and one that needs another, from the environment or the
+    file, stays with that one alone.
+    """
+    rank = {field: _ORDER.index(origins[field]) for field in given}
+    best = max((rank[field] for field in kind.exclusive if field in given), default=0)
+    lost = {field for field in kind.exclusive if field in given and rank[field] < best}
+    for field, other in kind.needs.items():
+        idle = str(given.get(other, "0")).strip() == "0"
+        if field in given and idle and origins[field] != "flag":
+            lost.add(field)
+    return {field: value for field, value in given.items() if field not in lost}
+
+
+def _piped(request: Request) -> Request:
+    """Put what stdin says in the place of ``-``."""
+    from kdcli.stages.distill.options import DistillOptions
+    from kdcli.stages.evaluate.options import EvaluateOptions
+
+    options = request.options
     if isinstance(options, DistillOptions):
         teachers = tuple(streams.reference(name) for name in options.teachers)
-        return dataclasses.replace(options, teachers=teachers)
+        return dataclasses.replace(request, options=options.model_copy(update={"teachers": teachers}))
     if isinstance(options, EvaluateOptions):
         models = tuple(found for name in options.models for found in streams.references(name))
         baseline = None if options.baseline is None else streams.reference(options.baseline)
-        return dataclasses.replace(options, models=models, baseline=baseline)
-    return options
+        found = options.model_copy(update={"models": models, "baseline": baseline})
+        return dataclasses.replace(request, options=found)
+    assert request.model is not None
+    return dataclasses.replace(request, model=streams.reference(request.model))

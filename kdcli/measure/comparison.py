@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from kdcli.measure.measurement import Timed
 from kdcli.report import metrics
 from kdcli.report.facts import SIGNIFICANT
 from kdcli.report.gates import drop_of
@@ -54,6 +55,25 @@ def _differences(before: Quality | None, after: Quality | None) -> dict[str, flo
 
 def _with(delta: Delta, more: Mapping[str, object]) -> Delta:
     return Delta.model_validate({**delta.model_dump(), **more})
+
+
+def of_two(before: Timed, after: Timed, labels: Sequence[str]) -> Delta:
+    """Two models of one run, row by row where they have the same labels.
+
+    Args:
+        before: One model, timed.
+        after: The other, on the same rows.
+        labels: Of the first, in the order of its logits.
+    """
+    delta = compare(before.measured.measurement, after.measured.measurement)
+    one, other = before.checkpoint.task, after.checkpoint.task
+    order = other.order(after.checkpoint.labels, labels)
+    if order is None or one.name != other.name:
+        return delta
+    rows = after.encoded
+    assert rows.labels is not None
+    logits = before.measured.logits[:, order], after.measured.logits
+    return row_by_row(delta, other.compare(*logits, rows.labels, rows.queries, first=one))
 
 
 def row_by_row(delta: Delta, found: Comparison) -> Delta:

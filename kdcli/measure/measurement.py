@@ -21,6 +21,7 @@ from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.report.io import sha256_of
 from kdcli.report.schema import Compute, Files, Measurement, Quality
+from kdcli.tasks.task import Task
 from kdcli.timing import Timings
 
 LATENCY_ROWS = 128
@@ -142,7 +143,7 @@ def measure(
         else:
             logits = _torch_logits(checkpoint, encoded, progress, title)
         assert encoded.labels is not None
-        values = checkpoint.task.measure(logits, encoded.labels, split)
+        values = checkpoint.task.measure(logits, encoded.labels, split, encoded.queries)
         found = Quality.of(checkpoint.task.primary, values, rows_sha256)
     parameters = nonzero = None
     if weights:
@@ -163,6 +164,15 @@ def measure(
         weights=stored,
     )
     return Measured(Measurement(quality=found, size=sizes, compute=counted, latency=[], files=used), logits)
+
+
+def decided(checkpoint: Checkpoint, encoded: Encoded, progress: Progress) -> Task:
+    """The checkpoint's task with what these rows decide of it; those without a label have no say."""
+    assert encoded.labels is not None
+    known = checkpoint.task.known(encoded.labels)
+    rows = encoded if known.all() else encoded.take(np.flatnonzero(known))
+    assert rows.labels is not None
+    return checkpoint.task.fitted(_torch_logits(checkpoint, rows, progress, "validation"), rows.labels)
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,19 @@ def check(directory: Path) -> CheckpointFiles:
     return files
 
 
+def task_of(directory: Path) -> str | None:
+    """Name of the task of a checkpoint that :func:`check` has passed; None where it has no head.
+
+    A graph without weights has the task that its configuration says.
+    """
+    files = safety.check_checkpoint(directory, weights=False)
+    names = labels_of(files.config, show(directory / "config.json"))
+    stored = [name for path in files.weights for name in safety.read_header(path)]
+    if stored and not any(_HEAD.match(name) for name in stored):
+        return None
+    return check_task(files.config, None if names is None else len(names), show(directory))
+
+
 def labels_of(config: Mapping[str, Any], where: str) -> list[str] | None:
     """Label names in the order of the logits; None where a configuration says nothing of them.
 

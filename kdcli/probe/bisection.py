@@ -1,4 +1,4 @@
-"""The smallest budget that keeps the accuracy: a bisection."""
+"""The smallest budget that keeps a score: a bisection."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ _BETWEEN = (0.05, 0.95)
 
 
 def search(
-    attempt: Callable[[float], float | None], accuracy: float, keep: Callable[[], None]
+    attempt: Callable[[float], float | None],
+    least: float,
+    keep: Callable[[], None],
+    metric: str = "accuracy",
 ) -> list[dict[str, Any]]:
-    """Bisect for the smallest budget with at least this accuracy.
+    """Bisect for the smallest budget with at least this score.
 
-    Accuracy is taken as rising with the budget, which noise makes only nearly true; every kept budget was tried.
+    The score is taken as rising with the budget, which noise makes only nearly true; every kept budget was tried.
 
     Args:
-        attempt: Tries a budget and returns the accuracy; None when the budget cannot be met.
-        accuracy: What has to be reached.
+        attempt: Tries a budget and returns the score; None when the budget cannot be met.
+        least: The score that has to be reached.
         keep: Called after an attempt that reached it and is the smallest so far.
+        metric: What the score is of.
 
     Returns:
-        The attempts, in order: ``budget``, ``accuracy``, ``kept``.
+        The attempts, in order: ``budget``, the metric, ``kept``.
     """
     low, high = _BETWEEN
     steps: list[dict[str, Any]] = []
     for number in range(_STEPS):
         budget = high if number == 0 else round((low + high) / 2, 4)
         found = attempt(budget)
-        kept = found is not None and found >= accuracy - 1e-12
-        steps.append({"budget": budget, "accuracy": found, "kept": kept})
+        kept = found is not None and found >= least - 1e-12
+        steps.append({"budget": budget, metric: found, "kept": kept})
         if kept:
             keep()
             high = budget

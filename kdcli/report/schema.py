@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from kdcli.errors import ExitCode
 
@@ -264,7 +265,9 @@ class Setting(_Part):
     """One resolved option."""
 
     value: Any
-    origin: str = Field(description="flag, environment, file, model (its own report) or default")
+    origin: str = Field(
+        description="flag, environment, file (kdcli.toml), recipe, argument (Python), model (its own report) or default"
+    )
 
 
 class Report(_Part):
@@ -292,6 +295,17 @@ class Report(_Part):
     warnings: list[Warning_]
     artifacts: list[Artifact]
     created_at: str = Field(description="ISO 8601, UTC")
+
+    _directory: Path | None = PrivateAttr(default=None)
+
+    @property
+    def directory(self) -> Path | None:
+        """Where a call from Python wrote it; None for one that was read, or of a judgement that wrote nothing."""
+        return self._directory
+
+    def written_to(self, directory: Path) -> None:
+        """Keep where the output is, for the caller; report.json does not say it."""
+        self._directory = directory
 
     @property
     def verdict(self) -> ExitCode:

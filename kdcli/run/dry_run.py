@@ -16,15 +16,12 @@ from kdcli.models import safety
 from kdcli.models.aliases import SMALL_STUDENTS, small_student
 from kdcli.progress import Progress
 from kdcli.report import gates
-from kdcli.request import (
-    STUDENT_PRESETS,
-    DistillOptions,
-    LowRankOptions,
-    PruneOptions,
-    QuantizeOptions,
-    Request,
-)
+from kdcli.request import Request
 from kdcli.run import preflight
+from kdcli.stages.distill.options import STUDENT_PRESETS, DistillOptions
+from kdcli.stages.lowrank.options import LowRankOptions
+from kdcli.stages.prune.options import PruneOptions
+from kdcli.stages.quantize.options import QuantizeOptions
 
 # Floating-point operations a second, for an order of magnitude only. Measured with MiniLM in float32 on two
 # AVX-512 cores: 1.1e11 in training, 9e10 at inference; training is halved for machines without AVX-512.

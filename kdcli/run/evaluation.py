@@ -14,11 +14,12 @@ from kdcli.models.references import Resolved
 from kdcli.progress import Progress
 from kdcli.report import ci, gates, html
 from kdcli.report.schema import Method, Report
-from kdcli.request import EvaluateOptions, Request
+from kdcli.request import Request
 from kdcli.run import lineage as lineages
 from kdcli.run import output, preflight, report_of
 from kdcli.run.outcome import Outcome
 from kdcli.stages.evaluate import stage
+from kdcli.stages.evaluate.options import EvaluateOptions
 from kdcli.stages.evaluate.stage import Candidate
 from kdcli.timing import Timings
 

@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdcli import devices, memory, processes
-from kdcli.context import Context, Stage
+from kdcli import devices, memory, processes, tasks
+from kdcli.context import Applied, Context, Stage
 from kdcli.errors import InputError
 from kdcli.export import graph as graphs
 from kdcli.inputs import picked as picked_rows
 from kdcli.inputs import reading
 from kdcli.inputs.splits import Splits
+from kdcli.inputs.text import Encoded
 from kdcli.measure import comparison, environment, measurement
 from kdcli.models import activations, mapped, placement, transforms
 from kdcli.models import checkpoint as checkpoints
+from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.references import Resolved
 from kdcli.probe import soundness
 from kdcli.progress import Progress
 from kdcli.report import gates
-from kdcli.report.schema import (
-    LineageEntry,
-    Report,
-)
+from kdcli.report.schema import LineageEntry, Report, Warning_
 from kdcli.request import Request
 from kdcli.run import evaluation, lineage, output, preflight, report_of
 from kdcli.run.outcome import Outcome
@@ -40,6 +39,7 @@ from kdcli.timing import Timings
 from kdcli.training import distributed
 
 BATCH_SIZES = (1, 32)
+SCORE = "score"  # the name of a new head's output where the data have no names
 
 
 def run(request: Request, progress: Progress, resolved: Sequence[Resolved] | None = None) -> Outcome | None:
@@ -82,13 +82,19 @@ def _run(request: Request, progress: Progress, found: Resolved, out: Path | None
     with timings.phase("load"):
         # A teacher that is larger than the device waits in memory, and is spread when it has to answer.
         home = device if placement.fits(found.path, device) else torch.device("cpu")
-        checkpoint = checkpoints.load(found.path, labels=dataset.label_names, device=home)
+        checkpoint = checkpoints.load(
+            found.path,
+            labels=dataset.label_names or [SCORE],
+            task=tasks.of_kind(dataset.kind),
+            device=home,
+        )
+        checkpoint.task = tasks.judged_by(checkpoint.task, request.common.metric)
         if request.dequantize:
             activations.detach(checkpoint.model)
         stage = stage_of(request)
         if not checkpoint.has_head and request.stage != "distill":
             raise InputError(
-                f"'{source}' has no classification head",
+                f"'{source}' has no head for a task",
                 "fine-tune it first, or distill from it: kdcli distill --teacher MODEL --student tiny",
             )
         encoded = Splits(dataset, checkpoint, progress)
@@ -131,154 +137,208 @@ def _live(
     context: Context, stage: Stage[Any], source: str, work: Path, out: Path, timings: Timings
 ) -> Report:
     """Everything between loading and publishing; returns the report that is in ``work``."""
-    request, progress = context.request, context.progress
-    threads = environment.threads()
-    # Before a stage narrows what it trains and chooses on: what is measured stays whole.
-    picked = picked_rows.pick(context.dataset, None, request.common.limit)
-    read = context.encoded
-    split, rows = picked.split, picked.of(read)
-    doubts = [*context.checkpoint.doubts, *soundness.probe(context.checkpoint, read[split])]
-    doubts += reading.check_reading(context.checkpoint, context.dataset.splits[split], read[split], split)
-    doubts += reading.told(context.checkpoint, {split: read[split]})
-    with timings.phase("prepare"):
-        plan = stage.prepare(context)
-    conditions = measurement.Conditions(
-        threads=threads,
-        device=devices.session_device(context.device),
-        batch_sizes=BATCH_SIZES,
-        runtimes=("onnx",),
-        timings=timings,
-        progress=progress,
-    )
-
-    progress.phase("measure before")
-    export = graphs.of_teacher if request.stage == "distill" else graphs.of_input
-    input_graph, warnings = export(
-        context.checkpoint, context.encoded[split], threads=threads, timings=timings, progress=progress
-    )
-    context.input_graph = input_graph
-    before = measurement.measure(
-        context.checkpoint, input_graph, rows, split, conditions, title="before", rows_sha256=picked.sha256
-    )
-    if before.measurement.quality is not None:
-        gates.check(request.common.gates, before.measurement.quality.metrics)
-    given, input_labels = context.checkpoint, list(context.checkpoint.labels)
-    first = not given.log.lineage
-    history = lineage.lineage_of(given, source, before.measurement)
-
-    progress.phase(request.stage)
-    devices.seed_everything(context.seed)
-    large = (
-        _weights_bytes(context.checkpoint.path) >= mapped.LARGE
-    )  # the next step comes on top of what is kept
-    if large:
-        memory.give_back()
-    with timings.phase("apply"):
-        applied = stage.apply(context, plan)
-    with timings.phase("save"):
-        entry = LineageEntry(
-            stage=request.stage,
-            method=applied.method.name,
-            report_sha256=None,
-            model=source,
-            metric=None,
-            value=None,
-            params=applied.method.params,
-            chosen=lineage.chosen(request, applied.method.detail),
-            chosen_on=picked_rows.pick(context.dataset, "validation", None).sha256,
-        )
-        applied.checkpoint.log.lineage = [e.model_dump(mode="json") for e in (*history, entry)]
-        checkpoints.save(applied.checkpoint, work, integers=applied.integers, half=applied.half)
-    for used in (given, applied.checkpoint):
-        # Its weights are on the disk: from here on only its tokenizer is needed, and its graph where it has one.
-        if used.placed is None and not (used is given and input_graph is None):
-            used.model.to("meta")
-    if large:
-        memory.give_back()
-    with timings.phase("reload"):
-        after_model = checkpoints.load(work, device=context.device, in_file=True)
-    after_encoded, after_rows = context.encoded[split], rows
-    if after_model.labels == input_labels and (
-        after_model.tokenizer.get_vocab() == given.tokenizer.get_vocab()
-    ):
-        reading.check_written(given, after_model, context.dataset.splits[split], read[split])
-    else:
-        with timings.phase("data"):  # what ships reads the texts in its own tokens, and counts its own labels
-            own = Splits(context.dataset, after_model)
-            after_encoded, after_rows = own[split], picked.of(own)
-
-    progress.phase("export")
-    graph = graphs.build(
-        after_model,
-        work / graphs.FILE,
-        after_encoded,
-        threads=threads,
-        timings=timings,
-        progress=progress,
-        rewrite=applied.rewrite_onnx,
-        attention=applied.fusion,
-        exact=applied.exact,
-        properties={"stage": request.stage, "lineage": " > ".join(e.stage for e in (*history, entry))},
-    )
-    progress.phase("measure after")
-    after = measurement.measure(
-        after_model, graph.path, after_rows, split, conditions, title="after", rows_sha256=picked.sha256
-    )
-    progress.phase("measure latency")
-    measurement.time_together(
-        [
-            measurement.Timed(given, input_graph, rows, before),
-            measurement.Timed(after_model, graph.path, after_rows, after),
-        ],
-        conditions,
-    )
-    if first:  # the input's latencies are known only now
-        history[0].params = {"measurement": before.measurement.model_dump(mode="json")}
-        after_model.log.lineage = [e.model_dump(mode="json") for e in (*history, entry)]
-        transforms.write_log(after_model.log, work)
-
+    life = _Life(context, stage, source, work, timings)
+    life.measure_before()
+    applied = life.apply()
+    life.reload(applied)
+    life.export(applied)
+    life.measure_after()
     with timings.phase("report"):
-        # Both in the labels of what comes out: the input may have them in another order.
-        order = [input_labels.index(name) for name in after_model.labels]
-        assert rows.labels is not None
-        assert after_rows.labels is not None
-        delta = comparison.row_by_row(
-            comparison.compare(before.measurement, after.measurement),
-            after_model.task.compare(before.logits[:, order], after.logits, after_rows.labels),
+        return report_of.finish(life.report(applied, out), life.after.checkpoint.task, work, timings)
+
+
+class _Life:
+    """The steps of one stage that makes a model, each of them once and in this order."""
+
+    before: measurement.Timed
+    after: measurement.Timed
+    graph: graphs.Graph
+    entry: LineageEntry
+
+    def __init__(
+        self, context: Context, stage: Stage[Any], source: str, work: Path, timings: Timings
+    ) -> None:
+        self.context, self.stage, self.source = context, stage, source
+        self.work, self.timings, self.progress = work, timings, context.progress
+        self.conditions = measurement.Conditions(
+            threads=environment.threads(),
+            device=devices.session_device(context.device),
+            batch_sizes=BATCH_SIZES,
+            runtimes=("onnx",),
+            timings=timings,
+            progress=context.progress,
         )
-        entry = entry.model_copy(update=lineage.outcome_of(after.measurement))
-        method = applied.method.model_copy(update={"detail": applied.method.detail | {"onnx": graph.detail}})
+        # Before a stage narrows what it trains and chooses on: what is measured stays whole.
+        self.picked = picked_rows.pick(context.dataset, None, context.request.common.limit)
+        self.read, self.split = context.encoded, self.picked.split
+        self.rows = self.picked.of(self.read)
+        self.warnings: list[Warning_] = []
+
+    def measure_before(self) -> None:
+        """Prove that the input is run as its owner runs it, prepare the stage, and measure the input."""
+        context, split = self.context, self.split
+        given, encoded = context.checkpoint, self.read[split]
+        self.warnings += [*given.doubts, *soundness.probe(given, encoded)]
+        self.warnings += reading.check_reading(given, context.dataset.splits[split], encoded, split)
+        self.warnings += reading.told(given, {split: encoded})
+        with self.timings.phase("prepare"):
+            self.plan = self.stage.prepare(context)
+        self.progress.phase("measure before")
+        export = graphs.of_teacher if context.request.stage == "distill" else graphs.of_input
+        graph, told = export(
+            context.checkpoint,
+            context.encoded[split],
+            threads=self.conditions.threads,
+            timings=self.timings,
+            progress=self.progress,
+        )
+        context.input_graph = graph
+        self.warnings += told
+        self.before = self._measured(context.checkpoint, graph, self.rows, "before")
+        self.labels = list(context.checkpoint.labels)
+        self.first = not context.checkpoint.log.lineage
+        self.history = lineage.lineage_of(context.checkpoint, self.source, self.before.measured.measurement)
+
+    def apply(self) -> Applied:
+        """Let the stage work, and save what it made."""
+        context, given = self.context, self.before.checkpoint
+        self.progress.phase(context.request.stage)
+        devices.seed_everything(context.seed)
+        # The next step comes on top of what is kept.
+        large = _weights_bytes(given.path) >= mapped.LARGE
+        if large:
+            memory.give_back()
+        with self.timings.phase("apply"):
+            applied = self.stage.apply(context, self.plan)
+        with self.timings.phase("save"):
+            self.entry = LineageEntry(
+                stage=context.request.stage,
+                method=applied.method.name,
+                report_sha256=None,
+                model=self.source,
+                metric=None,
+                value=None,
+                params=applied.method.params,
+                chosen=lineage.chosen(context.request, applied.method.detail),
+                chosen_on=picked_rows.pick(context.dataset, "validation", None).sha256,
+            )
+            applied.checkpoint.log.lineage = self._lineage()
+            checkpoints.save(applied.checkpoint, self.work, integers=applied.integers, half=applied.half)
+        for used in (given, applied.checkpoint):
+            # Its weights are on the disk: from here on only its tokenizer is needed, and its graph where it has one.
+            if used.placed is None and not (used is given and self.before.graph is None):
+                used.model.to("meta")
+        if large:
+            memory.give_back()
+        return applied
+
+    def reload(self, applied: Applied) -> None:
+        """Load what was saved, as whoever gets it will, and let validation rows decide what its task leaves open."""
+        context, split, given = self.context, self.split, self.before.checkpoint
+        with self.timings.phase("reload"):
+            made = checkpoints.load(self.work, device=context.device, in_file=True)
+        self.made, self.made_rows, self.made_read = made, self.rows, context.encoded[split]
+        encoded: Mapping[str, Encoded] = context.encoded
+        if made.labels == self.labels and made.tokenizer.get_vocab() == given.tokenizer.get_vocab():
+            reading.check_written(given, made, context.dataset.splits[split], self.read[split])
+        else:
+            with self.timings.phase(
+                "data"
+            ):  # what ships reads texts in its own tokens, and counts its own labels
+                encoded = Splits(context.dataset, made)
+                self.made_read, self.made_rows = encoded[split], self.picked.of(encoded)
+        if made.task.decides and self._decides(applied):
+            with self.timings.phase("quality"):
+                made.task = measurement.decided(made, encoded["validation"], self.progress)
+            checkpoints.rewrite_task(made, self.work)
+
+    def _decides(self, applied: Applied) -> bool:
+        """A student decides anew; a model that was changed only where the input has decided, too."""
+        return self.context.request.stage == "distill" or self.before.checkpoint.task.decided
+
+    def export(self, applied: Applied) -> None:
+        """Write the graph that ships."""
+        self.progress.phase("export")
+        stages = " > ".join(entry.stage for entry in (*self.history, self.entry))
+        self.graph = graphs.build(
+            self.made,
+            self.work / graphs.FILE,
+            self.made_read,
+            threads=self.conditions.threads,
+            timings=self.timings,
+            progress=self.progress,
+            rewrite=applied.rewrite_onnx,
+            attention=applied.fusion,
+            exact=applied.exact,
+            properties={"stage": self.context.request.stage, "lineage": stages},
+        )
+
+    def measure_after(self) -> None:
+        """Measure what ships, and time both models in turns."""
+        self.progress.phase("measure after")
+        self.after = self._measured(self.made, self.graph.path, self.made_rows, "after")
+        self.progress.phase("measure latency")
+        measurement.time_together([self.before, self.after], self.conditions)
+        if self.first:  # the input's latencies are known only now
+            whole = self.before.measured.measurement.model_dump(mode="json")
+            self.history[0].params = {"measurement": whole}
+            self.made.log.lineage = self._lineage()
+            transforms.write_log(self.made.log, self.work)
+
+    def report(self, applied: Applied, out: Path) -> Report:
+        """Compare, judge and tell."""
+        request, before, after = self.context.request, self.before.measured, self.after.measured
+        given, made = self.before.checkpoint, self.made
+        delta = comparison.of_two(self.before, self.after, self.labels)
+        entry = self.entry.model_copy(update=lineage.outcome_of(after.measurement))
+        detail = applied.method.detail | {"onnx": self.graph.detail}
+        assert self.rows.labels is not None
+        assert self.made_rows.labels is not None
         warnings = [
-            *doubts,
-            *warnings,
-            *report_of.of_data(context.dataset),
+            *self.warnings,
+            *report_of.of_data(self.context.dataset),
             *applied.warnings,
-            *graph.warnings,
+            *self.graph.warnings,
             *comparison.honest(delta, before.measurement, after.measurement),
-            *given.task.doubts(before.logits, rows.labels, input_labels, of_input=True),
-            *after_model.task.doubts(after.logits, after_rows.labels, after_model.labels),
-            *lineage.selected([*history, entry], split, picked.split_sha256),
+            *given.task.doubts(before.logits, self.rows.labels, self.labels, of_input=True),
+            *made.task.doubts(after.logits, self.made_rows.labels, made.labels),
+            *lineage.selected([*self.history, entry], self.split, self.picked.split_sha256),
         ]
-        judged = gates.judge(request.common.gates, before.measurement, after.measurement, delta)
-        report = report_of.build(
+        return report_of.build(
             request,
-            source,
-            after_model,
-            context.dataset,
+            self.source,
+            made,
+            self.context.dataset,
             out,
             Judged(
                 before=before.measurement,
                 after=after.measurement,
                 delta=delta,
-                gates=judged,
-                lineage=[*history, entry],
+                gates=gates.judge(request.common.gates, before.measurement, after.measurement, delta),
+                lineage=[*self.history, entry],
                 warnings=warnings,
-                method=method,
-                parity=graph.parity,
+                method=applied.method.model_copy(update={"detail": detail}),
+                parity=self.graph.parity,
             ),
-            device=str(context.device),
+            device=str(self.context.device),
         )
-        return report_of.finish(report, after_model.task, work, timings)
+
+    def _measured(
+        self, checkpoint: Checkpoint, graph: Path | None, rows: Encoded, title: str
+    ) -> measurement.Timed:
+        found = measurement.measure(
+            checkpoint,
+            graph,
+            rows,
+            self.split,
+            self.conditions,
+            title=title,
+            rows_sha256=self.picked.sha256,
+        )
+        return measurement.Timed(checkpoint, graph, rows, found)
+
+    def _lineage(self) -> list[dict[str, Any]]:
+        return [one.model_dump(mode="json") for one in (*self.history, self.entry)]
 
 
 def _weights_bytes(path: Path) -> int:

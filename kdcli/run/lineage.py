@@ -9,7 +9,11 @@ from kdcli.models.checkpoint import Checkpoint
 from kdcli.report import io
 from kdcli.report.redact import redact
 from kdcli.report.schema import LineageEntry, Measurement, Warning_
-from kdcli.request import DistillOptions, LowRankOptions, PruneOptions, QuantizeOptions, Request
+from kdcli.request import Request
+from kdcli.stages.distill.options import DistillOptions
+from kdcli.stages.lowrank.options import LowRankOptions
+from kdcli.stages.prune.options import PruneOptions
+from kdcli.stages.quantize.options import QuantizeOptions
 
 _KEPT_LAST = ("movement",)  # methods of prune whose training ends where it ends
 _FLOAT = "the layers that stay in float"

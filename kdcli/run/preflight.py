@@ -10,17 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kdcli import tasks
 from kdcli.data import recorded as recorded_data
 from kdcli.data import sources
 from kdcli.data.sources import Dataset, Judging
+from kdcli.data.wanted import Wanted
 from kdcli.errors import InputError, UsageError
 from kdcli.models import foreign, references
 from kdcli.models.references import Resolved
 from kdcli.progress import Progress
 from kdcli.report import io
 from kdcli.report.schema import DataInfo
-from kdcli.request import DEFAULT_DATA, SPLIT_SEED, SUCCESSORS, DistillOptions, EvaluateOptions, Request
+from kdcli.request import DEFAULT_DATA, SPLIT_SEED, SUCCESSORS, Request
 from kdcli.run import output
+from kdcli.stages.distill.options import DistillOptions
+from kdcli.stages.evaluate.options import EvaluateOptions
 
 
 def models_of(request: Request) -> list[str]:
@@ -137,7 +141,7 @@ def settle_data(request: Request, model: Path) -> Request:
         if columns is None and stored is not None and stored.value is not None:
             columns, origins["columns"] = str(stored.value), "model"
     origins["data"] = origin
-    settled = replace(common, data=data, columns=columns)
+    settled = common.model_copy(update={"data": data, "columns": columns})
     return replace(request, common=settled, origins=origins, recorded=recorded)
 
 
@@ -172,9 +176,26 @@ def load_data(request: Request, models: Sequence[Path]) -> Dataset:
             and "train" in made[models[0]].rows,
         )
     dataset = sources.load(
-        common.data, columns=common.columns, seed=SPLIT_SEED, offline=common.offline, judging=judging
+        common.data,
+        columns=common.columns,
+        seed=SPLIT_SEED,
+        offline=common.offline,
+        judging=judging,
+        wanted=wanted_of(request, models),
     )
     return recorded_data.checked(dataset, request.recorded)
+
+
+def wanted_of(request: Request, models: Sequence[Path]) -> Wanted | None:
+    """What an answer is, as ``--task`` or the models say; None where the data decide.
+
+    Raises:
+        InputError: Two of them contradict each other.
+    """
+    said = {} if request.common.task is None else {f"--task {request.common.task}": request.common.task}
+    said |= {f"the model '{path}'": task for path in models if (task := foreign.task_of(path)) is not None}
+    name = tasks.agreed(said)
+    return None if name is None else Wanted(tasks.kind_of(name), next(iter(said)))
 
 
 def _made_with(model: Path) -> DataInfo | None:

@@ -14,68 +14,36 @@ stage is taken from there.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from kdcli import cache
 from kdcli.data import recorded
 from kdcli.errors import ExitCode, InputError, did_you_mean, first_line
 from kdcli.measure import environment
 from kdcli.models import references
+from kdcli.options import OptionError, declared
 from kdcli.progress import Progress
-from kdcli.report import gates, io
+from kdcli.report import io
+from kdcli.report.redact import redact
 from kdcli.report.schema import Report
-from kdcli.request import (
-    STAGES,
-    Common,
-    DistillOptions,
-    EvaluateOptions,
-    Gates,
-    LowRankOptions,
-    PruneOptions,
-    QuantizeOptions,
-    Request,
-    StageName,
-)
+from kdcli.request import STAGES, Common, Request, StageName
 from kdcli.run import dry_run as plan
 from kdcli.run import output, preflight
+from kdcli.stages import options
 
 _LARGEST = 1 << 20
-_OPTIONS: dict[str, Any] = {
-    "distill": DistillOptions,
-    "prune": PruneOptions,
-    "lowrank": LowRankOptions,
-    "quantize": QuantizeOptions,
-    "evaluate": EvaluateOptions,
+_SHARED = {
+    one.argument: one for one in declared(Common).values() if one.flag.recipe and one.field != "settings"
 }
-# Flags that may be given several times fill a field with a plural name.
-_PLURAL = {"teacher": "teachers", "method": "methods", "weight": "weights", "batch_size": "batch_sizes"}
-_SHARED = ("data", "columns", "device", "seed", "limit", "offline")
-_GATES = {
-    "max_drop": "max_drop",
-    "min_speedup": "min_speedup",
-    "max_size": "max_size_bytes",
-    "gate": "expressions",
-}
+"""Key -> an option that the recipe may name once for all of its stages."""
 
-
-_JUDGING = (*_GATES, "max_size", "gate", "baseline", "data", "columns", "split", "limit")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One stage of a recipe; its model is the output of the step before."""
-
-    stage: StageName
-    options: Any
-    common: Common
-    dequantize: bool = False
-    model: str | None = None
+_BEFORE = "-"
+"""The model of every stage but the first: what the one before has made."""
 
 
 @dataclass
@@ -87,30 +55,28 @@ class RecipeOutcome:
     reports: list[Report]
 
 
-def read(path: Path) -> list[Step]:
+def read(path: Path, argv: Sequence[str] = ()) -> list[Request]:
     """Read and check a recipe; every mistake in it is found before the first stage runs.
+
+    Args:
+        path: The recipe.
+        argv: The command that runs it, for the reports of its stages; by default ``kdcli run RECIPE``.
+
+    Returns:
+        What its stages are asked for. The model of all but the first is :data:`_BEFORE`.
 
     Raises:
         InputError: The file is missing, broken, or has an unknown key or a wrong value.
     """
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise InputError(f"recipe '{path}' is larger than {_LARGEST >> 20} MiB")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"recipe '{path}' cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"recipe '{path}' is not YAML: {first_line(error)}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("stages"), list) or not content["stages"]:
-        raise InputError(f"recipe '{path}' has no list 'stages'", "see kdcli run --help for an example")
+    content = _content(path)
     shared = {_key(k): v for k, v in content.items() if k != "stages"}
     for key in shared:
         if key not in (*_SHARED, "model"):
-            raise InputError(
-                f"recipe '{path}': unknown key '{key}': {did_you_mean(key, (*_SHARED, 'model', 'stages'))}"
-            )
+            known = (*_SHARED, "model", "stages")
+            raise InputError(f"recipe '{path}': unknown key '{key}': {did_you_mean(key, known)}")
     model = shared.pop("model", None)
-    steps = []
+    argv = argv or ("kdcli", "run", redact(str(path)))
+    steps: list[Request] = []
     for number, entry in enumerate(content["stages"], 1):
         where = f"recipe '{path}', stage {number}"
         if isinstance(entry, str):
@@ -122,20 +88,38 @@ def read(path: Path) -> list[Step]:
             raise InputError(f"{where}: unknown stage '{name}': {did_you_mean(str(name), STAGES)}")
         if not isinstance(given or {}, dict):
             raise InputError(f"{where}: the options of {name} are not a mapping")
-        steps.append(_step(where, name, {**shared, **{_key(k): v for k, v in (given or {}).items()}}))
-    if steps[0].stage != "distill":
-        if not isinstance(model, str):
-            raise InputError(f"recipe '{path}' starts with {steps[0].stage} but names no 'model'")
-        steps[0] = replace(steps[0], model=model)
-    elif model is not None:
-        raise InputError(f"recipe '{path}' names a 'model', but starts with distill, which has a teacher")
-    if any(step.stage == "distill" for step in steps[1:]):
-        raise InputError(f"recipe '{path}': distill can only be the first stage")
+        if steps and name == "distill":
+            raise InputError(f"recipe '{path}': distill can only be the first stage")
+        if not steps and name == "distill" and model is not None:
+            raise InputError(f"recipe '{path}' names a 'model', but starts with distill, which has a teacher")
+        if not steps and name != "distill" and not isinstance(model, str):
+            raise InputError(f"recipe '{path}' starts with {name} but names no 'model'")
+        of_stage = {_key(k): v for k, v in (given or {}).items()}
+        steps.append(_step(where, name, shared | of_stage, _BEFORE if steps else model, argv))
     return steps
 
 
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise InputError(f"recipe '{path}' is larger than {_LARGEST >> 20} MiB")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"recipe '{path}' cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"recipe '{path}' is not YAML: {first_line(error)}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("stages"), list) or not content["stages"]:
+        raise InputError(f"recipe '{path}' has no list 'stages'", "see kdcli run --help for an example")
+    return content
+
+
 def run(
-    path: Path, out: Path | None, force: bool, progress: Progress, dry_run: bool
+    path: Path,
+    out: Path | None,
+    force: bool,
+    progress: Progress,
+    dry_run: bool,
+    argv: Sequence[str] = (),
 ) -> RecipeOutcome | plan.DryRun:
     """Run a recipe; a stage that misses a gate ends it.
 
@@ -145,10 +129,11 @@ def run(
         force: Replace the outputs of an earlier run.
         progress: Observer.
         dry_run: Return the plan of the first stage, whose input exists already, and touch nothing.
+        argv: The command, for the reports.
     """
-    steps = read(path)
+    steps = read(path, argv)
     if dry_run:
-        made = plan.plan(_request(steps[0], steps[0].model, steps[0].common), progress)
+        made = plan.plan(steps[0], progress)
         made.notes.append(
             "then: " + ", ".join(step.stage for step in steps[1:]) if steps[1:] else "no further stage"
         )
@@ -162,7 +147,8 @@ def run(
     for number, step in enumerate(steps, 1):
         target = place / f"{number}-{step.stage}"
         writes = step.stage != "evaluate"
-        name, place_of_data = _cache_key(step, model)
+        step = replace(step, model=model)
+        name, place_of_data = _cache_key(step)
         kept = cache.entry("stages", name)
         progress.phase(f"stage {number} of {len(steps)}: {step.stage}")
         if writes:
@@ -172,8 +158,8 @@ def run(
             _copy(kept, target, place_of_data, step.stage, force=force)
             report = io.read(target)
         else:
-            common = replace(step.common, out=target if writes else None, force=force)
-            outcome = life.run(_request(step, model, common), progress)
+            common = step.common.model_copy(update={"out": target if writes else None, "force": force})
+            outcome = life.run(replace(step, common=common), progress)
             assert outcome is not None  # there is one process
             report = outcome.report
             if writes and report.exit_code == ExitCode.OK:
@@ -187,88 +173,39 @@ def run(
     return RecipeOutcome(final, reports[-1], reports)
 
 
-def _request(step: Step, model: str | None, common: Common) -> Request:
-    argv = ("kdcli", step.stage)
-    return Request(
-        stage=step.stage,
-        model=None if step.stage == "distill" else model,
-        options=step.options,
-        common=common,
-        argv=argv,
-        dequantize=step.dequantize,
-    )
+def _step(
+    where: str, stage: StageName, given: dict[str, Any], model: str | None, argv: Sequence[str]
+) -> Request:
+    """One stage of a recipe, checked.
 
-
-def _step(where: str, stage: StageName, given: dict[str, Any]) -> Step:
-    kind = _OPTIONS[stage]
-    own = {f.name for f in fields(kind)}
-    flags = {k for k in own if k not in _PLURAL.values()} | {k for k, v in _PLURAL.items() if v in own}
-    allowed = flags | set(_SHARED) | set(_GATES) | {"set", "dequantize"}
-    options: dict[str, Any] = {}
-    common: dict[str, Any] = {}
-    limits: dict[str, Any] = {}
-    dequantize = bool(given.pop("dequantize", False))
+    Raises:
+        InputError: Names the stage in the recipe and the key.
+    """
+    keys = {one.argument: one for one in options.of_stage(stage).values() if one.flag.recipe}
+    found: dict[str, Any] = {}
     for key, value in given.items():
-        if key not in allowed or key == "models":
-            raise InputError(
-                f"{where}: unknown option '{key}' of {stage}: {did_you_mean(key, allowed - {'models'})}"
-            )
-        if key in _JUDGING and (value is None or value == "" or isinstance(value, bool)):
+        if key not in keys:
+            known = [one.name for one in keys.values()]
+            raise InputError(f"{where}: unknown option '{key}' of {stage}: {did_you_mean(key, known)}")
+        if value is None or value == "":
             # Taken for no value it would silently drop a gate, or judge something else.
-            said = (
-                "has no value" if value in (None, "") else f"is {str(value).lower()}, which is no value of it"
-            )
-            raise InputError(f"{where}: '{key.replace('_', '-')}' {said}", "give one, or leave the line out")
-        if key == "set":
-            common["settings"] = {str(k): str(v) for k, v in _mapping(where, value).items()}
-        elif key == "max_size":
-            limits["max_size_bytes"] = gates.parse_size(str(value))
-        elif key == "gate":
-            limits["expressions"] = tuple(value) if isinstance(value, list) else (value,)
-        elif key in _GATES:
-            limits[_GATES[key]] = value
-        elif key in _SHARED:
-            common[key] = value
-        else:
-            name = _PLURAL[key] if key in _PLURAL and _PLURAL[key] in own else key
-            plural = name != key and not isinstance(value, list | dict)
-            options[name] = [value] if plural else value
-    missing = [
-        f.name
-        for f in fields(kind)
-        if f.default is MISSING and f.default_factory is MISSING and f.name not in options
-    ]
-    if missing:
-        back = {v: k for k, v in _PLURAL.items()}
-        raise InputError(f"{where}: {stage} needs '{back.get(missing[0], missing[0])}'")
-    made = _checked(where, Common, {**common, "gates": _checked(where, Gates, limits)})
-    for expression in made.gates.expressions:
-        gates.parse_expression(expression)
-    return Step(stage, _checked(where, kind, options), made, dequantize)
-
-
-def _checked(where: str, kind: Any, values: Mapping[str, Any]) -> Any:
+            raise InputError(f"{where}: '{keys[key].name}' has no value", "give one, or leave the line out")
+        found[keys[key].field] = value
+    origins = dict.fromkeys(found, "recipe")
+    if options.OPTIONS[stage].takes_model:
+        found["model"] = model
     try:
-        return TypeAdapter(kind).validate_python(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{where}: {key}: {first['msg'].lower()} (given: {first.get('input')!r:.60})"
-        ) from error
-
-
-def _mapping(where: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise InputError(f"{where}: 'set' is not a mapping of KEY: VALUE")
-    return value
+        made = options.request(stage, found, origins=origins, argv=argv)
+    except OptionError as error:
+        raise InputError(f"{where}: {error.said(options.spelt(stage, lambda one: one.name))}") from error
+    return replace(made, model=model)
 
 
 def _key(name: Any) -> str:
     return str(name).replace("-", "_")
 
 
-def _cache_key(step: Step, model: str | None) -> tuple[str, str]:
+def _cache_key(request: Request) -> tuple[str, str]:
     """Everything that decides a stage's output and the numbers in its report, and where its data are.
 
     Paths are not part of the key. The machine is, because speeds that were measured on another one are no measure here.
@@ -276,24 +213,23 @@ def _cache_key(step: Step, model: str | None) -> tuple[str, str]:
     from kdcli.export import own_graph
     from kdcli.models.checkpoint import weights_digest
 
-    request = _request(step, model, step.common)
-    found = [references.resolve(name, offline=step.common.offline) for name in preflight.models_of(request)]
-    common = {k: v for k, v in asdict(step.common).items() if k not in ("out", "force", "resume", "debug")}
+    offline = request.common.offline
+    found = [references.resolve(name, offline=offline) for name in preflight.models_of(request)]
+    common = request.common.model_dump(exclude={"out", "force", "resume"})
     settled = preflight.settle_data(request, found[0].path)
     dataset = preflight.load_data(settled, [found[0].path])
-    read = [getattr(step.options, f.name) for f in fields(step.options)]
+    read = [value for _, value in request.options]
     graphs = [graph for one in found if (graph := own_graph.own_graph(one.path)) is not None]
     files = [path for path in (*graphs, *read) if isinstance(path, Path) and path.is_file()]
     key = cache.key(
-        stage=step.stage,
+        stage=request.stage,
         inputs=[weights_digest(one.path) for one in found],
         files=[io.sha256_of(path) for path in files],
-        options=asdict(step.options),
+        options=request.options.model_dump(),
         common=common,
         data=dataset.fingerprint,
         code=cache.code(),
         machine=[environment.cpu_name(), *environment.isa(), environment.threads()],
-        dequantize=step.dequantize,
     )
     return key, str(settled.common.data)
 

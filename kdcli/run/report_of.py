@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from kdcli import __version__
 from kdcli.data import recorded
@@ -76,7 +75,7 @@ def build(
         kdcli_version=__version__,
         stage=request.stage,
         command=[redact(part) for part in request.argv],
-        config=config_of(request),
+        config=request.configuration(),
         model=ModelInfo(
             source=redact(source),
             family=model.model_type,
@@ -124,31 +123,6 @@ def use_of(task: Task) -> card.Use:
         limit=task.limit,
         pipeline_tag=task.pipeline_tag,
     )
-
-
-def config_of(request: Request) -> dict[str, Any]:
-    """Every resolved option with where its value came from."""
-    common = asdict(request.common)
-    limits = common.pop("gates")
-    values = common | asdict(request.options) | limits
-    for name in ("debug",):
-        values.pop(name, None)
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Path):
-            return redact(str(value))
-        if isinstance(value, str):
-            return redact(value)
-        if isinstance(value, Mapping):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(v) for v in value]
-        return value
-
-    return {
-        name: {"value": plain(value), "origin": request.origins.get(name, "default")}
-        for name, value in sorted(values.items())
-    }
 
 
 def of_data(dataset: Dataset) -> list[Warning_]:

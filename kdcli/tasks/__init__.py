@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kdcli.tasks.classification import Classification
     from kdcli.tasks.multi_label import MultiLabel
     from kdcli.tasks.regression import Regression
-    from kdcli.tasks.task import Task
+    from kdcli.tasks.task import Kind, Task
 
     # mypy holds every task to the contract here: the registry itself finds them by name.
     _KEPT: tuple[Task, ...] = (Classification(), MultiLabel(), Regression())
@@ -54,16 +54,41 @@ def get(name: str, metric: str | None = None) -> Task:
     Raises:
         UsageError: There is no such task, or it has no such metric.
     """
-    from dataclasses import replace
-
     _check(name)
     file, class_name = _CLASSES[name]
     made: Any = vars(importlib.import_module(f"kdcli.tasks.{file}"))[class_name]()
+    return judged_by(made, metric)
+
+
+def of_kind(kind: Kind, metric: str | None = None) -> Task:
+    """The task whose answers are of this kind, where nothing but the data says which one it is."""
+    by_kind: dict[Kind, str] = {
+        "one-of": "text-classification",
+        "any-of": "multi-label",
+        "number": "regression",
+    }
+    return get(by_kind[kind], metric)
+
+
+def kind_of(name: str) -> Kind:
+    """What an answer of a task is; raises as :func:`get` does."""
+    return get(name).kind
+
+
+def judged_by(task: Task, metric: str | None) -> Task:
+    """The same task with another primary metric; None leaves it as it is.
+
+    Raises:
+        UsageError: The task has no metric of that name.
+    """
+    from dataclasses import replace
+
     if metric is None:
-        return made
-    if metric not in made.metrics:
-        raise UsageError(f"{name} has no metric '{metric}': {did_you_mean(metric, made.metrics)}")
-    return replace(made, primary=metric)
+        return task
+    if metric not in task.metrics:
+        raise UsageError(f"{task.name} has no metric '{metric}': {did_you_mean(metric, task.metrics)}")
+    changed: Task = replace(task, primary=metric)  # type: ignore[type-var]
+    return changed
 
 
 def summary(name: str) -> str:

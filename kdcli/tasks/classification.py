@@ -14,7 +14,7 @@ from kdcli.report.schema import MetricValue, Warning_
 from kdcli.tasks import METRIC, intervals
 from kdcli.tasks.f1 import macro_f1_statistic
 from kdcli.tasks.intervals import Statistic, ratio
-from kdcli.tasks.task import Blind, Comparison, Reduction, check_finite
+from kdcli.tasks.task import Blind, Comparison, Plain, Reduction, by_name, check_finite
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ _LOWER_IS_BETTER = ("ece", "log_loss")
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Plain):
     """A row has one of C labels; its answer is the most probable one."""
 
     primary: str = "accuracy"
@@ -65,6 +65,10 @@ class Classification:
     def outputs(self, labels: Sequence[str]) -> int:
         """One for every label."""
         return len(labels)
+
+    def order(self, ours: Sequence[str], theirs: Sequence[str]) -> list[int] | None:
+        """By name."""
+        return by_name(ours, theirs)
 
     def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
         """Itself: the most probable label needs no threshold."""

@@ -29,7 +29,7 @@ from kdcli.report.schema import MetricValue, Warning_
 from kdcli.tasks import METRIC, THRESHOLDS, intervals
 from kdcli.tasks.f1 import macro_f1_statistic, micro_f1_statistic
 from kdcli.tasks.intervals import Statistic
-from kdcli.tasks.task import Blind, Comparison, Kind, Reduction, check_finite
+from kdcli.tasks.task import Blind, Comparison, Kind, Reduction, by_name, check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +59,20 @@ class MultiLabel:
     def outputs(self, labels: Sequence[str]) -> int:
         """One a label."""
         return len(labels)
+
+    def order(self, ours: Sequence[str], theirs: Sequence[str]) -> list[int] | None:
+        """By name."""
+        return by_name(ours, theirs)
+
+    @property
+    def decides(self) -> bool:
+        """The thresholds."""
+        return True
+
+    @property
+    def decided(self) -> bool:
+        """Whether there are thresholds."""
+        return self.thresholds is not None
 
     def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
         """With the thresholds of :func:`fit_thresholds`."""

@@ -21,7 +21,7 @@ from kdcli.errors import InputError
 from kdcli.report.schema import MetricValue, Warning_
 from kdcli.tasks import METRIC, intervals, ranking
 from kdcli.tasks.intervals import Statistic, ratio
-from kdcli.tasks.task import Blind, Comparison, Kind, Reduction, check_finite
+from kdcli.tasks.task import Blind, Comparison, Kind, Plain, Reduction, check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ _RANKING = ("ndcg_at_10", "mrr_at_10")
 
 
 @dataclass(frozen=True)
-class Regression:
+class Regression(Plain):
     """A number.
 
     Args:
@@ -49,6 +49,10 @@ class Regression:
     def outputs(self, labels: Sequence[str]) -> int:
         """One."""
         return 1
+
+    def order(self, ours: Sequence[str], theirs: Sequence[str]) -> list[int] | None:
+        """The one output, whatever it is called."""
+        return [0]
 
     def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
         """Itself: a number is the answer."""

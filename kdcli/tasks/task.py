@@ -68,6 +68,25 @@ class Blind:
     noise: float  # two standard errors of the score
 
 
+class Plain:
+    """A task whose answers leave nothing to decide."""
+
+    @property
+    def decides(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def decided(self) -> bool:
+        """No."""
+        return False
+
+
+def by_name(ours: Sequence[str], theirs: Sequence[str]) -> list[int] | None:
+    """:meth:`Task.order` of outputs that stand for labels."""
+    return [list(theirs).index(name) for name in ours] if set(ours) == set(theirs) else None
+
+
 class Task(Protocol):
     """One kind of answer.
 
@@ -115,7 +134,21 @@ class Task(Protocol):
         """C of a head for these label names."""
         ...
 
+    def order(self, ours: Sequence[str], theirs: Sequence[str]) -> list[int] | None:
+        """Where each of this model's outputs is among those of another; None where the two cannot be compared."""
+        ...
+
     # What a model carries along.
+
+    @property
+    def decides(self) -> bool:
+        """Whether rows of a validation split have something to decide (:meth:`fitted`)."""
+        ...
+
+    @property
+    def decided(self) -> bool:
+        """Whether they have."""
+        ...
 
     def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
         """This task with what rows of a validation split decide (thresholds); itself where they decide nothing."""

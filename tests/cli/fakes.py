@@ -169,7 +169,9 @@ class Recorder:
         self.requests.append(request)
         return DryRun(request.stage)
 
-    def recipe(self, path: Path, out: Path | None, force: bool, progress: Any, dry_run: bool) -> Any:
+    def recipe(
+        self, path: Path, out: Path | None, force: bool, progress: Any, dry_run: bool, argv: Any
+    ) -> Any:
         """As ``recipe.run``."""
         self.calls.append((path, out, force, dry_run))
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcli import __version__, errors
+from kdcli import __version__, errors, run
 from kdcli.cli.command import COMMANDS
 from tests.cli.conftest import Call
 from tests.cli.fakes import Recorder
@@ -78,7 +79,11 @@ def test_usage_errors_say_what_is_allowed(
     assert recorder.requests == []
 
 
-def test_unknown_model_is_bad_input_with_the_likeliest_alias(call: Call, recorder: Recorder) -> None:
+def test_unknown_model_is_bad_input_with_the_likeliest_alias(
+    call: Call, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "kdcli.run.preflight")  # the real one
+    monkeypatch.setattr(run, "preflight", importlib.import_module("kdcli.run.preflight"))
     result = call("prune", "minlm")
     assert (result.code, result.out, recorder.requests) == (3, "", [])
     assert "did you mean 'minilm'?" in result.err

@@ -11,7 +11,7 @@ from kdcli import registry
 from kdcli.data.sources import ALIASES
 from kdcli.models.aliases import MODELS, SMALL_STUDENTS
 from kdcli.report import io
-from kdcli.request import STUDENT_PRESETS
+from kdcli.stages.distill.options import STUDENT_PRESETS
 from tests.cli import fakes
 from tests.cli.conftest import Call
 from tests.cli.fakes import Recorder

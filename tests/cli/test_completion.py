@@ -13,7 +13,9 @@ import pytest
 from kdcli import registry
 from kdcli.cli.command import COMMANDS
 from kdcli.models.aliases import MODELS, SMALL_STUDENTS
-from kdcli.request import INITS, SCHEMES, STRATEGIES, STRUCTURES, STUDENT_PRESETS
+from kdcli.stages.distill.options import INITS, STRATEGIES, STUDENT_PRESETS
+from kdcli.stages.prune.options import STRUCTURES
+from kdcli.stages.quantize.options import SCHEMES
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -36,6 +36,7 @@ def test_a_stale_file_is_shown_and_then_written(
     gen: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gen, "ROOT", tmp_path)
+    monkeypatch.setattr(gen, "tables", dict)
     monkeypatch.setattr(gen, "files", lambda: {"docs/a.md": "new\n", "docs/b.md": "same\n"})
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.md").write_text("old\n")

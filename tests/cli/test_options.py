@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,27 @@ import pytest
 
 from kdcli.cli import options
 from kdcli.cli.command import COMMANDS, build, flag_of, variable_of
-from kdcli.request import (
-    STAGES,
-    Common,
-    DistillOptions,
-    EvaluateOptions,
-    Gates,
-    LowRankOptions,
-    PruneOptions,
-    QuantizeOptions,
-)
+from kdcli.request import STAGES, Common, Gates
+from kdcli.stages.distill.options import DistillOptions
+from kdcli.stages.evaluate.options import EvaluateOptions
+from kdcli.stages.lowrank.options import LowRankOptions
+from kdcli.stages.prune.options import PruneOptions
+from kdcli.stages.quantize.options import QuantizeOptions
 from tests.cli.conftest import Call
 from tests.cli.fakes import Recorder
 
 COMMON_WORDS = shlex.split(
-    "-o out/x --data reviews --columns text=body --device cuda:1 --seed 7 --set steps=4 --set scope=layer --limit 50 "
-    "--resume --force --offline --debug --max-drop 0.01 --min-speedup 2 --max-size 20MiB "
+    "-o out/x --data reviews --columns text=body --task regression --metric pearson --device cuda:1 --seed 7 "
+    "--limit 50 --force --offline --debug --max-drop 0.01 --min-speedup 2 --max-size 20MiB "
     "--gate accuracy>=0.9 --gate 'p50_ms < 3'"
 )
+TRAINING_WORDS = shlex.split("--set steps=4 --set scope=layer --resume")
 COMMON = Common(
     out=Path("out/x"),
     data="reviews",
     columns="text=body",
+    task="regression",
+    metric="pearson",
     device="cuda:1",
     seed=7,
     settings={"steps": "4", "scope": "layer"},
@@ -40,7 +38,6 @@ COMMON = Common(
     resume=True,
     force=True,
     offline=True,
-    debug=True,
     gates=Gates(
         max_drop=0.01, min_speedup=2.0, max_size_bytes=20 << 20, expressions=("accuracy>=0.9", "p50_ms < 3")
     ),
@@ -121,24 +118,24 @@ CASES: dict[str, tuple[str, Any]] = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_option_reaches_the_request(call: Call, recorder: Recorder, stage: str) -> None:
     words, expected = CASES[stage]
-    result = call(stage, *shlex.split(words), *COMMON_WORDS)
+    judging = stage == "evaluate"
+    result = call(stage, *shlex.split(words), *COMMON_WORDS, *([] if judging else TRAINING_WORDS))
     assert result.code == 0, result.err
     request = recorder.request
     assert request.stage == stage
     assert request.options == expected
-    assert request.common == COMMON
+    assert request.common == (
+        COMMON.model_copy(update={"settings": {}, "resume": False}) if judging else COMMON
+    )
     assert request.model == ("model" if words.startswith("model ") and stage != "evaluate" else None)
-    fields = {
-        f.name for f in (*dataclasses.fields(Common), *dataclasses.fields(expected)) if f.name != "gates"
-    }
-    fields |= {f.name for f in dataclasses.fields(Gates)}
-    assert fields <= set(request.origins)
+    fields = {*Common.model_fields, *type(expected).model_fields, *Gates.model_fields} - {"gates"}
+    assert fields - type(expected).without <= set(request.origins)
     given = {name for name, origin in request.origins.items() if origin == "flag"}
-    assert {"out", "settings", "max_size_bytes", "expressions"} <= given
+    assert {"out", "max_size_bytes", "expressions"} <= given
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_defaults_are_those_of_the_dataclasses(call: Call, recorder: Recorder, stage: str) -> None:
+def test_defaults_are_those_of_the_models(call: Call, recorder: Recorder, stage: str) -> None:
     needed = {"distill": ["--teacher", "model", "--student", "tiny"]}.get(stage, ["model"])
     assert call(stage, *needed).code == 0
     by_stage: dict[str, dict[str, Any]] = {
@@ -162,19 +159,20 @@ def test_budgets(call: Call, recorder: Recorder) -> None:
     call("prune", "model", "--budget", "0.6")
     call("lowrank", "model", "--budget", "0.6")
     call("lowrank", "model", "--energy", "0.9")
-    asked = [dataclasses.asdict(request.options) for request in recorder.requests]
+    asked = [request.options.model_dump() for request in recorder.requests]
     assert [one["budget"] for one in asked] == [0.6, 0.6, None]
     assert asked[2]["energy"] == 0.9
 
 
 def test_common_flags_are_those_of_every_stage() -> None:
     found = [{flag_of(param) for param in build(stage).params} for stage in STAGES]
-    assert set(options.COMMON) == set.intersection(*found) - {None}
+    assert set.intersection(*found) - {None} == set(options.COMMON) - {"set", "resume"}
+    assert {"set", "resume"} <= set.intersection(*found[:-1])
 
 
 def test_the_same_flag_says_the_same_in_every_stage() -> None:
     for flag in options.COMMON:
-        params = [next(p for p in build(stage).params if flag_of(p) == flag) for stage in STAGES]
+        params = [p for stage in STAGES for p in build(stage).params if flag_of(p) == flag]
         assert len({(p.help, tuple(p.opts), tuple(p.secondary_opts), p.metavar) for p in params}) == 1, flag
 
 

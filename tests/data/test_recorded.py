@@ -12,8 +12,10 @@ from kdcli.errors import InputError
 from kdcli.progress import Progress
 from kdcli.report import io
 from kdcli.report.schema import DataInfo, Report
-from kdcli.request import Common, EvaluateOptions, Gates, PruneOptions, Request
+from kdcli.request import Common, Gates, Request
 from kdcli.run import life, recipe
+from kdcli.stages.evaluate.options import EvaluateOptions
+from kdcli.stages.prune.options import PruneOptions
 from tests import tiny
 
 

@@ -21,9 +21,11 @@ from kdcli.inputs.text import TEXT
 from kdcli.progress import Progress
 from kdcli.report import facts, html, markdown
 from kdcli.report.schema import Report
-from kdcli.request import Common, EvaluateOptions, PruneOptions, Request
+from kdcli.request import Common, Request
 from kdcli.run import dry_run, life
 from kdcli.run.outcome import Outcome
+from kdcli.stages.evaluate.options import EvaluateOptions
+from kdcli.stages.prune.options import PruneOptions
 from tests import tiny
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")

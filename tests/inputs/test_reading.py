@@ -20,8 +20,10 @@ from kdcli.inputs import reading, text
 from kdcli.models.checkpoint import load
 from kdcli.progress import Progress
 from kdcli.report.schema import Report
-from kdcli.request import Common, PruneOptions, QuantizeOptions, Request
+from kdcli.request import Common, Request
 from kdcli.run import life
+from kdcli.stages.prune.options import PruneOptions
+from kdcli.stages.quantize.options import QuantizeOptions
 from tests import tiny
 
 

@@ -23,7 +23,7 @@ from kdcli.models import inspect, small, students
 from kdcli.models.aliases import SMALL_STUDENTS, small_student
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.transforms import TransformLog
-from kdcli.request import STUDENT_PRESETS
+from kdcli.stages.distill.options import STUDENT_PRESETS
 from tests import tiny
 
 WIDTH, INNER = 16, 12

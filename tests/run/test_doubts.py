@@ -13,16 +13,13 @@ from kdcli.cli import table
 from kdcli.progress import Progress
 from kdcli.report import facts, html, markdown
 from kdcli.report.schema import LineageEntry, Report
-from kdcli.request import (
-    Common,
-    DistillOptions,
-    EvaluateOptions,
-    LowRankOptions,
-    PruneOptions,
-    QuantizeOptions,
-    Request,
-)
+from kdcli.request import Common, Request
 from kdcli.run import life, lineage
+from kdcli.stages.distill.options import DistillOptions
+from kdcli.stages.evaluate.options import EvaluateOptions
+from kdcli.stages.lowrank.options import LowRankOptions
+from kdcli.stages.prune.options import PruneOptions
+from kdcli.stages.quantize.options import QuantizeOptions
 from kdcli.tasks.classification import CLASSIFICATION
 from tests import tiny
 

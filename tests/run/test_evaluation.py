@@ -14,9 +14,12 @@ from kdcli.export import onnx as exporter
 from kdcli.models import checkpoint as checkpoints
 from kdcli.progress import Progress
 from kdcli.report import io
-from kdcli.request import Common, EvaluateOptions, Gates, PruneOptions, QuantizeOptions, Request
+from kdcli.request import Common, Gates, Request
 from kdcli.run import life, recipe
 from kdcli.run.outcome import Outcome
+from kdcli.stages.evaluate.options import EvaluateOptions
+from kdcli.stages.prune.options import PruneOptions
+from kdcli.stages.quantize.options import QuantizeOptions
 from tests import tiny
 
 

@@ -11,9 +11,11 @@ import pytest
 from kdcli.errors import InputError
 from kdcli.progress import Progress
 from kdcli.report import io
-from kdcli.request import Common, EvaluateOptions, PruneOptions, Request
+from kdcli.request import Common, Request
 from kdcli.run import life
 from kdcli.run.outcome import Outcome
+from kdcli.stages.evaluate.options import EvaluateOptions
+from kdcli.stages.prune.options import PruneOptions
 from tests import tiny
 
 

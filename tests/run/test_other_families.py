@@ -16,8 +16,10 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models import students
 from kdcli.probe import soundness
 from kdcli.progress import Progress
-from kdcli.request import Common, DistillOptions, EvaluateOptions, Request
+from kdcli.request import Common, Request
 from kdcli.run import life
+from kdcli.stages.distill.options import DistillOptions
+from kdcli.stages.evaluate.options import EvaluateOptions
 from kdcli.training import teacher
 from tests import tiny
 

@@ -13,8 +13,9 @@ import pytest
 from kdcli.errors import ExitCode, ResourceError, UsageError
 from kdcli.progress import Progress
 from kdcli.report import io
-from kdcli.request import Common, PruneOptions, Request
+from kdcli.request import Common, Request
 from kdcli.run import life, output
+from kdcli.stages.prune.options import PruneOptions
 from tests import tiny
 
 

@@ -15,7 +15,10 @@ from kdcli.data.sources import Dataset, Rows
 from kdcli.inputs.splits import Splits
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
-from kdcli.request import Common, LowRankOptions, PruneOptions, QuantizeOptions, Request
+from kdcli.request import Common, Request
+from kdcli.stages.lowrank.options import LowRankOptions
+from kdcli.stages.prune.options import PruneOptions
+from kdcli.stages.quantize.options import QuantizeOptions
 from tests import tiny
 
 STAGES = {QuantizeOptions: "quantize", PruneOptions: "prune", LowRankOptions: "lowrank"}

@@ -18,10 +18,12 @@ from kdcli.data.sources import Rows
 from kdcli.families.stack import encoder_layers
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.probe import definite
-from kdcli.request import LowRankOptions, PruneOptions, QuantizeOptions
 from kdcli.stages.lowrank import stage as lowrank
+from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.prune import stage as prune
+from kdcli.stages.prune.options import PruneOptions
 from kdcli.stages.quantize import stage as quantize
+from kdcli.stages.quantize.options import QuantizeOptions
 from tests import tiny
 from tests.stages import contexts
 from tests.stages.lowrank.test_convolutions import random_cnn

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from kdcli.errors import ExitCode, InputError
-from kdcli.request import LowRankOptions, PruneOptions, QuantizeOptions
 from kdcli.stages.distill import stage as distill
 from kdcli.stages.lowrank import stage as lowrank
+from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.prune import stage as prune
+from kdcli.stages.prune.options import PruneOptions
 from kdcli.stages.quantize import stage as quantize
+from kdcli.stages.quantize.options import QuantizeOptions
 from tests import tiny
 from tests.stages import contexts
 from tests.stages.test_rows_used import distillation

@@ -19,23 +19,19 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.probe import layer_clock, speedup
 from kdcli.probe.speedup import Speed
 from kdcli.progress import Progress
-from kdcli.request import (
-    Common,
-    DistillOptions,
-    Gates,
-    LowRankOptions,
-    PruneOptions,
-    QuantizeOptions,
-    Request,
-)
+from kdcli.request import Common, Gates, Request
 from kdcli.stages.distill import lesson
 from kdcli.stages.distill import stage as distill
+from kdcli.stages.distill.options import DistillOptions
 from kdcli.stages.lowrank import convolutions, matrices, rank_budget
 from kdcli.stages.lowrank import stage as lowrank
+from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.prune import stage as prune
+from kdcli.stages.prune.options import PruneOptions
 from kdcli.stages.quantize import auto, dynamic, single_layers
 from kdcli.stages.quantize import stage as quantize
 from kdcli.stages.quantize.auto import Candidate, Tried
+from kdcli.stages.quantize.options import QuantizeOptions
 from tests import tiny
 from tests.stages import contexts, watched
 from tests.stages.lowrank.test_convolutions import random_cnn
@@ -60,7 +56,7 @@ def context_of(made: Any, work: Path, options: Any, settings: dict | None = None
     checkpoints.save(made, work / "model")
     made = checkpoints.load(work / "model")
     context = contexts.of(options, made, work, splits=watched.splits(), settings=settings)
-    common = replace(context.request.common, gates=Gates(max_drop=drop))
+    common = context.request.common.model_copy(update={"gates": Gates(max_drop=drop)})
     context.request = replace(context.request, common=common)
     return context
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+import torch
+from scipy.stats import binomtest, entropy
+from sklearn.metrics import log_loss, matthews_corrcoef
 
 from kdcli.errors import InputError
 from kdcli.tasks import classification
@@ -164,3 +168,130 @@ def test_what_is_resampled_is_the_metric(metric: str) -> None:
     worse = task.compare(logits, -logits, labels)
     assert worse.p_value is not None
     assert worse.p_value < 0.01
+
+
+# ------------------------------------------------- the other metrics
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_correlation_and_log_loss_are_those_of_scikit_learn(classes: int) -> None:
+    logits, labels = rows(classes=classes)
+    found = TASK.measure(logits, labels, "test")
+    assert tuple(found) == TASK.metrics
+    assert found["mcc"].value == pytest.approx(matthews_corrcoef(labels, logits.argmax(1)), abs=1e-12)
+    scores = np.exp(logits.astype(np.float64))
+    want = log_loss(labels, scores / scores.sum(1, keepdims=True), labels=range(classes))
+    assert found["log_loss"].value == pytest.approx(want, rel=1e-12)
+    assert not found["log_loss"].higher_is_better
+    constant = np.tile([1.0, 0.0], (10, 1))
+    assert TASK.measure(constant, np.arange(10) % 2, "test")["mcc"].value == 0.0
+
+
+@pytest.mark.parametrize("metric", TASK.metrics)
+def test_any_metric_can_be_the_primary_one(metric: str) -> None:
+    logits, labels = rows(n=300)
+    other = classification.Classification(metric)
+    found = other.measure(logits, labels, "test")
+    assert found[metric].stderr is not None
+    low, high = found[metric].ci95
+    assert low < high
+    sign = 1 if found[metric].higher_is_better else -1
+    assert other.score(logits, labels) == pytest.approx(sign * found[metric].value)
+    assert {name: one.value for name, one in found.items()} == {
+        name: one.value for name, one in TASK.measure(logits, labels, "test").items()
+    }
+
+
+def test_drawn_rows_give_the_error_that_the_formula_gives() -> None:
+    """Of a mean both are known: the log loss is one."""
+    logits, labels = rows(n=500)
+    found = classification.Classification("log_loss").measure(logits, labels, "test")["log_loss"]
+    each = -np.log(TASK.scores(logits)[np.arange(500), labels])
+    # 2000 draws know a standard error to 1 / sqrt(4000), 1.6%; 5 of them are 8%.
+    assert found.stderr == pytest.approx(each.std(ddof=1) / math.sqrt(500), rel=0.08)
+
+
+def test_two_models_are_compared_on_the_same_rows() -> None:
+    logits, labels = rows(n=300)
+    worse = logits + np.random.default_rng(9).normal(size=logits.shape).astype(np.float32)
+    found = TASK.compare(logits, worse, labels)
+    one, two = (TASK.measure(x, labels, "test") for x in (logits, worse))
+    assert found.differences == {name: two[name].value - one[name].value for name in TASK.metrics}
+    assert found.agreement == np.mean(logits.argmax(1) == worse.argmax(1)) == TASK.same(logits, worse)
+    assert found.p_value == mcnemar(logits.argmax(1), worse.argmax(1), labels)
+    by_f1 = classification.Classification("macro_f1").compare(logits, worse, labels)
+    low, high = by_f1.ci95
+    assert low < by_f1.differences["macro_f1"] < high < 0
+    assert by_f1.p_value == pytest.approx(2 / 2001)  # none of 2000 draws is on the other side
+    itself = classification.Classification("macro_f1").compare(logits, logits, labels)
+    assert (itself.p_value, itself.ci95, itself.agreement) == (1.0, (0.0, 0.0), 1.0)
+
+
+# ------------------------------------------------- tensors
+
+
+def tensors(n: int = 6, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(n, classes, generator=generator, dtype=torch.float64) for _ in range(2))  # type: ignore[return-value]
+
+
+def test_losses_and_divergences_are_their_definitions_and_sums_of_rows() -> None:
+    after, before = tensors()
+    labels = torch.tensor([0, 1, 2, 3, -100, 1])
+    p, q = (x.softmax(-1).numpy() for x in (after, before))
+    want = [0.0 if t < 0 else -math.log(p[i, t]) for i, t in enumerate(labels.tolist())]
+    assert TASK.loss(after, labels).numpy() == pytest.approx(want)
+    assert float(TASK.loss(after, labels, "sum")) == pytest.approx(sum(want))
+    kl = entropy(q, p, axis=1)
+    assert TASK.divergence(after, before).numpy() == pytest.approx(kl)
+    assert float(TASK.divergence(after, before, "sum")) == pytest.approx(kl.sum())
+    assert TASK.divergence(after, after).abs().max() < 1e-15
+
+
+def test_curved_directions_have_the_hessian_of_the_divergence() -> None:
+    (z, _), generator = tensors(n=1, classes=3), torch.Generator().manual_seed(0)
+    directions = TASK.curved(z.expand(200_000, 3), generator).numpy()
+    hessian = torch.autograd.functional.hessian(lambda x: TASK.divergence(x[None], z)[0], z[0]).numpy()
+    # 200,000 draws of products of order 0.3 know their mean to 0.3 / sqrt(200,000) = 0.0007.
+    assert directions.T @ directions / 200_000 == pytest.approx(hessian, abs=0.004)
+
+
+def test_drawn_labels_come_as_often_as_they_are_probable_and_the_most_probable_is_its_own() -> None:
+    (z, _), generator = tensors(n=1), torch.Generator().manual_seed(0)
+    often = np.bincount(TASK.drawn(z.expand(100_000, 4), generator), minlength=4) / 100_000
+    assert often == pytest.approx(z[0].softmax(0).numpy(), abs=0.008)  # 5 standard errors
+    assert TASK.own(z).tolist() == [int(z.argmax())]
+
+
+def test_models_combined_have_the_mean_of_their_probabilities() -> None:
+    every = tensors()
+    assert torch.allclose(TASK.combined(every).softmax(-1), sum(z.softmax(-1) for z in every) / 2)
+    weighed = 0.2 * every[0].softmax(-1) + 0.8 * every[1].softmax(-1)
+    assert torch.allclose(TASK.combined(every, [0.2, 0.8]).exp(), weighed)
+
+
+# ------------------------------------------------- labels and words
+
+
+def test_rows_without_a_label_and_what_one_answer_for_all_reaches() -> None:
+    labels = np.array([0, 0, 0, 1, -100])
+    assert TASK.known(labels).tolist() == [True] * 4 + [False]
+    assert TASK.unlabelled(2, 7).tolist() == [-100, -100]
+    blind = TASK.blind(labels[:4])
+    assert blind is not None
+    assert (blind.loss, blind.score) == (pytest.approx(math.log(2)), 0.75)
+    assert blind.noise == pytest.approx(2 * math.sqrt(0.75 * 0.25 / 4))
+    assert TASK.blind(labels[:3]) is None
+
+
+def test_an_answer_is_a_name_and_its_probability_and_the_snippets_print_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logits, names = np.array([[0.0, math.log(3)]], dtype=np.float32), ["no", "yes"]
+    (found,) = TASK.answer(logits, names)
+    assert found == {"label": "yes", "score": pytest.approx(0.75)}
+    about = {"labels": json.dumps(names)}
+    exec(TASK.snippet(of_graph=True), {"json": json, "about": about, "logits": logits})
+    loaded = SimpleNamespace(labels=names)
+    exec(TASK.snippet(of_graph=False), {"loaded": loaded, "logits": torch.from_numpy(logits[0])})
+    assert capsys.readouterr().out == "yes\nyes\n"

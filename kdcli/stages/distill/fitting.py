@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from kdcli.inputs.text import Encoded
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import students
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.request import DistillOptions
+from kdcli.stages.distill.options import DistillOptions
 from kdcli.stages.distill.plan import DistillPlan
 from kdcli.training.loop import FitOptions, FitResult, Loss, fit
 from kdcli.training.resume import ResumePoint
@@ -107,7 +106,7 @@ def run_fit(
         "training rows": text.fingerprint(rows),
         "validation rows": text.fingerprint(context.encoded["validation"]),
     }
-    chosen = asdict(options_of(context)) | {f"--set {k}": v for k, v in request.common.settings.items()}
+    chosen = options_of(context).model_dump() | {f"--set {k}": v for k, v in request.common.settings.items()}
     identity |= {f"option {key}": value for key, value in chosen.items()}
     identity["file student"] = _digest_of(options_of(context).student)
     return fit(

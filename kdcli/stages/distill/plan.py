@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from kdcli import processes, registry
 from kdcli.errors import UsageError, did_you_mean
 from kdcli.models import students
-from kdcli.request import INITS, STRATEGIES, STUDENT_PRESETS, DistillOptions, Request
-from kdcli.training import layer_map, objective
+from kdcli.request import Request
+from kdcli.stages.distill.options import STUDENT_PRESETS, DistillOptions
+from kdcli.training import objective
 from kdcli.training.objective import Chosen
 
 ALPHA = 0.5
@@ -93,24 +94,14 @@ def check(request: Request) -> DistillPlan:
     """
     options = request.options
     assert isinstance(options, DistillOptions)
-    if options.strategy not in STRATEGIES:
-        raise UsageError(
-            f"unknown strategy '{options.strategy}': {did_you_mean(options.strategy, STRATEGIES)}"
-        )
-    if options.init not in INITS:
-        raise UsageError(f"unknown --init '{options.init}': {did_you_mean(options.init, INITS)}")
     students.size_of(options.student, STUDENT_PRESETS)
     alpha = ALPHA if options.alpha is None else options.alpha
-    if not 0 <= alpha <= 1:
-        raise UsageError(f"--alpha {alpha} is outside [0, 1]")
     names = options.methods
     if len(set(names)) != len(names):
         raise UsageError(f"a method is given twice: {', '.join(names)}")
     modules = {name: registry.load("distill", name) for name in names}
     if processes.count() > 1 and any(m.KIND == "adversarial" for m in modules.values()):
         raise UsageError("the adversarial method trains in one process only: its discriminator is not shared")
-    if options.layer_map is not None:
-        layer_map.parse(options.layer_map)
     settings, configs = _settings(request, modules)
     if options.strategy in ("online", "layerwise") and tuple(names) != ("response",):
         raise UsageError(

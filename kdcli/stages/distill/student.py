@@ -17,8 +17,8 @@ from kdcli.inputs.text import Encoded
 from kdcli.models import references, students
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.schema import Warning_
-from kdcli.request import STUDENT_PRESETS
 from kdcli.stages.distill.fitting import augmented, options_of
+from kdcli.stages.distill.options import STUDENT_PRESETS
 from kdcli.stages.distill.plan import DistillPlan
 from kdcli.training import layer_map, vocabulary
 from kdcli.training.capture import shape_of

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kdcli import devices
+from kdcli import devices, tasks
 from kdcli.data.sources import Dataset
 from kdcli.errors import InputError
 from kdcli.export import files, own_graph
@@ -22,7 +22,8 @@ from kdcli.probe import soundness
 from kdcli.progress import Progress
 from kdcli.report import io
 from kdcli.report.schema import Delta, LineageEntry, Measurement, Warning_
-from kdcli.request import EvaluateOptions, Request
+from kdcli.request import Request
+from kdcli.stages.evaluate.options import EvaluateOptions
 from kdcli.timing import Timings
 
 _OF_GRAPH = "quality and size here are those of the graph"
@@ -69,8 +70,9 @@ def measure(
     with timings.phase("load"):
         loaded = own_graph.load(found, device=device)
         checkpoint, warnings = loaded.checkpoint, list(loaded.warnings)
+        checkpoint.task = tasks.judged_by(checkpoint.task, request.common.metric)
         if not checkpoint.has_head:
-            raise InputError(f"'{found.ref}' has no classification head, so there is nothing to evaluate")
+            raise InputError(f"'{found.ref}' has no head for a task, so there is nothing to evaluate")
         own_graph.check(loaded, RUNTIMES[options.runtime])
         encoded = splits.Splits(dataset, checkpoint, progress)
     split, rows = picked.split, picked.of(encoded)
@@ -162,17 +164,7 @@ def compare(one: Candidate, baseline: Candidate | None, lineage: list[LineageEnt
     found = Against(comparison.compare(None, after))
     if baseline is not None:
         found.before = baseline.measured.measurement
-        found.delta = comparison.compare(found.before, after)
-        if set(baseline.checkpoint.labels) == set(one.checkpoint.labels):
-            order = [baseline.checkpoint.labels.index(name) for name in one.checkpoint.labels]
-            rows = one.timed.encoded
-            assert rows.labels is not None
-            found.delta = comparison.row_by_row(
-                found.delta,
-                one.checkpoint.task.compare(
-                    baseline.measured.logits[:, order], one.measured.logits, rows.labels
-                ),
-            )
+        found.delta = comparison.of_two(baseline.timed, one.timed, baseline.checkpoint.labels)
     elif len(one.checkpoint.log.lineage) > 1 and (recorded := io.recorded(lineage[0])) is not None:
         found.before = comparison.from_record(recorded, after)
         found.delta = comparison.compare(found.before, after)

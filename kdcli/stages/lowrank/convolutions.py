@@ -22,8 +22,8 @@ from kdcli.probe.moments import watching
 from kdcli.probe.product_clock import torch_milliseconds
 from kdcli.probe.speedup import Speed
 from kdcli.report.schema import Method, Warning_
-from kdcli.request import LowRankOptions
 from kdcli.stages.lowrank import rank_budget, speed
+from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.lowrank.patterns import patterns_leave
 from kdcli.stages.lowrank.rank_budget import Choices
 from kdcli.training.recovery import recover
@@ -227,8 +227,9 @@ def _decide(
         nonlocal best
         best = latest
 
-    tried = search(attempt, full - amount["max_drop"], keep)
-    detail["search"] = {"rows": len(judged), "accuracy": full, "max_drop": amount["max_drop"], "steps": tried}
+    metric = context.checkpoint.task.primary
+    tried = search(attempt, full - amount["max_drop"], keep, metric)
+    detail["search"] = {"rows": len(judged), metric: full, "max_drop": amount["max_drop"], "steps": tried}
     return best
 
 

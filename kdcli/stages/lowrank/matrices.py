@@ -324,8 +324,13 @@ class Work:
             nonlocal best
             best = latest
 
-        steps = search(attempt, full - max_drop, keep)
-        detail["search"] = {"rows": len(judged), "accuracy": full, "max_drop": max_drop, "steps": steps}
+        steps = search(attempt, full - max_drop, keep, self.task.primary)
+        detail["search"] = {
+            "rows": len(judged),
+            self.task.primary: full,
+            "max_drop": max_drop,
+            "steps": steps,
+        }
         return best
 
     # --- putting factors in -----------------------------------------------------------------------

@@ -14,8 +14,8 @@ from kdcli.models import conv_factors, transforms
 from kdcli.models.conv_factors import FactorisedConv
 from kdcli.probe.product_clock import Clock, torch_milliseconds
 from kdcli.report.schema import Method, Warning_
-from kdcli.request import LowRankOptions
 from kdcli.stages.lowrank import rank_budget
+from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.lowrank.patterns import patterns_leave
 
 # Less is within the noise of two clocks.

@@ -10,8 +10,8 @@ from kdcli.context import Context
 from kdcli.errors import UsageError
 from kdcli.probe import speedup
 from kdcli.probe.speedup import Attempt, Speed
-from kdcli.request import LowRankOptions
 from kdcli.stages.lowrank import rank_budget
+from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.lowrank.rank_budget import Choices
 
 Picked = dict[str, Any]

@@ -16,10 +16,10 @@ from kdcli.families.stack import encoder_linears
 from kdcli.models.transforms import Factorise
 from kdcli.probe import speedup
 from kdcli.report.schema import Method, Warning_
-from kdcli.request import LowRankOptions
 from kdcli.stages.lowrank import convolutions, merging, rank_budget
 from kdcli.stages.lowrank.factor_units import Unit, unit_of
 from kdcli.stages.lowrank.matrices import Work
+from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.lowrank.patterns import patterns_leave
 from kdcli.training.recovery import recover
 
@@ -54,7 +54,7 @@ def apply(context: Context, plan: LowRankPlan) -> Applied:
     layer the fewest directions with the share F of what the method minimises, ``--rank N`` N directions in each
     (``evbmf``: as many as stand out of noise), ``--target-speedup F`` as many as leave the model F times as fast,
     which is measured on its finished graph. With ``--max-drop`` and none of them the smallest budget is searched that
-    keeps the accuracy on the validation rows. ``--merge`` multiplies factors back where that pays.
+    keeps the score on the validation rows. ``--merge`` multiplies factors back where that pays.
 
     Raises:
         UsageError: A bad option, a pattern that matches nothing, or an amount that cannot be met.
@@ -88,7 +88,7 @@ def apply(context: Context, plan: LowRankPlan) -> Applied:
         if not plan.units:
             reason = "the encoder has no dense linear layer left"
         elif "max_drop" in plan.amount:
-            reason = f"no budget below 1 keeps the accuracy within {plan.amount['max_drop']:g}"
+            reason = f"no budget below 1 keeps the {context.checkpoint.task.primary} within {plan.amount['max_drop']:g}"
         else:
             reason = "no rank is below break-even"
         text = f"nothing was factorised, the model is unchanged: {reason}"
@@ -117,14 +117,16 @@ def _plan(context: Context) -> LowRankPlan:
     module = registry.load("lowrank", options.method)
     given = {k: v for k in AMOUNTS if (v := getattr(options, k)) is not None}
     flags = ["--" + k.replace("_", "-") for k in given]
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(flags)} exclude each other; give one of them")
     if options.merge and (given or options.epochs):
         named = [*flags, *(["--epochs"] if options.epochs else [])]
         raise UsageError(
             f"--merge multiplies factors back and factorises nothing; leave out {', '.join(named)}"
         )
-    _check_ranges(options)
+    if options.target_speedup is not None and processes.count() > 1:
+        raise UsageError(
+            "--target-speedup measures latencies, which several processes would disturb",
+            "run it in one process, or give --budget",
+        )
     config = registry.parse_settings(module, context.request.common.settings)
     checkpoint = context.checkpoint
     max_drop = context.request.common.gates.max_drop
@@ -142,29 +144,6 @@ def _plan(context: Context) -> LowRankPlan:
         sizes = {name: rank_budget.size_of(unit.dense) for name, unit in units.items()}
         rank_budget.even(sizes, budget)  # raises when it cannot be met
     return LowRankPlan(options, module, config, given, params, units)
-
-
-def _check_ranges(options: LowRankOptions) -> None:
-    if options.budget is not None and not 0 < options.budget < 1:
-        raise UsageError(f"--budget {options.budget} is outside (0, 1): it is the share of parameters kept")
-    if options.energy is not None and not 0 < options.energy <= 1:
-        raise UsageError(f"--energy {options.energy} is outside (0, 1]: it is the share of energy kept")
-    if isinstance(options.rank, str):
-        if options.rank != "evbmf":
-            raise UsageError(f"--rank '{options.rank}' is neither a whole number nor evbmf")
-    elif options.rank is not None and options.rank < 1:
-        raise UsageError(f"--rank {options.rank} is below 1")
-    if options.target_speedup is not None and not 1 < options.target_speedup < 1000:
-        raise UsageError(
-            f"--target-speedup {options.target_speedup} is not above 1: it is a ratio of latencies"
-        )
-    if options.target_speedup is not None and processes.count() > 1:
-        raise UsageError(
-            "--target-speedup measures latencies, which several processes would disturb",
-            "run it in one process, or give --budget",
-        )
-    if options.epochs < 0:
-        raise UsageError(f"--epochs {options.epochs} is negative; 0 means no recovery training")
 
 
 def _units(model: nn.Module, family: Encoder, options: LowRankOptions, share: bool) -> dict[str, Unit]:

@@ -14,9 +14,10 @@ from kdcli.families.layer import Layer
 from kdcli.families.stack import encoder_layers
 from kdcli.models.tokens import Vocabulary
 from kdcli.report.schema import Method, Warning_
-from kdcli.request import STRUCTURES, Gates, PruneOptions, Request, parts_of
+from kdcli.request import Gates, Request
 from kdcli.stages.prune import depth, plan, units, vocab
 from kdcli.stages.prune.budget import layer_macs, table_row
+from kdcli.stages.prune.options import STRUCTURES, PruneOptions, parts_of
 from kdcli.training.recovery import recover
 
 FIXED = {"layers": ("keep_layers", "keep"), "width": ("width",)}
@@ -109,14 +110,6 @@ def check(request: Request) -> CombinedPlan:
         )
     if options.schedule == "gradual":
         raise UsageError("--schedule gradual removes heads, neurons or weights alone", "leave out --schedule")
-    if options.epochs < 0:
-        raise UsageError(f"--epochs {options.epochs} is negative; 0 means no recovery training")
-    if options.sparsity is not None and options.budget is not None:
-        raise UsageError("--sparsity and --budget each say how much is removed; give one of them")
-    if options.sparsity is not None and not 0 <= options.sparsity < 1:
-        raise UsageError(f"--sparsity {options.sparsity} is outside [0, 1): it is the share that is removed")
-    if options.budget is not None and not 0 < options.budget <= 1:
-        raise UsageError(f"--budget {options.budget} is outside (0, 1]: it is the share that is kept")
     parts = _share_out(options, parts)
     params: dict[str, Any] = {"structure": "+".join(structures)}
     for part in parts:
@@ -216,16 +209,19 @@ def _share_out(options: PruneOptions, parts: list[Part]) -> list[Part]:
 def _alone(request: Request, part: Part, budget: float | None = None) -> Request:
     """The request for this part by itself, without training and without gates."""
     assert isinstance(request.options, PruneOptions)
-    options = replace(
-        request.options,
-        structure=part.structure,
-        method=part.name,
-        sparsity=part.sparsity,
-        budget=budget if budget is not None else part.budget,
-        epochs=0,
+    options = request.options.model_copy(
+        update={
+            "structure": part.structure,
+            "method": part.name,
+            "sparsity": part.sparsity,
+            "budget": budget if budget is not None else part.budget,
+            "epochs": 0,
+        }
     )
     return replace(
-        request, options=options, common=replace(request.common, settings=part.settings, gates=Gates())
+        request,
+        options=options,
+        common=request.common.model_copy(update={"settings": part.settings, "gates": Gates()}),
     )
 
 

@@ -17,6 +17,7 @@ from kdcli.report.schema import Warning_
 from kdcli.stages.prune import rows_read
 from kdcli.stages.prune.budget import layer_macs, macs_at_width
 from kdcli.stages.prune.criterion import LayerJob, WidthJob
+from kdcli.stages.prune.options import PruneOptions
 
 if TYPE_CHECKING:
     from kdcli.stages.prune.combined import Part, State
@@ -97,7 +98,9 @@ def _narrow(context: Context, part: Part, state: State) -> None:
     chosen = part.module.narrow(WidthJob(model, family, keep, batches, context.progress), part.config)
     if keep < have:
         checkpoint.log.transforms.append(Width(keep=chosen.keep))
-        if not context.request.options.epochs:  # type: ignore[union-attr]
+        options = context.request.options
+        assert isinstance(options, PruneOptions)
+        if not options.epochs:
             text = "a narrower residual stream changes every layer; train it with --epochs before judging it"
             state.warnings.append(Warning_(code="width-untrained", message=text))
     context.progress.note(f"width: {len(chosen.keep)} of {have} features stay")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from kdcli import processes, registry
 from kdcli.errors import UsageError, did_you_mean
-from kdcli.request import STRUCTURE_NAMES, STRUCTURES, PruneOptions, Request, n_of_m
+from kdcli.request import Request
 from kdcli.stages.prune.criterion import Pattern
+from kdcli.stages.prune.options import STRUCTURE_NAMES, STRUCTURES, PruneOptions, n_of_m
 
 SPARSITY = 0.3
 """Used when nothing says how much: no share, no speed-up and no drop that may not be passed."""
@@ -17,7 +17,6 @@ SPARSITY = 0.3
 TRIES = 6
 """Of the search for the smallest model that keeps ``--max-drop``."""
 
-SCHEDULES = ("iterative", "one-shot", "gradual")
 UNITS = ("heads", "neurons", "heads+neurons")
 ZEROS = ("weights", "n:m")
 
@@ -67,25 +66,12 @@ def check(request: Request) -> PrunePlan:
             f"--method {name} learns in training what to remove",
             "give --epochs 1 or more, or choose another method",
         )
-    amounts = [
-        f"--{name.replace('_', '-')}"
-        for name in ("sparsity", "budget", "target_speedup")
-        if getattr(options, name) is not None
-    ]
-    if len(amounts) > 1:
-        raise UsageError(f"{' and '.join(amounts)} each say how much is removed; give one of them")
-    if options.sparsity is not None and not 0 <= options.sparsity < 1:
-        raise UsageError(f"--sparsity {options.sparsity} is outside [0, 1): it is the share that is removed")
-    if options.budget is not None and not 0 < options.budget <= 1:
-        raise UsageError(f"--budget {options.budget} is outside (0, 1]: it is the share that is kept")
     if options.budget is not None and structure in ZEROS:
         raise UsageError(
             "--budget is a share of multiply-accumulates, and zeroing weights removes none of them",
             "give --sparsity, or choose --structure heads+neurons",
         )
     if (target := options.target_speedup) is not None:
-        if not 1 < target < math.inf:
-            raise UsageError(f"--target-speedup {target} must be above 1: it is how many times faster")
         if structure not in UNITS:
             raise UsageError(
                 f"--target-speedup is met by removing heads and neurons, not {structure}",
@@ -96,8 +82,6 @@ def check(request: Request) -> PrunePlan:
                 "--target-speedup measures latencies, which several processes would disturb",
                 "run it in one process, or give --budget",
             )
-    if options.epochs < 0:
-        raise UsageError(f"--epochs {options.epochs} is negative; 0 means no recovery training")
     schedule = schedule_of(options, name, module)
     config = registry.parse_settings(module, request.common.settings)
     params: dict[str, Any] = {"structure": options.structure}
@@ -131,8 +115,6 @@ def schedule_of(options: PruneOptions, name: str, module: Any) -> str | None:
         UsageError: The schedule is unknown, or the method does not have it.
     """
     given, able = options.schedule, _scores_again(module)
-    if given is not None and given not in SCHEDULES:
-        raise UsageError(f"unknown schedule '{given}': {did_you_mean(given, SCHEDULES)}")
     if given in (None, "gradual"):
         return given or ("iterative" if able else None)
     if not able:

@@ -35,7 +35,7 @@ def apply(context: Context, plan: PrunePlan | CombinedPlan) -> Applied:
     Of layers and of the width, ``--sparsity F`` removes the share F of their number. Structures joined by ``+``
     are pruned one after the other.
     ``--target-speedup F`` cuts until the model is F times faster, as measured here at batch 1. Without any of
-    them ``--max-drop F`` searches the smallest model whose accuracy falls by no more on the validation rows.
+    them ``--max-drop F`` searches the smallest model whose primary metric falls by no more on the validation rows.
 
     Raises:
         UsageError: A bad option, or a budget that the structure cannot meet.

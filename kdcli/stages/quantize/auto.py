@@ -23,9 +23,9 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.report import gates
 from kdcli.report.schema import Delta, Gate, Measurement
-from kdcli.request import QuantizeOptions
 from kdcli.stages.quantize import guard
 from kdcli.stages.quantize import plan as plans
+from kdcli.stages.quantize.options import QuantizeOptions
 from kdcli.stages.quantize.plan import QuantizePlan, refuse_training
 from kdcli.timing import Timings
 
@@ -174,11 +174,13 @@ def _carry_out(context: Context, candidate: Candidate) -> Applied:
     """One candidate, on the checkpoint of ``context``."""
     options = context.request.options
     assert isinstance(options, QuantizeOptions)
-    options = replace(options, scheme=candidate.scheme, embeddings=candidate.embeddings or options.embeddings)
+    options = options.model_copy(
+        update={"scheme": candidate.scheme, "embeddings": candidate.embeddings or options.embeddings}
+    )
     request = replace(
         context.request,
         options=options,
-        common=replace(context.request.common, settings=candidate.settings),
+        common=context.request.common.model_copy(update={"settings": candidate.settings}),
     )
     own = replace(context, request=request)
     plan = plans.of(own)

@@ -15,7 +15,7 @@ from kdcli import registry
 from kdcli.context import Context
 from kdcli.errors import UsageError, did_you_mean
 from kdcli.families.stack import is_token_table
-from kdcli.request import EMBEDDINGS, SCHEMES, QuantizeOptions
+from kdcli.stages.quantize.options import SCHEMES, QuantizeOptions
 
 INTEGER_TABLES = ("int8", "int4", "fp32")
 Convolution = nn.Conv1d | nn.Conv2d
@@ -79,15 +79,9 @@ def of(
     options = context.request.options
     assert isinstance(options, QuantizeOptions)
     scheme = scheme or options.scheme
-    if scheme not in SCHEMES:
-        raise UsageError(f"unknown scheme '{scheme}': {did_you_mean(scheme, SCHEMES)}")
-    if options.calibration_samples < 1:
-        raise UsageError(f"--calibration-samples {options.calibration_samples} is below 1: name some rows")
     settings = context.request.common.settings if settings is None else settings
     module, config, inner = settle(scheme, settings)
     embeddings = str(options.embeddings or getattr(module, "EMBEDDINGS", "int8"))
-    if embeddings not in EMBEDDINGS:
-        raise UsageError(f"unknown --embeddings '{embeddings}': {did_you_mean(embeddings, EMBEDDINGS)}")
     if (allowed := getattr(module, "TABLES", INTEGER_TABLES)) and embeddings not in allowed:
         raise UsageError(
             f"--scheme {scheme} has no --embeddings {embeddings}: choose one of {', '.join(allowed)}"

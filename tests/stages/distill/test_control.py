@@ -15,9 +15,10 @@ from kdcli.inputs.augment import Origins
 from kdcli.inputs.text import Encoded, concatenate
 from kdcli.progress import Progress
 from kdcli.report import findings, html, markdown
-from kdcli.request import Common, DistillOptions, Request
+from kdcli.request import Common, Request
 from kdcli.run import dry_run, life
 from kdcli.stages.distill import control
+from kdcli.stages.distill.options import DistillOptions
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.training.loop import FitOptions
 from tests import tiny

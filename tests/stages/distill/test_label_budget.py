@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from kdcli.progress import Progress
-from kdcli.request import Common, DistillOptions, Request
+from kdcli.request import Common, Request
 from kdcli.run import life
 from kdcli.stages.distill import lesson
 from kdcli.stages.distill import stage as distill
+from kdcli.stages.distill.options import DistillOptions
 from tests import tiny
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from kdcli.errors import InterruptedRun, UsageError
 from kdcli.progress import Progress, Task
-from kdcli.request import Common, DistillOptions, Request
+from kdcli.request import Common, Request
 from kdcli.run import life
+from kdcli.stages.distill.options import DistillOptions
 from tests import tiny
 
 
@@ -83,7 +84,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
 
     def made(out: Path, resume: bool = False) -> Request:
         one = request(teacher, data_dir, out, **options)
-        return replace(one, common=replace(one.common, settings=common, resume=resume))
+        return replace(one, common=one.common.model_copy(update={"settings": common, "resume": resume}))
 
     whole = life.run(made(tmp_path / "whole"), Progress())
     killer = Killer(after)
@@ -103,7 +104,7 @@ def test_a_changed_option_refuses_and_names_itself(teacher: Path, data_dir: Path
         life.run(request(teacher, data_dir, tmp_path / "out"), Killer(3))
     for options, word in (({"lr": 1e-3}, "option lr"), ({"alpha": 0.9}, "option alpha")):
         changed = request(teacher, data_dir, tmp_path / "out", **options)
-        changed = replace(changed, common=replace(changed.common, resume=True))
+        changed = replace(changed, common=changed.common.model_copy(update={"resume": True}))
         with pytest.raises(UsageError, match=f"differs from the interrupted one in {word}"):
             life.run(changed, Progress())
 
@@ -115,4 +116,4 @@ def test_changed_data_refuse_and_name_themselves(teacher: Path, tmp_path: Path) 
     tiny.write_data(tmp_path / "data", seed=1)
     again = request(teacher, data, tmp_path / "out")
     with pytest.raises(UsageError, match="training rows, validation rows"):
-        life.run(replace(again, common=replace(again.common, resume=True)), Progress())
+        life.run(replace(again, common=again.common.model_copy(update={"resume": True})), Progress())

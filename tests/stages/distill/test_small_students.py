@@ -18,16 +18,13 @@ from kdcli.errors import InputError
 from kdcli.models.aliases import SMALL_STUDENTS
 from kdcli.progress import Progress
 from kdcli.report.schema import Report
-from kdcli.request import (
-    Common,
-    DistillOptions,
-    EvaluateOptions,
-    LowRankOptions,
-    PruneOptions,
-    QuantizeOptions,
-    Request,
-)
+from kdcli.request import Common, Request
 from kdcli.run import dry_run, life
+from kdcli.stages.distill.options import DistillOptions
+from kdcli.stages.evaluate.options import EvaluateOptions
+from kdcli.stages.lowrank.options import LowRankOptions
+from kdcli.stages.prune.options import PruneOptions
+from kdcli.stages.quantize.options import QuantizeOptions
 from tests import tiny
 
 

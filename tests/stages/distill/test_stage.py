@@ -15,9 +15,10 @@ from kdcli.errors import InputError, UsageError
 from kdcli.models import checkpoint as checkpoints
 from kdcli.progress import Progress
 from kdcli.report import io
-from kdcli.request import Common, DistillOptions, Gates, Request
+from kdcli.request import Common, Gates, Request
 from kdcli.run import life
 from kdcli.run.outcome import Outcome
+from kdcli.stages.distill.options import DistillOptions
 from tests import tiny
 
 

@@ -14,8 +14,9 @@ from kdcli.errors import InputError, UsageError
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import ensemble
 from kdcli.progress import Progress
-from kdcli.request import Common, DistillOptions, Request
+from kdcli.request import Common, Request
 from kdcli.run import life
+from kdcli.stages.distill.options import DistillOptions
 from kdcli.stages.distill.strategies.online import mutual
 from kdcli.tasks.classification import CLASSIFICATION
 from tests import tiny

@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from kdcli.data.sources import Rows
 from kdcli.inputs import batching
 from kdcli.inputs.feeding import model_inputs
-from kdcli.request import LowRankOptions, PruneOptions, QuantizeOptions
 from kdcli.stages.distill import plan as plans
 from kdcli.stages.distill.strategies import layerwise
 from kdcli.stages.lowrank import stage as lowrank
+from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.prune import stage as prune
+from kdcli.stages.prune.options import PruneOptions
 from kdcli.stages.quantize import qat
 from kdcli.stages.quantize import stage as quantize
+from kdcli.stages.quantize.options import QuantizeOptions
 from kdcli.training import recovery
 from kdcli.training.loop import Batch
 from tests import tiny

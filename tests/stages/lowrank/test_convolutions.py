@@ -21,9 +21,11 @@ from kdcli.models.small import CnnConfig, CnnForSequenceClassification
 from kdcli.models.transforms import TransformLog
 from kdcli.progress import Progress
 from kdcli.report.schema import Report
-from kdcli.request import Common, LowRankOptions, QuantizeOptions, Request
+from kdcli.request import Common, Request
 from kdcli.run import life
 from kdcli.stages.lowrank import stage
+from kdcli.stages.lowrank.options import LowRankOptions
+from kdcli.stages.quantize.options import QuantizeOptions
 from tests import tiny
 from tests.stages import contexts
 from tests.stages.lowrank.test_stage import context_of

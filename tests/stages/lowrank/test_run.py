@@ -21,10 +21,12 @@ from kdcli.models.transforms import FactoriseConv
 from kdcli.probe import layer_clock, speedup
 from kdcli.probe.speedup import Speed
 from kdcli.progress import Progress
-from kdcli.request import Common, Gates, LowRankOptions, QuantizeOptions, Request
+from kdcli.request import Common, Gates, Request
 from kdcli.run import life
 from kdcli.stages.lowrank import matrices
 from kdcli.stages.lowrank import stage as lowrank
+from kdcli.stages.lowrank.options import LowRankOptions
+from kdcli.stages.quantize.options import QuantizeOptions
 from tests import tiny
 from tests.stages import contexts
 from tests.stages.lowrank.test_stage import context_of

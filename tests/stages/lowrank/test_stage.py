@@ -19,9 +19,10 @@ from kdcli.models.transforms import Cut, Factorise, Layers, Width
 from kdcli.probe import rows as calibration
 from kdcli.probe import speedup
 from kdcli.probe.speedup import Speed
-from kdcli.request import Gates, LowRankOptions
+from kdcli.request import Gates
 from kdcli.stages.lowrank import matrices, merging, rank_budget
 from kdcli.stages.lowrank import stage as lowrank
+from kdcli.stages.lowrank.options import LowRankOptions
 from tests import tiny
 from tests.stages import contexts
 
@@ -288,25 +289,25 @@ def test_recovery_follows_the_surgery(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 0.5, "rank": 4}, "--budget and --rank exclude each other"),
-        ({"energy": 0.5, "rank": 4}, "--energy and --rank exclude each other"),
-        ({"budget": 0.0}, r"--budget 0.0 is outside \(0, 1\)"),
-        ({"budget": 1.0}, r"--budget 1.0 is outside \(0, 1\)"),
+        ({"budget": 0.5, "rank": 4}, "budget and rank exclude each other"),
+        ({"energy": 0.5, "rank": 4}, "energy and rank exclude each other"),
+        ({"budget": 0.0}, "'0.0' must be above 0 and below 1"),
+        ({"budget": 1.0}, "'1.0' must be above 0 and below 1"),
         ({"budget": 0.01}, "--budget 0.01 cannot be met"),
-        ({"energy": 0.0}, r"--energy 0.0 is outside \(0, 1\]"),
-        ({"energy": 1.1}, r"--energy 1.1 is outside \(0, 1\]"),
-        ({"budget": float("nan")}, "--budget nan is outside"),
-        ({"rank": 0}, "--rank 0 is below 1"),
-        ({"rank": "evbf"}, "--rank 'evbf' is neither a whole number nor evbmf"),
-        ({"target_speedup": 1.0}, r"--target-speedup 1.0 is not above 1"),
-        ({"target_speedup": 2.0, "budget": 0.5}, "--budget and --target-speedup exclude each other"),
+        ({"energy": 0.0}, "'0.0' must be above 0 and at most 1"),
+        ({"energy": 1.1}, "'1.1' must be above 0 and at most 1"),
+        ({"budget": float("nan")}, "'nan' must be above 0 and below 1"),
+        ({"rank": 0}, "rank: '0' must be at least 1"),
+        ({"rank": "evbf"}, "'evbf' is neither a whole number nor evbmf"),
+        ({"target_speedup": 1.0}, "'1.0' must be above 1"),
+        ({"target_speedup": 2.0, "budget": 0.5}, "budget and target_speedup exclude each other"),
         (
             {"merge": True, "rank": 5},
             "--merge multiplies factors back and factorises nothing; leave out --rank",
         ),
         ({"merge": True, "epochs": 1}, "leave out --epochs"),
         ({"method": "tucker2"}, "--method tucker2 factorises convolutions, and the model has none"),
-        ({"rank": 4, "epochs": -1}, "--epochs -1 is negative"),
+        ({"rank": 4, "epochs": -1}, "epochs: '-1' must be at least 0"),
         ({"method": "whitenin"}, "did you mean 'whitening'"),
         ({"include": ("*quary*",)}, "--include '.quary.' matches no dense linear layer"),
         ({"exclude": ("*quary*",)}, "--exclude '.quary.' matches no dense linear layer"),
@@ -508,7 +509,7 @@ def test_factors_that_grew_by_pruning_are_merged_because_they_are_larger(
 
 
 def with_drop(context: Context, max_drop: float) -> Context:
-    common = dataclasses.replace(context.request.common, gates=Gates(max_drop=max_drop))
+    common = context.request.common.model_copy(update={"gates": Gates(max_drop=max_drop)})
     context.request = dataclasses.replace(context.request, common=common)
     return context
 
@@ -528,7 +529,7 @@ def test_max_drop_searches_the_smallest_budget_that_keeps_it(
         )
         return 0.9 - 0.1 * (1 - kept / whole)
 
-    monkeypatch.setattr(calibration, "accuracy", accuracy)
+    monkeypatch.setattr(calibration, "score", accuracy)
     applied = contexts.applied(lowrank, with_drop(context_of(made, tmp_path), 0.05))
     assert applied.method.params["max_drop"] == 0.05
     steps = applied.method.detail["search"]["steps"]
@@ -547,7 +548,7 @@ def test_max_drop_that_nothing_keeps_leaves_the_model_as_it_is(
     made = tiny.checkpoint()
     before = logits(made, "bert")
     answers = iter([0.9, 0.5])
-    monkeypatch.setattr(calibration, "accuracy", lambda context, rows: next(answers))
+    monkeypatch.setattr(calibration, "score", lambda context, rows: next(answers))
     applied = contexts.applied(lowrank, with_drop(context_of(made, tmp_path), 0.01))
     assert [w.code for w in applied.warnings] == ["nothing-factorised"]
     assert "no budget below 1 keeps the accuracy within 0.01" in applied.warnings[0].message
@@ -671,7 +672,7 @@ def test_a_resumed_recovery_belongs_to_the_ranks_that_were_measured_then(
 
     finished(monkeypatch, broken)
     context = context_of(checkpoints.load(tmp_path / "m"), tmp_path, **options)
-    common = dataclasses.replace(context.request.common, resume=True)
+    common = context.request.common.model_copy(update={"resume": True})
     context.request = dataclasses.replace(context.request, common=common)
     later = contexts.applied(lowrank, context)
     assert without_clock(later.method) == without_clock(first.method)

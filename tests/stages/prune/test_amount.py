@@ -204,7 +204,7 @@ def test_a_resumed_recovery_belongs_to_the_cut_that_was_measured_then(tmp_path: 
     def apply(folder: str, measure, stop: int = 0, resume: bool = False):
         context = deep(tmp_path, **options)
         context.resume_dir = tmp_path / folder
-        common = replace(context.request.common, resume=resume)
+        common = context.request.common.model_copy(update={"resume": resume})
         context.request = replace(context.request, common=common)
         if stop:
             context.progress = _Stop(stop)
@@ -295,7 +295,7 @@ def test_bisection_keeps_a_try_that_held_where_noise_is_not_monotone() -> None:
 
 
 def searched(context, max_drop: float):
-    common = replace(context.request.common, gates=Gates(max_drop=max_drop))
+    common = context.request.common.model_copy(update={"gates": Gates(max_drop=max_drop)})
     context.request = replace(context.request, common=common)
     return context
 
@@ -312,7 +312,7 @@ def test_search_returns_the_smallest_model_that_keeps_the_drop(
         return sum(int((w != 0).sum()) for w in encoder_weights(checkpoint.model))
 
     whole = left(context.checkpoint)
-    monkeypatch.setattr(search, "accuracy", lambda context: left(context.checkpoint) / whole)
+    monkeypatch.setattr(search, "score", lambda context: left(context.checkpoint) / whole)
     applied = contexts.applied(prune, context)
     rows = applied.method.detail["search"]["tries"]
     assert len(rows) == search.TRIES
@@ -336,7 +336,7 @@ def test_search_goes_over_layers_too(tmp_path: Path, monkeypatch) -> None:
     def layers(context) -> int:
         return len(encoder_layers(context.checkpoint.model, context.checkpoint.family))
 
-    monkeypatch.setattr(search, "accuracy", lambda context: layers(context) / 4)
+    monkeypatch.setattr(search, "score", lambda context: layers(context) / 4)
     applied = contexts.applied(prune, context)
     assert len(encoder_layers(applied.checkpoint.model, applied.checkpoint.family)) == 2
     assert applied.method.params["sparsity"] == pytest.approx(0.6, abs=0.1)
@@ -483,7 +483,9 @@ def test_an_interrupted_gradual_run_gives_the_same_bytes(structure: str, at: int
     with pytest.raises(InterruptedRun):
         contexts.applied(prune, broken)
     resumed = by_taylor(loaded(tmp_path / "model"), tmp_path / "b", **options)
-    resumed.request = replace(resumed.request, common=replace(resumed.request.common, resume=True))
+    resumed.request = replace(
+        resumed.request, common=resumed.request.common.model_copy(update={"resume": True})
+    )
     later = contexts.applied(prune, resumed)
     state, other = whole.model.state_dict(), resumed.checkpoint.model.state_dict()
     assert state.keys() == other.keys()
@@ -502,7 +504,7 @@ def test_an_interrupted_gradual_run_gives_the_same_bytes(structure: str, at: int
     [
         ({"target_speedup": 1.0}, "above 1"),
         ({"target_speedup": float("nan")}, "above 1"),
-        ({"target_speedup": 2.0, "budget": 0.5}, "--budget and --target-speedup each say"),
+        ({"target_speedup": 2.0, "budget": 0.5}, "budget and target_speedup exclude each other"),
         ({"target_speedup": 2.0, "structure": "weights"}, "heads and neurons, not weights"),
         ({"schedule": "gradual"}, "prunes while it trains"),
         ({"schedule": "gradual", "structure": "2:4", "epochs": 1}, "little by little, not 2:4"),

@@ -14,7 +14,6 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from kdcli import request as base
 from kdcli.errors import InputError, UsageError
 from kdcli.families import stack
 from kdcli.inputs.splits import Splits
@@ -23,10 +22,12 @@ from kdcli.models.checkpoint import Checkpoint, fresh
 from kdcli.models.small import StaticConfig
 from kdcli.models.transforms import TransformLog
 from kdcli.progress import Progress
-from kdcli.request import Common, PruneOptions, Request
+from kdcli.request import Common, Request
 from kdcli.run import dry_run, life
+from kdcli.stages.prune import options as base
 from kdcli.stages.prune import stage as prune
 from kdcli.stages.prune.budget import layer_macs, macs_at_width
+from kdcli.stages.prune.options import PruneOptions
 from tests import tiny
 from tests.stages import contexts
 from tests.stages.contexts import rows

@@ -15,8 +15,8 @@ from kdcli.families.modules import projections
 from kdcli.families.stack import encoder_layers
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import transforms
-from kdcli.request import PruneOptions
 from kdcli.stages.prune import stage as prune
+from kdcli.stages.prune.options import PruneOptions
 from tests import tiny
 from tests.stages import contexts
 
@@ -241,13 +241,13 @@ def test_recovery_trains_what_is_left_and_keeps_the_zeros(
         ({"method": "wanda"}, "does not prune heads\\+neurons"),
         ({"structure": "weights", "method": "taylor"}, "use magnitude"),
         ({"sparsity": 0.3, "budget": 0.7}, "give one of them"),
-        ({"sparsity": 1.0}, "outside"),
-        ({"sparsity": -0.1}, "outside"),
-        ({"sparsity": float("nan")}, "outside"),
-        ({"budget": 0.0}, "outside"),
-        ({"budget": 1.01}, "outside"),
+        ({"sparsity": 1.0}, "must be at least 0 and below 1"),
+        ({"sparsity": -0.1}, "must be at least 0 and below 1"),
+        ({"sparsity": float("nan")}, "must be at least 0 and below 1"),
+        ({"budget": 0.0}, "must be above 0 and at most 1"),
+        ({"budget": 1.01}, "must be above 0 and at most 1"),
         ({"structure": "weights", "budget": 0.5}, "removes none"),
-        ({"epochs": -1}, "negative"),
+        ({"epochs": -1}, "must be at least 0"),
         ({"method": "taylor", "settings": {"step": "3"}}, "did you mean 'steps'"),
         ({"method": "taylor", "settings": {"steps": "0"}}, "steps=0"),
         ({"structure": "weights", "settings": {"steps": "3"}}, "unknown setting 'steps'"),

@@ -15,8 +15,8 @@ from kdcli.families.modules import projections
 from kdcli.families.stack import encoder_layers
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.transforms import Zero
-from kdcli.request import LowRankOptions
 from kdcli.stages.lowrank import stage as lowrank
+from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.prune import learned_masks
 from kdcli.stages.prune import stage as prune
 from kdcli.stages.prune.criteria import magnitude
@@ -225,7 +225,7 @@ def test_movement_that_was_interrupted_ends_like_one_that_was_not(tmp_path: Path
                     contexts.applied(prune, context)
             made = checkpoints.load(tmp_path / "dense")
             context.checkpoint = made
-            common = dataclasses.replace(context.request.common, resume=True)
+            common = context.request.common.model_copy(update={"resume": True})
             context.request = dataclasses.replace(context.request, common=common)
             contexts.applied(prune, context)
         else:
@@ -242,7 +242,7 @@ def test_a_movement_training_that_had_ended_is_not_run_again(tmp_path: Path, mon
     context = context_of(made, tmp_path, **options, **TRAIN)
     contexts.applied(prune, context)
     context.checkpoint = checkpoints.load(tmp_path / "dense")
-    common = dataclasses.replace(context.request.common, resume=True)
+    common = context.request.common.model_copy(update={"resume": True})
     context.request = dataclasses.replace(context.request, common=common)
     monkeypatch.setattr(learned_masks._Scores, "after_step", None)
     contexts.applied(prune, context)

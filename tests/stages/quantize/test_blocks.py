@@ -22,12 +22,12 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models.compressed import layouts_of
 from kdcli.models.transforms import read_log
 from kdcli.progress import Progress
-from kdcli.request import QuantizeOptions
 from kdcli.run import dry_run as plan
 from kdcli.run import preflight
 from kdcli.stages.quantize import blocks, integer_weights
 from kdcli.stages.quantize import plan as plans
 from kdcli.stages.quantize import stage as quantize
+from kdcli.stages.quantize.options import QuantizeOptions
 from kdcli.timing import Timings
 from tests import tiny
 from tests.stages import contexts

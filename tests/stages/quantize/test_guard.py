@@ -20,11 +20,12 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models.activations import round_fixed, round_rows
 from kdcli.progress import Progress
 from kdcli.report.schema import Gate
-from kdcli.request import Common, Gates, QuantizeOptions, Request
+from kdcli.request import Common, Gates, Request
 from kdcli.run import life
 from kdcli.stages.quantize import auto, dynamic, single_layers
 from kdcli.stages.quantize import stage as quantize
 from kdcli.stages.quantize.auto import Candidate, Tried
+from kdcli.stages.quantize.options import QuantizeOptions
 from kdcli.stages.quantize.simulated import Answers, Simulation, answer
 from kdcli.stages.quantize.single_layers import Unit
 from tests import tiny

@@ -18,8 +18,9 @@ from kdcli.inputs.feeding import torch_runner
 from kdcli.models import activations
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.compressed import layouts_of
-from kdcli.request import Common, PruneOptions, Request
+from kdcli.request import Common, Request
 from kdcli.stages.prune import stage as prune
+from kdcli.stages.prune.options import PruneOptions
 from kdcli.stages.quantize import plan as plans
 from kdcli.stages.quantize import stage as quantize
 from kdcli.training.recovery import zeros_of

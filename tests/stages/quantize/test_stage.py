@@ -23,8 +23,8 @@ from kdcli.inputs.text import TEXT
 from kdcli.models import activations, transforms
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.transforms import Cut, Factorise, Quantise
-from kdcli.request import QuantizeOptions
 from kdcli.stages.quantize import stage as quantize
+from kdcli.stages.quantize.options import QuantizeOptions
 from tests import tiny
 from tests.stages import contexts
 

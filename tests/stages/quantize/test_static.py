@@ -24,11 +24,11 @@ from kdcli.inputs.text import TEXT
 from kdcli.models import activations, transforms
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.transforms import Cut
-from kdcli.request import QuantizeOptions
 from kdcli.stages.quantize import plan as plans
 from kdcli.stages.quantize import smoothing
 from kdcli.stages.quantize import stage as quantize
 from kdcli.stages.quantize.observed import observe
+from kdcli.stages.quantize.options import QuantizeOptions
 from kdcli.stages.quantize.ranges import Histogram, affine, find_range
 from tests import tiny
 from tests.models.test_small import made as small
