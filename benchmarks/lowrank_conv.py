@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import kdcli  # noqa: F401 - first: it switches off telemetry, which onnxruntime decides on when it is loaded
@@ -50,6 +50,7 @@ from kdcli.models.conv_factors import KINDS
 from kdcli.registry import load
 from kdcli.stages.lowrank import rank_budget
 from kdcli.stages.lowrank.rank_budget import Choices
+from kdcli.stages.lowrank.rule import ConvolutionRule
 from kdcli.tasks.classification import CLASSIFICATION
 
 EPOCHS, BATCH, RATE = 15, 64, 1e-3
@@ -143,39 +144,39 @@ def latency(net: nn.Module) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def even(module: ModuleType, kind: str, layers: Mapping[str, Any], budget: float) -> dict[str, Any]:
+def even(rule: ConvolutionRule, kind: str, layers: Mapping[str, Any], budget: float) -> dict[str, Any]:
     ranks: dict[str, Any] = {}
     for name, layer in layers.items():
         fitting = [
             r
-            for r in module.ladder(layer)
+            for r in rule.ladder(layer)
             if conv_factors.parameters(layer, kind, r) <= budget * weights(layer)
         ]
         ranks[name] = fitting[-1] if fitting else None
     return ranks
 
 
-def factorise(net: nn.Module, module: ModuleType, ranks: Mapping[str, Any]) -> nn.Module:
+def factorise(net: nn.Module, rule: ConvolutionRule, ranks: Mapping[str, Any]) -> nn.Module:
     made = copy.deepcopy(net)
     for name, layer in convolutions(net).items():
         if ranks[name] is not None:
-            made.set_submodule(name, module.decompose(layer, ranks[name], module.Config()))
+            made.set_submodule(name, rule.decompose(layer, ranks[name], rule.config()))
     return made
 
 
-def weighed(net: nn.Module, module: ModuleType, kind: str, budget: float, images: Tensor) -> nn.Module:
+def weighed(net: nn.Module, rule: ConvolutionRule, kind: str, budget: float, images: Tensor) -> nn.Module:
     layers, batches = convolutions(net), [{"image": part} for part in images.split(BATCH)]
     with torch.no_grad():
         dense = [net(**batch).logits for batch in batches]
     choices, steps = {}, {}
     for name, layer in layers.items():
-        steps[name] = module.ladder(layer)
+        steps[name] = rule.ladder(layer)
         if not steps[name]:
             continue
         at = np.unique(np.linspace(0, len(steps[name]) - 1, TRIED).astype(int))
         harm = []
         for i in at:
-            alone = factorise(net, module, dict.fromkeys(layers) | {name: steps[name][i]})
+            alone = factorise(net, rule, dict.fromkeys(layers) | {name: steps[name][i]})
             harm.append(rank_budget.divergence(CLASSIFICATION, alone, dense, batches))
         logs = np.log(np.maximum(np.maximum.accumulate(harm[::-1])[::-1], 1e-9))
         damage = np.append(np.exp(np.interp(np.arange(len(steps[name])), at, logs)), 0.0)
@@ -184,7 +185,7 @@ def weighed(net: nn.Module, module: ModuleType, kind: str, budget: float, images
     fixed = sum(weights(layer) for name, layer in layers.items() if name not in choices)
     picked = rank_budget.least(choices, budget * sum(map(weights, layers.values())) - fixed)
     ranks = dict.fromkeys(layers) | {n: steps[n][i] if i < len(steps[n]) else None for n, i in picked.items()}
-    candidates = [factorise(net, module, r) for r in (even(module, kind, layers, budget), ranks)]
+    candidates = [factorise(net, rule, r) for r in (even(rule, kind, layers, budget), ranks)]
     return min(candidates, key=lambda made: rank_budget.divergence(CLASSIFICATION, made, dense, batches))
 
 
@@ -258,19 +259,19 @@ class Bench:
         self.found.setdefault((way, kind, budget), []).append(row)
 
     def run(self, kind: str, budgets: Sequence[str]) -> None:
-        net, module, layers = self.net, load("lowrank", kind), convolutions(self.net)
+        net, rule, layers = self.net, load("lowrank", kind, ConvolutionRule), convolutions(self.net)
         for text in budgets:
             budget = float(text)
-            shares = even(module, kind, layers, budget)
-            self.record("even", kind, text, partial(factorise, net, module, shares))
-            self.record("weighed", kind, text, partial(weighed, net, module, kind, budget, self.fit[0][:256]))
+            shares = even(rule, kind, layers, budget)
+            self.record("even", kind, text, partial(factorise, net, rule, shares))
+            self.record("weighed", kind, text, partial(weighed, net, rule, kind, budget, self.fit[0][:256]))
             self.record("plain", kind, text, partial(plain, net, kind, budget))
-        ranks = {name: module.by_evbmf(layer) for name, layer in layers.items()}
+        ranks = {name: rule.by_evbmf(layer) for name, layer in layers.items()}
         pay = {
             name: r if conv_factors.parameters(layers[name], kind, r) < weights(layers[name]) else None
             for name, r in ranks.items()
         }
-        self.record("evbmf", kind, "", partial(factorise, net, module, pay))
+        self.record("evbmf", kind, "", partial(factorise, net, rule, pay))
 
 
 def main() -> None:

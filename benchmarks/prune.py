@@ -24,6 +24,7 @@ import common
 from common import by_onnxruntime_alone, header, mean, pairs, reports
 
 from kdcli import registry
+from kdcli.stages.prune.criterion import Criterion
 from kdcli.stages.prune.options import STRUCTURES
 
 STRUCTURE = "heads+neurons"
@@ -43,7 +44,7 @@ def unit_methods() -> list[str]:
     return [
         name
         for name in registry.names("prune")
-        if STRUCTURE in getattr(registry.load("prune", name), "STRUCTURES", ())
+        if STRUCTURE in registry.load("prune", name, Criterion).structures
     ]
 
 
@@ -64,16 +65,16 @@ def plan(group: str, rival: str) -> list[Line]:
     lines: list[Line] = []
     for name in unit_methods():
         words = ["--method", name, "--budget", "0.5", *trained(name)]
-        seeds = SEEDS if "samples" in registry.load("prune", name).Config.model_fields else SEEDS[:1]
+        seeds = SEEDS if registry.load("prune", name, Criterion).reads_rows else SEEDS[:1]
         lines.append((f"{name}-50", seeds, words))
-        if "steps" in registry.load("prune", name).Config.model_fields:
+        if registry.load("prune", name, Criterion).scores_again:
             lines.append((f"{name}-50-oneshot", SEEDS[:1], [*words, "--schedule", "one-shot"]))
     return lines
 
 
 def trained(name: str) -> list[str]:
     """A method that learns what to remove cannot do without an epoch."""
-    return ["--epochs", "1"] if getattr(registry.load("prune", name), "TRAINED", False) else []
+    return ["--epochs", "1"] if registry.load("prune", name, Criterion).trained else []
 
 
 def run(given: argparse.Namespace) -> None:

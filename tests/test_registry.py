@@ -6,16 +6,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kdcli import registry
+from kdcli import registry, tasks
 from kdcli.errors import UsageError
+from kdcli.registry import Method
+from kdcli.stages.lowrank.rule import ConvolutionRule, LinearRule
+from kdcli.stages.prune.criterion import Criterion
+from kdcli.stages.quantize.scheme import Scheme, WeightRounding
+from kdcli.training.losses import response
+from kdcli.training.terms import Loss
 
 FOLDER = Path(registry.__file__).parent
-ALL = [(stage, name) for stage in registry.STAGES for name in registry.names(stage)]
+ALL = [(folder, name) for folder in registry.FOLDERS for name in registry.names(folder)]
 
 
 class Config(BaseModel):
@@ -31,11 +36,15 @@ class Config(BaseModel):
         return self
 
 
-@pytest.fixture
-def module() -> ModuleType:
-    made = ModuleType("made_up")
-    made.Config = Config  # type: ignore[attr-defined]
-    return made
+MADE_UP = Method(config=Config)
+KINDS: dict[str, tuple[type[Method], ...]] = {
+    "distill": (Loss,),
+    "prune": (Criterion,),
+    "lowrank": (LinearRule, ConvolutionRule),
+    "quantize": (Scheme,),
+    "rounding": (WeightRounding,),
+    "smoothing": (Method,),
+}
 
 
 @pytest.fixture
@@ -71,11 +80,15 @@ def test_the_summary_is_read_without_running_the_file(elsewhere: Path) -> None:
     assert registry.summary("quantize", "dynamic-int8") == ""
 
 
-def test_load_gives_the_module() -> None:
-    assert registry.load("distill", "response").__name__ == "kdcli.training.losses.response"
+def test_load_gives_what_the_file_declares() -> None:
+    assert registry.load("distill", "response", Loss) is response.METHOD
+    with pytest.raises(
+        TypeError, match=r"METHOD of kdcli\.training\.losses\.response is a Loss, not a Criterion"
+    ):
+        registry.load("distill", "response", Criterion)
 
 
-@pytest.mark.parametrize("find", [registry.load, registry.load_name])
+@pytest.mark.parametrize("find", [lambda stage, name: registry.load(stage, name, Method), registry.load_name])
 def test_an_unknown_name_gets_a_suggestion(find: Callable[[str, str], object]) -> None:
     with pytest.raises(
         UsageError, match=r"unknown distill method 'responce': did you mean 'response'\? choose one of: "
@@ -86,21 +99,21 @@ def test_an_unknown_name_gets_a_suggestion(find: Callable[[str, str], object]) -
 @pytest.mark.parametrize("name", ["../prune/taylor", "response.Config", "__init__", "", "Response"])
 def test_only_listed_names_are_imported(name: str) -> None:
     with pytest.raises(UsageError, match="unknown distill method"):
-        registry.load("distill", name)
+        registry.load("distill", name, Method)
 
 
-def test_settings_become_typed(module: ModuleType) -> None:
-    found = registry.parse_settings(module, {"samples": "32", "ratio": "1e-2", "centred": "false"})
+def test_settings_become_typed() -> None:
+    found = MADE_UP.configured({"samples": "32", "ratio": "1e-2", "centred": "false"})
     assert (found.samples, found.ratio, found.centred) == (32, 0.01, False)
-    assert registry.parse_settings(module, {}) == Config()
+    assert MADE_UP.configured({}) == Config()
 
 
-def test_an_unknown_setting_gets_a_suggestion(module: ModuleType) -> None:
+def test_an_unknown_setting_gets_a_suggestion() -> None:
     with pytest.raises(
         UsageError,
         match=r"^unknown setting 'sample': did you mean 'samples'\? choose one of: centred, ratio, samples$",
     ):
-        registry.parse_settings(module, {"sample": "3"})
+        MADE_UP.configured({"sample": "3"})
 
 
 @pytest.mark.parametrize(
@@ -111,11 +124,9 @@ def test_an_unknown_setting_gets_a_suggestion(module: ModuleType) -> None:
         ({"samples": "13", "ratio": "2"}, "--set samples=13 --set ratio=2: 13 samples go with no ratio"),
     ],
 )
-def test_a_refused_value_is_one_line_that_shows_it(
-    module: ModuleType, settings: dict[str, str], message: str
-) -> None:
+def test_a_refused_value_is_one_line_that_shows_it(settings: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        registry.parse_settings(module, settings)
+        MADE_UP.configured(settings)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(message)
 
@@ -123,7 +134,7 @@ def test_a_refused_value_is_one_line_that_shows_it(
 def test_listing_methods_imports_nothing_heavy() -> None:
     code = (
         "import sys; from kdcli import registry;"
-        "[registry.summary(f, n) for f in registry.STAGES for n in registry.names(f)];"
+        "[registry.summary(f, n) for f in registry.FOLDERS for n in registry.names(f)];"
         "sys.exit(bool({'torch', 'numpy', 'transformers', 'onnx', 'pydantic', 'rich'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -134,8 +145,7 @@ class TestContract:
     """What holds for every method, those of tomorrow included."""
 
     def test_its_docstring_names_the_source(self, stage: str, name: str) -> None:
-        text = registry.load(stage, name).__doc__
-        assert text is not None
+        text = registry.text(stage, name)
         summary, blank, *rest = text.splitlines()
         assert summary == registry.summary(stage, name)
         assert 20 <= len(summary) <= 110
@@ -143,14 +153,21 @@ class TestContract:
         for part in ("Source", "Differs:"):
             assert any(line.startswith(part) or f" {part}" in line for line in rest), f"no '{part}'"
 
+    def test_it_declares_what_it_is(self, stage: str, name: str) -> None:
+        method = registry.load(stage, name, Method)
+        assert isinstance(method, KINDS[stage])
+        assert method.answers
+        # Whoever refuses an answer says why.
+        assert bool(method.because) == (set(method.answers) != set(registry.ANSWERS))
+
     def test_its_config_has_defaults_and_refuses_what_it_does_not_know(self, stage: str, name: str) -> None:
-        config = registry.load(stage, name).Config
+        config = registry.load(stage, name, Method).config
         config()
         with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
             config(no_such_setting=1)
 
     def test_its_settings_are_explained_and_frozen(self, stage: str, name: str) -> None:
-        config = registry.load(stage, name).Config
+        config = registry.load(stage, name, Method).config
         assert config.model_config.get("frozen") is True
         assert [key for key, field in config.model_fields.items() if not field.description] == []
 
@@ -158,3 +175,66 @@ class TestContract:
         assert (
             Path(__file__).parent / registry.FOLDERS[stage] / f"test_{name.replace('-', '_')}.py"
         ).is_file()
+
+
+class Wide(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    ratio: float = 0.5
+    patience: int = 1
+
+
+def test_a_key_goes_to_all_that_have_it_and_a_named_one_to_one() -> None:
+    methods = {"a": MADE_UP, "b": Method(config=Wide)}
+    given = {"ratio": "1", "b.ratio": "2", "samples": "3", "patience": "4"}
+    for order in (given, dict(reversed(given.items()))):
+        assert registry.share_out("distill", order, methods) == (
+            {},
+            {"a": {"ratio": "1", "samples": "3"}, "b": {"ratio": "2", "patience": "4"}},
+        )
+
+
+def test_the_stage_takes_a_plain_key_before_any_method() -> None:
+    own, rest = registry.share_out("distill", {"ratio": "1", "a.ratio": "2"}, {"a": MADE_UP}, Wide)
+    assert (own, rest) == ({"ratio": "1"}, {"a": {"ratio": "2"}})
+
+
+@pytest.mark.parametrize(
+    ("key", "message", "hint"),
+    [
+        (
+            "rati",
+            "unknown setting 'rati': did you mean 'ratio'? choose one of: centred, ratio, samples",
+            None,
+        ),
+        (
+            "distance_weight",
+            "unknown setting 'distance_weight': choose one of",
+            "distance_weight is a setting of rkd",
+        ),
+        (
+            "rkd.distance_weight",
+            "unknown setting 'rkd.distance_weight'",
+            "rkd is not among the chosen methods: a",
+        ),
+        ("a.patience", "unknown setting 'a.patience'", None),
+    ],
+)
+def test_a_key_that_nobody_takes_says_who_would(key: str, message: str, hint: str | None) -> None:
+    with pytest.raises(UsageError) as caught:
+        registry.share_out("distill", {key: "1"}, {"a": MADE_UP})
+    assert str(caught.value).startswith(message)
+    assert caught.value.hint == hint
+
+
+def test_answers_that_a_method_cannot_compare_are_refused_with_the_reason() -> None:
+    methods = {"response": response.METHOD, "dkd": registry.load("distill", "dkd", Loss)}
+    registry.need_answers(methods, tasks.get("text-classification"))
+    registry.need_answers({"response": response.METHOD}, tasks.get("regression"))
+    with pytest.raises(
+        UsageError,
+        match=r"^method 'dkd' is for answers that are one of several labels, and those of the task multi-label are "
+        r"any of several labels: DKD splits the target class from the others",
+    ) as caught:
+        registry.need_answers(methods, tasks.get("multi-label"))
+    assert caught.value.hint == "use --method response or --method logit-mse"
+    assert caught.value.exit_code == 2

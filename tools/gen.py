@@ -34,32 +34,46 @@ def methods() -> str:
     ]
     for stage in registry.STAGES:
         parts.append(f"## {stage}\n")
-        for name in registry.names(stage):
-            module = registry.load(stage, name)
-            summary, _, text = (module.__doc__ or "").strip().partition("\n")
-            parts.append(f"### {name}\n\n{summary}\n\n```text\n{text.strip()}\n```\n")
-            if getattr(module, "KIND", "response") != "response":
-                parts.append(f"Default weight in the loss: `{module.WEIGHT:g}`.\n")
-            if hasattr(module, "STRUCTURES"):
-                parts.append("Prunes: " + ", ".join(f"`{one}`" for one in module.STRUCTURES) + ".\n")
-            fields = getattr(module, "Config", None)
-            rows = [
-                f"| `{key}` | {_default(field)} | {(field.description or '').replace('|', chr(92) + '|')} |"
-                for key, field in (fields.model_fields.items() if fields else ())
-            ]
-            if rows:
-                parts.append("\n".join(["| setting | default | |", "|---|---|---|", *rows, ""]))
+        for folder, _ in registry.kinds(stage):
+            if folder != stage:
+                parts.append(f"## {stage}: {folder}\n")
+            parts += [part for name in registry.names(folder) for part in _method(folder, name)]
     return "\n".join(parts)
+
+
+def _method(folder: str, name: str) -> list[str]:
+    """A method's docstring, what it declares, and its settings."""
+    from kdcli import registry
+    from kdcli.stages.prune.criterion import Criterion
+    from kdcli.training.terms import Loss
+
+    method = registry.load(folder, name, registry.Method)
+    summary, _, text = registry.text(folder, name).partition("\n")
+    parts = [f"### {name}\n\n{summary}\n\n```text\n{text.strip()}\n```\n"]
+    if isinstance(method, Loss) and method.kind != "response":
+        parts.append(f"Default weight in the loss: `{method.weight:g}`.\n")
+    if isinstance(method, Criterion):
+        parts.append("Prunes: " + ", ".join(f"`{one}`" for one in method.structures) + ".\n")
+    if method.because:
+        able = " or ".join(registry.ANSWERS[kind] for kind in method.answers)
+        parts.append(f"Only for answers that are {able}: {method.because}.\n")
+    rows = [
+        f"| `{key}` | {_default(field)} | {(field.description or '').replace('|', chr(92) + '|')} |"
+        for key, field in method.config.model_fields.items()
+    ]
+    if rows:
+        parts.append("\n".join(["| setting | default | |", "|---|---|---|", *rows, ""]))
+    return parts
 
 
 def quantize() -> str:
     """docs/quantize.md, of which one table is generated."""
-    from kdcli.export import runtimes
+    from kdcli.stages.quantize import oldest_runtime
 
     text = (ROOT / "docs/quantize.md").read_text(encoding="utf-8")
     before, start, rest = text.partition("<!-- generated: runtimes -->\n")
     _, end, after = rest.partition("<!-- end -->\n")
-    return f"{before}{start}{runtimes.table()}{end}{after}"
+    return f"{before}{start}{oldest_runtime.table()}{end}{after}"
 
 
 def _default(field: object) -> str:

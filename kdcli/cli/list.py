@@ -71,13 +71,14 @@ def data() -> list[dict[str, Any]]:
 
 
 def methods() -> list[dict[str, Any]]:
-    """Methods of every stage."""
+    """Methods of every stage, and what those of quantize choose among."""
     from kdcli import registry
 
     return [
-        {"stage": stage, "name": name, "summary": registry.summary(stage, name)}
+        {"stage": stage, "kind": kind, "name": name, "summary": registry.summary(folder, name)}
         for stage in registry.STAGES
-        for name in registry.names(stage)
+        for folder, kind in registry.kinds(stage)
+        for name in registry.names(folder)
     ]
 
 

@@ -1,11 +1,9 @@
-"""The oldest onnxruntime that runs a graph, as it was measured; what a scheme's graph will need.
+"""The oldest onnxruntime that runs a graph, as it was measured.
 
 ``benchmarks/onnxruntime_versions.py`` opened and ran the graph of every scheme and setting in the last release of
 each minor version from 1.15 to 1.26 and of every second one up to 1.32, on the processor, and compared the answers
 with those of the newest one. What it found depends on few operators. All graphs have opset 17 and IR version 8,
 which every one of those versions reads.
-
-Nothing heavy is imported here: ``--dry-run`` reads it.
 """
 
 from __future__ import annotations
@@ -35,25 +33,6 @@ NEEDS = {
 _OPSET, _IR = 17, 8
 
 
-class _With:
-    """A Config of which only this is looked at."""
-
-    def __init__(self, **values: Any) -> None:
-        vars(self).update(values)
-
-
-_SHOWN: tuple[tuple[str, str, Any, str], ...] = (
-    ("`dynamic-int8`, `static-int8`, `int8-qat`, `fp16`, any setting", "dynamic-int8", None, "int8"),
-    ("these, `ternary` and `binary` with `--embeddings int4`", "dynamic-int8", None, "int4"),
-    ("`int4`", "int4", None, "int4"),
-    ("`int4 --embeddings int8`, also with `--set bits=3`", "int4", None, "int8"),
-    ("`int4 --set bits=5` to `8`", "int4", _With(bits=8), "int8"),
-    ("`int4 --set bits=2`", "int4", _With(bits=2), "int8"),
-    ("`ternary`, `binary`", "ternary", _With(activations="8"), "int8"),
-    ("`ternary`, `binary` with `--set activations=float`", "ternary", _With(activations="float"), "int8"),
-)
-
-
 def oldest(operators: Iterable[str]) -> str:
     """The oldest version that runs all of these; names that :data:`NEEDS` does not have need nothing.
 
@@ -76,35 +55,6 @@ def _named(node: Any) -> str:
         return "MultiHeadAttention with a mask to add" if any(node.input[5:6]) else node.op_type
     bits = next((a.i for a in node.attribute if a.name == "bits"), None)
     return str(node.op_type) if bits is None else f"{node.op_type}, {bits} bits"
-
-
-def of_scheme(scheme: str, config: Any = None, embeddings: str = "int8") -> str | None:
-    """The oldest version that will run the graph of a scheme; a factorised model may need 1.20 besides.
-
-    Args:
-        scheme: Of ``quantize``.
-        config: Its Config; None for the defaults.
-        embeddings: Format of the tables.
-
-    Returns:
-        None for ``auto``, which chooses among schemes.
-    """
-    if scheme == "auto":
-        return None
-    operators = ["GatherBlockQuantized, 4 bits"] if embeddings == "int4" else []
-    if scheme == "int4":
-        operators.append(f"MatMulNBits, {PACKED_BITS[getattr(config, 'bits', 4)]} bits")
-    elif scheme in ("ternary", "binary") and getattr(config, "activations", "8") == "float":
-        operators += ["MatMulNBits, 2 bits", "MatMulNBits, 8 bits"]
-    return oldest(operators)
-
-
-def table() -> str:
-    """What every scheme needs, in Markdown."""
-    rows = "\n".join(
-        f"| {said} | {of_scheme(scheme, config, tables)} |" for said, scheme, config, tables in _SHOWN
-    )
-    return f"| `quantize` with | onnxruntime |\n|---|---|\n{rows}\n"
 
 
 def _order(version: str) -> list[int]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdcli import families, registry
+from kdcli import families
 from kdcli.data import sources
-from kdcli.export import runtimes
 from kdcli.inputs import sampling
 from kdcli.models import safety
 from kdcli.models.aliases import SMALL_STUDENTS, small_student
@@ -134,16 +133,16 @@ def plan(request: Request, progress: Progress) -> DryRun:
             )
             seconds += (pruning.TRIES - 1) * once
     elif isinstance(options, LowRankOptions):
-        registry.parse_settings(registry.load("lowrank", options.method), common.settings)
+        from kdcli.stages.lowrank import stage as factorising
+
+        factorising.settings_of(options.method, common.settings)
         facts |= {"method": options.method}
         seconds += 1024 * 3 * cost / _FLOPS_TRAIN + options.epochs * rows["train"] * 3 * cost / _FLOPS_TRAIN
     elif isinstance(options, QuantizeOptions):
-        from kdcli.stages.quantize import plan as quantizing
+        from kdcli.stages.quantize import stage as quantizing
 
-        module, config_, _ = quantizing.settle(options.scheme, common.settings)
-        tables = options.embeddings or getattr(module, "EMBEDDINGS", "int8")
-        needed = runtimes.of_scheme(options.scheme, config_, str(tables))
-        facts |= {"scheme": options.scheme, "embeddings": tables}
+        said, needed = quantizing.foreseen(request)
+        facts |= said
         facts["onnxruntime"] = (
             "as the chosen scheme needs" if needed is None else f"{needed} or newer for model.onnx"
         )

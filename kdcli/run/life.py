@@ -195,6 +195,10 @@ class _Life:
         context.input_graph = graph
         self.warnings += told
         self.before = self._measured(context.checkpoint, graph, self.rows, "before")
+        if (quality := self.before.measured.measurement.quality) is not None:
+            gates.check(
+                context.request.common.gates, quality.metrics
+            )  # a name that no metric has, before any work
         self.labels = list(context.checkpoint.labels)
         self.first = not context.checkpoint.log.lineage
         self.history = lineage.lineage_of(context.checkpoint, self.source, self.before.measured.measurement)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcli import registry
+from kdcli.docstrings import first_line_of
 from kdcli.errors import InputError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def judged_by(task: Task, metric: str | None) -> Task:
 def summary(name: str) -> str:
     """First line of a task's docstring, read without importing it; raises as :func:`get` does."""
     _check(name)
-    return registry.first_line_of(Path(__file__).parent / f"{_CLASSES[name][0]}.py")
+    return first_line_of(Path(__file__).parent / f"{_CLASSES[name][0]}.py")
 
 
 def of_config(config: Mapping[str, Any], where: str = "config.json") -> str | None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kdcli.tasks.task import Task
-from kdcli.training.loop import Batch, Loss
+from kdcli.training.loop import Batch, BatchLoss
 
 
-def label_loss(task: Task, labels: np.ndarray, device: torch.device) -> Loss:
+def label_loss(task: Task, labels: np.ndarray, device: torch.device) -> BatchLoss:
     """The task's loss against the labels of N rows; rows without one do not count."""
     targets = torch.from_numpy(labels).to(device)
 
@@ -24,7 +24,7 @@ def label_loss(task: Task, labels: np.ndarray, device: torch.device) -> Loss:
 
 def mixed_label_loss(
     task: Task, first: np.ndarray, second: np.ndarray, share: np.ndarray, device: torch.device
-) -> Loss:
+) -> BatchLoss:
     """The task's loss of rows that belong to two labels, as far as ``share`` says.
 
     L = mean over the rows of share * loss(first) + (1 - share) * loss(second), as in CutMix (Yun et al. 2019,

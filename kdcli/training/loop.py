@@ -35,7 +35,7 @@ class Batch:
     progress: float  # share of the training that is done, in [0, 1)
 
 
-Loss = Callable[[Any, Batch], Tensor]
+BatchLoss = Callable[[Any, Batch], Tensor]
 """(model output, batch) -> scalar, a mean over the batch's rows."""
 
 
@@ -107,7 +107,7 @@ def fit(
     model: nn.Module,
     train: Encoded,
     validation: Encoded,
-    loss: Loss,
+    loss: BatchLoss,
     options: FitOptions,
     *,
     pad_id: int,
@@ -166,7 +166,7 @@ class _Run:
 
     model: nn.Module
     extra: nn.Module
-    loss: Loss
+    loss: BatchLoss
     options: FitOptions
     pad_id: int
     device: torch.device

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,20 +16,19 @@ from torch import Tensor, nn
 from kdcli.errors import UsageError
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
-from kdcli.training import terms as signals
 from kdcli.training.capture import Capture
 from kdcli.training.features import TeacherSignals
 from kdcli.training.label_loss import hard
 from kdcli.training.loop import Batch
-from kdcli.training.terms import Needs, Setting, Shape, Step
+from kdcli.training.terms import Loss, Needs, Setting, Shape, Step
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenLoss:
     """A method that the user chose, with its parameters and its weight in the sum."""
 
     name: str
-    module: ModuleType
+    method: Loss
     config: Any
     weight: float
 
@@ -39,12 +37,12 @@ class Chosen:
 class Term:
     """A chosen method, bound to a student and a teacher."""
 
-    chosen: Chosen
+    chosen: ChosenLoss
     setting: Setting
 
 
 def bind(
-    chosen: Sequence[Chosen],
+    chosen: Sequence[ChosenLoss],
     student: Shape,
     teacher: Shape,
     pairs: Sequence[tuple[int, int]],
@@ -62,11 +60,11 @@ def bind(
     terms, notes = [], []
     for number, one in enumerate(chosen):
         setting = Setting(one.config, student, teacher, pairs)
-        note = signals.check(one.module, setting)
+        note = one.method.check(setting)
         if note:
             notes.append(note)
         torch.manual_seed(seed + 1 + number)
-        trained = signals.trained(one.module, setting)
+        trained = one.method.trained(setting)
         terms.append(Term(one, replace(setting, trained=None if trained is None else trained.to(device))))
     return terms, notes
 
@@ -75,7 +73,7 @@ def needs(terms: Sequence[Term]) -> tuple[Needs, Needs]:
     """What all terms together read of the student and of the teacher."""
     student, teacher = Needs(), Needs()
     for term in terms:
-        one, two = signals.needs(term.chosen.module, term.setting)
+        one, two = term.chosen.method.needs(term.setting)
         student, teacher = student | one, teacher | two
     return student, teacher
 
@@ -124,14 +122,14 @@ class Objective:
         own, theirs = self.student.signals(logits, batch.mask), self.teacher(batch)
         step = Step(labels, batch.progress, self.task)
         for term in self.terms:
-            found = term.chosen.module.term(own, theirs, term.setting, step)
+            found = term.chosen.method.term(own, theirs, term.setting, step)
             value = value + term.chosen.weight * found
         return value
 
 
 def weights(
     names: Sequence[str],
-    modules: Mapping[str, ModuleType],
+    methods: Mapping[str, Loss],
     *,
     alpha: float,
     beta: float | None,
@@ -149,7 +147,7 @@ def weights(
     for name in given:
         if name not in names:
             raise UsageError(f"--weight {name} belongs to no chosen method; chosen: {', '.join(names)}")
-    kinds = {name: modules[name].KIND for name in names}
+    kinds = {name: methods[name].kind for name in names}
     for option, kind, value in (("beta", "feature", beta), ("gamma", "relation", gamma)):
         if value is not None and kind not in kinds.values():
             raise UsageError(
@@ -166,5 +164,5 @@ def weights(
                 raise UsageError(f"the weight of '{name}' is --alpha; --weight is for further terms")
         elif name in given:
             value = given[name]
-        found[name] = float(modules[name].WEIGHT) if value is None else value
+        found[name] = methods[name].weight if value is None else value
     return (1 - alpha if response_seen else 1.0), found

@@ -19,7 +19,7 @@ from kdcli.training.capture import Capture, shape_of
 from kdcli.training.features import TeacherSignals
 from kdcli.training.loop import FitOptions, fit
 from kdcli.training.losses import response
-from kdcli.training.objective import Chosen, Objective
+from kdcli.training.objective import ChosenLoss, Objective
 from kdcli.training.resume import ResumePoint
 from kdcli.training.terms import Needs
 
@@ -105,7 +105,7 @@ def recover(
     )
     task = student.task
     labels = train.labels if train.labels is not None else task.unlabelled(len(train), len(student.labels))
-    chosen = Chosen("response", response, response.Config(temperature=TEMPERATURE), ALPHA)
+    chosen = ChosenLoss("response", response.METHOD, response.Config(temperature=TEMPERATURE), ALPHA)
     terms, _ = objective.bind([chosen], shape_of(student), shape_of(dense), [], context.seed, context.device)
     signals = TeacherSignals(
         dense, read, targets, Needs(), budget=0, device=context.device, progress=context.progress

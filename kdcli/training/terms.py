@@ -3,31 +3,18 @@
 Shape letters: B batch, T tokens, C classes, D features of the teacher, D' of the student, H heads, E features
 of a head. Encoder layers count from 1; layer 0 is the output of the embeddings.
 
-A method is one module with
-
-``KIND``
-    ``"response"`` (weighted by alpha), ``"feature"`` (beta), ``"relation"`` (gamma) or ``"adversarial"``.
-``WEIGHT``
-    The weight it has when neither ``--weight`` nor the option of its kind says another.
-``Config``
-    Its parameters.
-``loss(...)``
-    The pure function on tensors.
-``term(student, teacher, setting, step)``
-    Picks from the two :class:`Signals` what :func:`loss` wants, and calls it.
-
-and, where the defaults below do not suit, ``needs(setting)``, ``check(setting)`` and ``trained(setting)``.
+A method is one file whose ``METHOD`` is a :class:`Loss`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from kdcli.registry import Method
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
 
@@ -82,7 +69,7 @@ class Setting:
     student: Shape
     teacher: Shape
     pairs: Sequence[tuple[int, int]] = ()  # (student layer, teacher layer), from 1, by the layer map
-    trained: nn.Module | None = None  # what :func:`trained` returned, on the model's device
+    trained: nn.Module | None = None  # what :attr:`Loss.trained` returned, on the model's device
 
 
 @dataclass(frozen=True)
@@ -94,26 +81,26 @@ class Step:
     task: Task = CLASSIFICATION
 
 
-def needs(module: ModuleType, setting: Setting) -> tuple[Needs, Needs]:
-    """What the method reads of the student and of the teacher; logits only unless it says otherwise."""
-    asked: Callable[[Setting], tuple[Needs, Needs]] | None = getattr(module, "needs", None)
-    return (Needs(), Needs()) if asked is None else asked(setting)
+def _logits_alone(setting: Setting) -> tuple[Needs, Needs]:
+    return Needs(), Needs()
 
 
-def check(module: ModuleType, setting: Setting) -> str | None:
-    """Let a method refuse a setting in which it means nothing.
-
-    Returns:
-        A sentence for the user when the method falls back to something else; None otherwise.
-
-    Raises:
-        UsageError: The method cannot be used here; says why and what to use.
-    """
-    asked: Callable[[Setting], str | None] | None = getattr(module, "check", None)
-    return None if asked is None else asked(setting)
+def _nothing(setting: Setting) -> None:
+    return None
 
 
-def trained(module: ModuleType, setting: Setting) -> nn.Module | None:
-    """Further parameters that are trained with the student and thrown away, such as projections."""
-    asked: Callable[[Setting], nn.Module | None] | None = getattr(module, "trained", None)
-    return None if asked is None else asked(setting)
+@dataclass(frozen=True, kw_only=True)
+class Loss(Method):
+    """A distillation method: one term of the sum that is minimised."""
+
+    kind: Literal["response", "feature", "relation", "adversarial"]  # weighted by alpha, beta, gamma, its own
+    weight: float  # when neither ``--weight`` nor the option of its kind says another
+    #: Picks from the signals of student and teacher what the loss wants, and calls it.
+    term: Callable[[Signals, Signals, Setting, Step], Tensor]
+    #: What it reads of the student and of the teacher.
+    needs: Callable[[Setting], tuple[Needs, Needs]] = _logits_alone
+    #: Raises a UsageError for a setting in which it means nothing: why, and what to use. Returns a sentence for
+    #: the user when it falls back to something else.
+    check: Callable[[Setting], str | None] = _nothing
+    #: Further parameters that are trained with the student and thrown away, such as projections.
+    trained: Callable[[Setting], nn.Module | None] = _nothing

@@ -34,7 +34,7 @@ def test_list_shows_every_name(call: Call) -> None:
         "models": set(MODELS),
         "students": {*STUDENT_PRESETS, *SMALL_STUDENTS},
         "data": set(ALIASES),
-        "methods": {name for stage in registry.STAGES for name in registry.names(stage)},
+        "methods": {name for folder in registry.FOLDERS for name in registry.names(folder)},
     }
     for what, names in expected.items():
         rows = json.loads(call("list", what, "--json").out)

@@ -18,7 +18,7 @@ from kdcli.export.int8 import Stored
 from kdcli.inputs.feeding import model_inputs
 from kdcli.inputs.text import TEXT
 from kdcli.models.integers import Integers
-from kdcli.stages.quantize import nearest
+from kdcli.stages.quantize.rounding import rtn
 from tests import tiny
 
 
@@ -59,7 +59,7 @@ def test_products_and_lookups_have_the_values_of_the_checkpoint(
     bits: int, symmetric: bool, columns: int, group: int | None, tmp_path: Path
 ) -> None:
     weight = torch.randn(12, columns, generator=torch.Generator().manual_seed(bits))
-    choose = nearest.symmetric if symmetric else nearest.asymmetric
+    choose = rtn.symmetric if symmetric else rtn.asymmetric
     matrix = choose(weight, bits, group=group)
     dense = matrix.dense().numpy()
     assert np.array_equal(stored(matrix).dense(), dense)
@@ -105,7 +105,7 @@ def test_ternary_and_binary_weights_are_held_too(tmp_path: Path) -> None:
 def test_uint8_weights_and_fixed_ranges_give_the_same_product(
     unsigned: bool, fixed: bool, tmp_path: Path
 ) -> None:
-    matrix = nearest.symmetric(torch.randn(12, 64, generator=torch.Generator().manual_seed(0)), 8)
+    matrix = rtn.symmetric(torch.randn(12, 64, generator=torch.Generator().manual_seed(0)), 8)
     graph_of(matrix.dense().numpy(), "MatMul", tmp_path / "float.onnx")
     x = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
     low, high = float(x.min()), float(x.max())
@@ -134,7 +134,7 @@ def test_whole_models_answer_as_before(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         for name, module in made.model.named_modules():
             if isinstance(module, nn.Linear) or name.endswith("_embeddings"):
-                matrix = nearest.asymmetric(module.weight, 4, group=16)
+                matrix = rtn.asymmetric(module.weight, 4, group=16)
                 module.weight.copy_(matrix.dense())
                 integers[f"{name}.weight"] = stored(matrix)
     batch = {k: v.numpy() for k, v in tiny.batch(family, 6).items()}

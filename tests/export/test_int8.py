@@ -21,7 +21,7 @@ from kdcli.inputs.feeding import model_inputs
 from kdcli.inputs.text import TEXT
 from kdcli.models import transforms
 from kdcli.models.transforms import Cut
-from kdcli.stages.quantize import nearest
+from kdcli.stages.quantize.rounding import rtn
 from kdcli.stages.quantize.schemes.dynamic_int8 import Config, quantise
 from tests import tiny
 
@@ -53,7 +53,7 @@ def quantised(made, config: Config | None = None, *, tables: bool = True, keep: 
     for name, module in made.model.named_modules():
         table = name.endswith("_embeddings")
         if keep not in name and (isinstance(module, nn.Linear) or (table and tables)):
-            matrix = nearest.table(module.weight, "int8") if table else quantise(module.weight, config)
+            matrix = rtn.table(module.weight, "int8") if table else quantise(module.weight, config)
             with torch.no_grad():
                 module.weight.copy_(matrix.dense())
             integers[f"{name}.weight"] = Stored(matrix.values.numpy(), matrix.scale.numpy())

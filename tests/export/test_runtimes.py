@@ -9,7 +9,6 @@ import pytest
 from onnx import TensorProto, helper
 
 from kdcli.export import runtimes
-from kdcli.stages.quantize import plan as plans
 
 
 def model_of(nodes: list, opset: int = 17, ir: int = 8):
@@ -42,28 +41,6 @@ def test_the_operator_that_is_youngest_decides(nodes: list, version: str) -> Non
 @pytest.mark.parametrize(("opset", "ir"), [(18, 8), (17, 9)])
 def test_what_was_not_measured_is_not_claimed(opset: int, ir: int) -> None:
     assert runtimes.of_graph(model_of([], opset, ir)) is None
-
-
-@pytest.mark.parametrize(
-    ("scheme", "settings", "embeddings", "version"),
-    [
-        ("dynamic-int8", {}, "int8", "1.15"),
-        ("dynamic-int8", {"bits": "4"}, "int4", "1.23"),
-        ("int4", {}, "int4", "1.23"),
-        ("int4", {}, "int8", "1.17"),
-        ("int4", {"bits": "3"}, "fp32", "1.17"),
-        ("int4", {"bits": "6"}, "int8", "1.23"),
-        ("int4", {"bits": "2"}, "int8", "1.24"),
-        ("fp16", {}, "fp16", "1.15"),
-        ("binary", {}, "int8", "1.15"),
-        ("ternary", {"activations": "float"}, "int8", "1.24"),
-        ("auto", {}, "int8", None),
-    ],
-)
-def test_a_scheme_names_it_before_anything_is_made(
-    scheme: str, settings: dict[str, str], embeddings: str, version: str | None
-) -> None:
-    assert runtimes.of_scheme(scheme, plans.settle(scheme, settings)[1], embeddings) == version
 
 
 def test_the_newest_that_was_tried_is_the_one_that_the_tests_run_with() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdcli.models.integers import Integers, group_of, pack, unpack
-from kdcli.stages.quantize import nearest
+from kdcli.stages.quantize.rounding import rtn
 
 BITS = range(1, 9)
 
@@ -50,7 +50,7 @@ def test_packing_is_that_of_compressed_tensors(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("group", [None, 16])
-@pytest.mark.parametrize("choose", [nearest.symmetric, nearest.asymmetric])
+@pytest.mark.parametrize("choose", [rtn.symmetric, rtn.asymmetric])
 def test_rounding_is_the_definition(choose, group: int | None, bits: int) -> None:
     weight = torch.randn(6, 48, generator=torch.Generator().manual_seed(bits))
     weight[2] = 0
@@ -60,7 +60,7 @@ def test_rounding_is_the_definition(choose, group: int | None, bits: int) -> Non
     for o in range(6):
         for start in range(0, 48, group or 48):
             block = weight[o, start : start + (group or 48)].numpy().astype(np.float64)
-            if choose is nearest.symmetric:
+            if choose is rtn.symmetric:
                 step = np.abs(block).max() / (2 ** (bits - 1) - 1) or 1.0
                 zero = 0
             else:
@@ -70,7 +70,7 @@ def test_rounding_is_the_definition(choose, group: int | None, bits: int) -> Non
             # Quotients of float32 may fall on the other side of a half: one step, never more.
             assert np.abs(values[o, start : start + len(block)] - q).max() <= 1
             # Half a step where nothing is clipped; a zero point that was rounded moves the range by half a step.
-            limit = (0.5 if choose is nearest.symmetric else 1.0) * step * (1 + 1e-5)
+            limit = (0.5 if choose is rtn.symmetric else 1.0) * step * (1 + 1e-5)
             assert np.abs(dense[o, start : start + len(block)] - block).max() <= limit
     assert made.group == group
     assert (dense[2] == 0).all()
@@ -80,7 +80,7 @@ def test_smaller_blocks_are_never_worse() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     weight[:, 5] *= 20
     errors = [
-        float((nearest.symmetric(weight, 4, group=group).dense() - weight).norm()) for group in (None, 32, 16)
+        float((rtn.symmetric(weight, 4, group=group).dense() - weight).norm()) for group in (None, 32, 16)
     ]
     assert errors[0] > errors[1] > errors[2]
 
@@ -110,9 +110,9 @@ def test_block_sizes_are_powers_of_two_that_divide(columns: int, wanted: int, fo
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_a_table_is_rounded_in_parts_as_it_is_whole(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(37, 64, generator=torch.Generator().manual_seed(3))
-    whole = nearest.table(weight, form)
-    monkeypatch.setattr(nearest, "_ROWS", 5)
-    parts = nearest.table(weight, form)
+    whole = rtn.table(weight, form)
+    monkeypatch.setattr(rtn, "_ROWS", 5)
+    parts = rtn.table(weight, form)
     assert torch.equal(parts.values, whole.values)
     assert torch.equal(parts.scale, whole.scale)
     assert (parts.bits, parts.group, parts.zero is None) == (whole.bits, whole.group, whole.zero is None)

@@ -15,6 +15,7 @@ from kdcli.data.sources import Dataset
 from kdcli.export import graph as graphs
 from kdcli.inputs.picked import pick
 from kdcli.inputs.splits import Splits
+from kdcli.measure import environment
 from kdcli.models import checkpoint as checkpoints
 from kdcli.probe import layer_clock, speedup
 from kdcli.probe.speedup import Speed
@@ -28,10 +29,11 @@ from kdcli.stages.lowrank import stage as lowrank
 from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.prune import stage as prune
 from kdcli.stages.prune.options import PruneOptions
-from kdcli.stages.quantize import auto, dynamic, single_layers
+from kdcli.stages.quantize import auto, single_layers
 from kdcli.stages.quantize import stage as quantize
 from kdcli.stages.quantize.auto import Candidate, Tried
 from kdcli.stages.quantize.options import QuantizeOptions
+from kdcli.stages.quantize.schemes import dynamic_int8
 from tests import tiny
 from tests.stages import contexts, watched
 from tests.stages.lowrank.test_convolutions import random_cnn
@@ -48,7 +50,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lesson, "TRIAL_ROWS", 16)
     monkeypatch.setattr(single_layers, "SEARCH_ROWS", 12)
     monkeypatch.setattr(single_layers, "SENSITIVITY_ROWS", 6)
-    monkeypatch.setattr(dynamic, "ROWS", 8)
+    monkeypatch.setattr(dynamic_int8, "ROWS", 8)
 
 
 def context_of(made: Any, work: Path, options: Any, settings: dict | None = None, drop: float | None = None):
@@ -188,7 +190,7 @@ def test_quantize_reads_nothing_of_test(options: dict, settings: dict, drop: flo
 def test_quantize_chooses_a_form_for_the_processor_by_a_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dynamic.environment, "has_vnni", lambda: False)
+    monkeypatch.setattr(environment, "has_vnni", lambda: False)
     _, watch = watched.apply(quantize, context_of(tiny.checkpoint(), tmp_path, QuantizeOptions()))
     assert watch.sampled("validation")
 

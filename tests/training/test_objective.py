@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from kdcli import registry
@@ -25,9 +26,9 @@ from kdcli.training import objective
 from kdcli.training.capture import Capture, shape_of
 from kdcli.training.features import TeacherSignals
 from kdcli.training.loop import Batch, FitOptions, FitResult, fit
-from kdcli.training.objective import Chosen, Objective, bind, weights
+from kdcli.training.objective import ChosenLoss, Objective, bind, weights
 from kdcli.training.resume import ResumePoint
-from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
+from kdcli.training.terms import Loss, Needs, Setting, Shape, Signals, Step
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -35,13 +36,13 @@ SHAPE = Shape(layers=2, hidden=32, heads=4, classes=3, pooled=32)
 LABELS = np.array([2, -100, 0, 1, -100, 1, 2, 0])
 
 
-def chosen(name: str, weight: float, **config: Any) -> Chosen:
-    module = registry.load("distill", name)
-    return Chosen(name, module, module.Config(**config), weight)
+def chosen(name: str, weight: float, **config: Any) -> ChosenLoss:
+    method = registry.load("distill", name, Loss)
+    return ChosenLoss(name, method, method.config(**config), weight)
 
 
 def of_logits(
-    one: list[Chosen], hard_weight: float, teacher: Tensor, labels: np.ndarray = LABELS
+    one: list[ChosenLoss], hard_weight: float, teacher: Tensor, labels: np.ndarray = LABELS
 ) -> Objective:
     """An objective of methods that read logits only; the teacher's are given for every row."""
     terms, _ = bind(one, SHAPE, SHAPE, [], 0, CPU)
@@ -115,9 +116,9 @@ def test_terms_get_labels_progress_and_their_weight() -> None:
         seen.append(step)
         return (student.logits - teacher.logits).sum() * setting.config
 
-    stub: Any = SimpleNamespace(KIND="relation", WEIGHT=1.0, term=term)
+    stub = Loss(kind="relation", weight=1.0, term=term, config=BaseModel)
     teacher, own = logits(1), logits(2)[:3]
-    one = [Chosen("one", stub, 2.0, 10.0), Chosen("two", stub, 3.0, 100.0)]
+    one = [ChosenLoss("one", stub, 2.0, 10.0), ChosenLoss("two", stub, 3.0, 100.0)]
     value = of_logits(one, 0.0, teacher)(SimpleNamespace(logits=own), batch([6, 1, 3], progress=0.25))
     want = float((own - teacher[[6, 1, 3]]).sum()) * (2 * 10 + 3 * 100)
     assert float(value) == pytest.approx(want, rel=1e-9)
@@ -129,15 +130,21 @@ NAMES = ["response", "hidden", "rkd", "dkd", "adversarial"]
 
 
 def weigh(names: list[str] = NAMES, **more: Any) -> tuple[float, dict[str, float]]:
-    modules = {name: registry.load("distill", name) for name in names}
+    methods = {name: registry.load("distill", name, Loss) for name in names}
     given: dict[str, Any] = {"alpha": 0.3, "beta": None, "gamma": None, "given": {}} | more
-    return weights(names, modules, **given)
+    return weights(names, methods, **given)
 
 
 def test_weights_of_alpha_beta_gamma_and_the_rest() -> None:
     assert weigh() == (
         0.7,
-        {"response": 0.3, "hidden": 0.01, "rkd": 1.0, "dkd": 1.0, "adversarial": 0.1},  # WEIGHT of each
+        {
+            "response": 0.3,
+            "hidden": 0.01,
+            "rkd": 1.0,
+            "dkd": 1.0,
+            "adversarial": 0.1,
+        },  # the weight that each declares
     )
     _, found = weigh(beta=5.0, gamma=7.0)
     assert (found["hidden"], found["rkd"], found["response"]) == (5.0, 7.0, 0.3)
@@ -181,7 +188,7 @@ def test_weights_of_nothing_are_refused(names: list[str], more: dict[str, Any], 
 def test_notes_of_methods_are_passed_on_and_refusals_raised() -> None:
     binary = Shape(2, 32, 4, 2, 32)
     terms, notes = bind([chosen("response", 1.0), chosen("dist", 1.0)], binary, binary, [], 0, CPU)
-    own = registry.load("distill", "dist").check(Setting(terms[1].chosen.config, binary, binary))
+    own = registry.load("distill", "dist", Loss).check(Setting(terms[1].chosen.config, binary, binary))
     assert notes == [own]
     assert len(terms) == 2
     _, notes = bind([chosen("response", 1.0), chosen("dist", 1.0)], SHAPE, SHAPE, [], 0, CPU)
@@ -235,7 +242,7 @@ def small_student(seed: int = 0) -> Checkpoint:
 def teach(
     student: Checkpoint,
     lesson: Lesson,
-    one: list[Chosen],
+    one: list[ChosenLoss],
     *,
     seed: int = 0,
     hard_weight: float = 0.5,

@@ -36,7 +36,7 @@ from kdcli.stages.distill.student import Taught, Texts, set_dropout
 from kdcli.tasks.task import Task
 from kdcli.training.first_token import first_token_only
 from kdcli.training.label_loss import label_loss, mixed_label_loss
-from kdcli.training.loop import FitOptions, Loss, evaluate, inference
+from kdcli.training.loop import BatchLoss, FitOptions, evaluate, inference
 from kdcli.training.terms import Needs
 
 CONTROL_STEPS = 50  # the fewest of an epoch
@@ -51,7 +51,7 @@ class Lesson:
 
     name: str
     rows: Encoded  # with labels; those of a further text are of the first row it was made from
-    loss: Loss
+    loss: BatchLoss
     further: int  # texts among the rows
     dropout: float
 

@@ -16,7 +16,7 @@ from kdcli.models import students
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.stages.distill.options import DistillOptions
 from kdcli.stages.distill.plan import DistillPlan
-from kdcli.training.loop import FitOptions, FitResult, Loss, fit
+from kdcli.training.loop import BatchLoss, FitOptions, FitResult, fit
 from kdcli.training.resume import ResumePoint
 
 BATCH_SIZE = 128
@@ -78,7 +78,7 @@ def run_fit(
     context: Context,
     trained: Checkpoint,
     rows: Encoded,
-    loss: Loss,
+    loss: BatchLoss,
     options: FitOptions,
     title: str,
     *,

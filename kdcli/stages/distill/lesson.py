@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from kdcli import registry
 from kdcli.context import Context
 from kdcli.inputs import sampling
 from kdcli.inputs.text import Encoded
@@ -27,7 +26,8 @@ from kdcli.training.capture import Capture, shape_of
 from kdcli.training.features import Stored, TeacherSignals
 from kdcli.training.first_token import first_token_only
 from kdcli.training.loop import FitOptions, FitResult
-from kdcli.training.objective import Chosen
+from kdcli.training.losses import pooled
+from kdcli.training.objective import ChosenLoss
 
 FIRST_PHASE = 1 / 3  # of the epochs, when there are two phases
 TRIAL_EPOCHS, TRIAL_ROWS = 3, 15_000  # of the trial that decides between one phase and two
@@ -60,7 +60,7 @@ def soft_targets(
     if len(found) == 1:
         return found[0]
     temperature = next(
-        (float(c.config.temperature) for c in plan.chosen if hasattr(c.config, "temperature")), 1.0
+        (float(c.config.temperature) for c in plan.chosen if "temperature" in c.method.settings), 1.0
     )
     return features.combined(
         found, teacher_weights(plan.settings, len(found)), temperature, context.checkpoint.task
@@ -153,8 +153,8 @@ class _Lesson:
 
     def features(self, options: FitOptions, title: str, rows: np.ndarray | None = None) -> FitResult:
         """The first of two phases: match the vector that the teacher's head reads."""
-        pooled = registry.load("distill", "pooled")
-        return self._fit([Chosen("pooled", pooled, pooled.Config(), 1.0)], 0.0, options, title, rows)
+        one = ChosenLoss("pooled", pooled.METHOD, pooled.Config(), 1.0)
+        return self._fit([one], 0.0, options, title, rows)
 
     def trial(self, options: FitOptions, title: str, found: dict[str, Any]) -> bool:
         """Whether two phases beat one on validation: both run shortly, with as many steps, from the same weights."""
@@ -181,7 +181,7 @@ class _Lesson:
 
     def _fit(
         self,
-        chosen: Sequence[Chosen],
+        chosen: Sequence[ChosenLoss],
         hard_weight: float,
         options: FitOptions,
         title: str,

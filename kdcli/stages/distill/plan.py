@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from kdcli import processes, registry
-from kdcli.errors import UsageError, did_you_mean
+from kdcli.errors import UsageError
 from kdcli.models import students
 from kdcli.request import Request
 from kdcli.stages.distill.options import STUDENT_PRESETS, DistillOptions
 from kdcli.training import objective
-from kdcli.training.objective import Chosen
+from kdcli.training.objective import ChosenLoss
+from kdcli.training.terms import Loss
 
 ALPHA = 0.5
 
@@ -82,7 +82,7 @@ class DistillPlan:
 
     options: DistillOptions
     settings: Settings
-    chosen: Sequence[Chosen]
+    chosen: Sequence[ChosenLoss]
     hard_weight: float  # of the labels
 
 
@@ -99,10 +99,10 @@ def check(request: Request) -> DistillPlan:
     names = options.methods
     if len(set(names)) != len(names):
         raise UsageError(f"a method is given twice: {', '.join(names)}")
-    modules = {name: registry.load("distill", name) for name in names}
-    if processes.count() > 1 and any(m.KIND == "adversarial" for m in modules.values()):
+    methods = {name: registry.load("distill", name, Loss) for name in names}
+    if processes.count() > 1 and any(m.kind == "adversarial" for m in methods.values()):
         raise UsageError("the adversarial method trains in one process only: its discriminator is not shared")
-    settings, configs = _settings(request, modules)
+    settings, configs = _settings(request, methods)
     if options.strategy in ("online", "layerwise") and tuple(names) != ("response",):
         raise UsageError(
             f"strategy '{options.strategy}' compares answers only",
@@ -121,15 +121,15 @@ def check(request: Request) -> DistillPlan:
         )
     if options.strategy == "assistant-chain":
         assistants(settings)
-    if options.alpha is not None and all(m.KIND != "response" for m in modules.values()):
+    if options.alpha is not None and all(m.kind != "response" for m in methods.values()):
         raise UsageError(
             "--alpha weighs response methods, and none was chosen",
             "add --method response, or leave --alpha out",
         )
     hard, weights = objective.weights(
-        names, modules, alpha=alpha, beta=options.beta, gamma=options.gamma, given=options.weights
+        names, methods, alpha=alpha, beta=options.beta, gamma=options.gamma, given=options.weights
     )
-    chosen = [Chosen(name, modules[name], configs[name], weights[name]) for name in names]
+    chosen = [ChosenLoss(name, methods[name], configs[name], weights[name]) for name in names]
     teacher_weights(settings, len(options.teachers))
     return DistillPlan(options, settings, chosen, hard)
 
@@ -168,37 +168,16 @@ def teacher_weights(settings: Settings, teachers: int) -> list[float]:
     return [value / sum(found) for value in found]
 
 
-def _settings(request: Request, modules: Mapping[str, ModuleType]) -> tuple[Settings, dict[str, Any]]:
-    """Sort ``--set`` into the distillation's own settings and those of the methods.
-
-    A plain key goes to every chosen method that has it, ``method.key`` to that method alone.
-    """
+def _settings(request: Request, methods: Mapping[str, Loss]) -> tuple[Settings, dict[str, Any]]:
+    """The distillation's own settings and those of the methods; ``--temperature`` is one of the latter."""
     options = request.options
     assert isinstance(options, DistillOptions)
     given = dict(request.common.settings)
     if options.temperature is not None:
-        holders = [name for name, m in modules.items() if "temperature" in m.Config.model_fields]
+        holders = [name for name, m in methods.items() if "temperature" in m.settings]
         if not holders:
-            raise UsageError(f"--temperature belongs to none of the methods {', '.join(modules)}")
+            raise UsageError(f"--temperature belongs to none of the methods {', '.join(methods)}")
         given.setdefault("temperature", str(options.temperature))
-    own: dict[str, str] = {}
-    by_method: dict[str, dict[str, str]] = {name: {} for name in modules}
-    # The method's own key first, so that a plain one cannot take its place.
-    for key, value in sorted(given.items(), key=lambda item: "." not in item[0]):
-        method, dot, field = key.partition(".")
-        holders = [
-            name
-            for name, module in modules.items()
-            if (field if dot else key) in module.Config.model_fields and (not dot or name == method)
-        ]
-        if not dot and key in Settings.model_fields:
-            own[key] = value
-        elif holders:
-            for name in holders:
-                by_method[name].setdefault(field if dot else key, value)
-        else:
-            known = [*Settings.model_fields]
-            known += [f for m in modules.values() for f in m.Config.model_fields]
-            raise UsageError(f"unknown setting '{key}': {did_you_mean(key, sorted(set(known)))}")
-    configs = {name: registry.parse_settings(module, by_method[name]) for name, module in modules.items()}
+    own, by_method = registry.share_out("distill", given, methods, Settings)
+    configs = {name: method.configured(by_method[name]) for name, method in methods.items()}
     return registry.parse_config(Settings, own), configs

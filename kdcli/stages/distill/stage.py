@@ -53,7 +53,7 @@ def prepare(context: Context) -> Prepared:
         )
     teacher = context.checkpoint
     if options.unlabeled is not None:
-        extra = sources.load_texts(options.unlabeled, context.request.common.columns)
+        extra = sources.load_texts(options.unlabeled, context.request.common.columns, context.dataset.kind)
         more = text.encode(extra, teacher.tokenizer, teacher.max_length, None)
         train = text.concatenate(train, more, teacher.task.unlabelled(1, len(teacher.labels)))
     narrowed = {"train": train, "validation": validation}

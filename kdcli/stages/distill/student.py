@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kdcli import families
+from kdcli import families, registry
 from kdcli.context import Context
 from kdcli.errors import UnavailableError, UsageError
 from kdcli.families import bert
@@ -23,8 +23,7 @@ from kdcli.stages.distill.plan import DistillPlan
 from kdcli.training import layer_map, vocabulary
 from kdcli.training.capture import shape_of
 from kdcli.training.loop import FitOptions, FitResult
-from kdcli.training.terms import Setting, Shape, check
-from kdcli.training.terms import needs as needs_of
+from kdcli.training.terms import Setting, Shape
 
 NEIGHBOURS = 8  # tokens that may stand for a token
 
@@ -51,6 +50,7 @@ def precheck(context: Context, plan: DistillPlan) -> None:
     Raises:
         UsageError: Says which and why.
     """
+    registry.need_answers({one.name: one.method for one in plan.chosen}, context.checkpoint.task)
     size = students.size_of(plan.options.student, STUDENT_PRESETS)
     if size is None:  # a checkpoint of the user's own: known when it is loaded
         return
@@ -64,8 +64,8 @@ def precheck(context: Context, plan: DistillPlan) -> None:
     reads = False
     for one in plan.chosen:
         setting = Setting(one.config, student, teacher, pairs)
-        check(one.module, setting)
-        needs = needs_of(one.module, setting)[0]
+        one.method.check(setting)
+        needs = one.method.needs(setting)[0]
         reads = reads or bool(needs.hidden or needs.attention)
     if spec is not None and not reads:
         names = ", ".join(one.name for one in plan.chosen)

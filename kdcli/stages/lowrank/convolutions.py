@@ -26,15 +26,14 @@ from kdcli.stages.lowrank import rank_budget, speed
 from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.lowrank.patterns import patterns_leave
 from kdcli.stages.lowrank.rank_budget import Choices
+from kdcli.stages.lowrank.rule import ConvolutionRule, ConvRanks
 from kdcli.training.recovery import recover
-
-Ranks = tuple[int, ...]
 
 _SAMPLES = 256  # rows for errors and trials
 _TRIED = 5  # steps of a ladder on which a layer is factorised alone
 
 
-def chosen(context: Context, module: Any, amount: Mapping[str, Any]) -> dict[str, Any]:
+def chosen(context: Context, rule: ConvolutionRule, amount: Mapping[str, Any]) -> dict[str, Any]:
     """The convolutions that the patterns leave.
 
     Raises:
@@ -61,30 +60,30 @@ def chosen(context: Context, module: Any, amount: Mapping[str, Any]) -> dict[str
         )
     layers = patterns_leave(found, options.include, options.exclude, "dense convolution")
     if (budget := amount.get("budget")) is not None and layers:
-        _even(module, layers, options.method, budget)
+        _even(rule, layers, options.method, budget)
     return layers
 
 
 def apply(
-    context: Context, module: Any, config: Any, amount: Mapping[str, Any], params: dict[str, Any]
+    context: Context, rule: ConvolutionRule, config: Any, amount: Mapping[str, Any], params: dict[str, Any]
 ) -> Applied:
     """Factorise the convolutions of ``context`` in place, then train it back for ``--epochs``."""
     options = context.request.options
     assert isinstance(options, LowRankOptions)
     kind, model, log = options.method, context.checkpoint.model, context.checkpoint.log
-    layers = chosen(context, module, amount)
+    layers = chosen(context, rule, amount)
     rows = calibration.sample(context, _SAMPLES)
     batches = calibration.unpadded(context, rows)
     inputs = _one_row(model, layers, batches)
     detail: dict[str, Any] = {"rows": len(rows)}
-    made: dict[tuple[str, Ranks], FactorisedConv] = {}
+    made: dict[tuple[str, ConvRanks], FactorisedConv] = {}
 
-    def factors(name: str, ranks: Ranks) -> FactorisedConv:
+    def factors(name: str, ranks: ConvRanks) -> FactorisedConv:
         if (name, ranks) not in made:
-            made[name, ranks] = module.decompose(layers[name], ranks, config).eval()
+            made[name, ranks] = rule.decompose(layers[name], ranks, config).eval()
         return made[name, ranks]
 
-    ranks = _decide(context, module, kind, layers, amount, batches, inputs, factors, detail)
+    ranks = _decide(context, rule, kind, layers, amount, batches, inputs, factors, detail)
     kept = {name: r for name, r in ranks.items() if r is not None}
     pairs = {name: factors(name, r) for name, r in kept.items()}
     measured = _errors(model, layers, pairs, batches)
@@ -130,7 +129,7 @@ def apply(
 
 def _decide(
     context: Context,
-    module: Any,
+    rule: ConvolutionRule,
     kind: str,
     layers: Mapping[str, Any],
     amount: Mapping[str, Any],
@@ -138,27 +137,27 @@ def _decide(
     inputs: Mapping[str, Tensor],
     factors: Any,
     detail: dict[str, Any],
-) -> dict[str, Ranks | None]:
-    """Ranks of every layer; None where it stays dense."""
+) -> dict[str, ConvRanks | None]:
+    """ConvRanks of every layer; None where it stays dense."""
     able = {name: layer for name, layer in layers.items() if conv_factors.why_not(layer) is None}
-    none: dict[str, Ranks | None] = dict.fromkeys(layers)
+    none: dict[str, ConvRanks | None] = dict.fromkeys(layers)
     if {"energy", "rank"} & set(amount):
         for name, layer in able.items():
             if "energy" in amount:
-                wanted = module.by_energy(layer, amount["energy"])
+                wanted = rule.by_energy(layer, amount["energy"])
             elif amount["rank"] == "evbmf":
-                wanted = module.by_evbmf(layer)
+                wanted = rule.by_evbmf(layer)
             else:
-                wanted = module.by_rank(layer, amount["rank"])
+                wanted = rule.by_rank(layer, amount["rank"])
             pays = conv_factors.parameters(layer, kind, wanted) < _weights(layer)
             none[name] = wanted if pays else None
         return none
     model = context.checkpoint.model
     dense = calibration.logits(model, batches)
-    curves: dict[str, tuple[list[Ranks], np.ndarray]] = {}
+    curves: dict[str, tuple[list[ConvRanks], np.ndarray]] = {}
     with context.progress.task("each layer alone", len(able)) as task:
         for name, layer in able.items():
-            steps: list[Ranks] = module.ladder(layer)
+            steps: list[ConvRanks] = rule.ladder(layer)
             if steps:
                 at = np.unique(np.linspace(0, len(steps) - 1, _TRIED).astype(int))
                 found = []
@@ -175,8 +174,8 @@ def _decide(
             context, layers, curves, amount["target_speedup"], batches, inputs, factors, detail
         )
 
-    def shared(budget: float, detail: dict[str, Any]) -> dict[str, Ranks | None]:
-        even = _even(module, layers, kind, budget)
+    def shared(budget: float, detail: dict[str, Any]) -> dict[str, ConvRanks | None]:
+        even = _even(rule, layers, kind, budget)
         choices = {
             name: Choices(
                 range(len(steps) + 1),
@@ -233,16 +232,18 @@ def _decide(
     return best
 
 
-def _even(module: Any, layers: Mapping[str, Any], kind: str, budget: float) -> dict[str, Ranks | None]:
+def _even(
+    rule: ConvolutionRule, layers: Mapping[str, Any], kind: str, budget: float
+) -> dict[str, ConvRanks | None]:
     """Give every layer at most the share ``budget`` of its own parameters.
 
     Raises:
         UsageError: The lowest ranks everywhere are already more than the budget.
     """
-    ranks: dict[str, Ranks | None] = {}
+    ranks: dict[str, ConvRanks | None] = {}
     kept = 0
     for name, layer in layers.items():
-        steps = module.ladder(layer) if conv_factors.why_not(layer) is None else []
+        steps = rule.ladder(layer) if conv_factors.why_not(layer) is None else []
         costs = [conv_factors.parameters(layer, kind, r) for r in steps]
         fitting = [i for i, cost in enumerate(costs) if cost <= budget * _weights(layer)]
         at = fitting[-1] if fitting else 0
@@ -260,13 +261,13 @@ def _even(module: Any, layers: Mapping[str, Any], kind: str, budget: float) -> d
 def _for_speedup(
     context: Context,
     layers: Mapping[str, Any],
-    curves: Mapping[str, tuple[list[Ranks], np.ndarray]],
+    curves: Mapping[str, tuple[list[ConvRanks], np.ndarray]],
     target: float,
     batches: list[dict[str, Tensor]],
     inputs: Mapping[str, Tensor],
     factors: Any,
     detail: dict[str, Any],
-) -> dict[str, Ranks | None]:
+) -> dict[str, ConvRanks | None]:
     """The least damage among the ranks with which the finished graph is so much faster.
 
     The predictions are torch's latencies, of the layers and of the whole model.
@@ -290,7 +291,7 @@ def _for_speedup(
             [*(steps[i] for i in faster), None], np.append(cost[faster], before), np.append(harm[faster], 0.0)
         )
 
-    def measure(picked: Mapping[str, Ranks | None]) -> Speed:
+    def measure(picked: Mapping[str, ConvRanks | None]) -> Speed:
         _put(model, {n: factors(n, r) for n, r in picked.items() if r is not None})
         found = speedup.against_input(context, context.checkpoint)
         _put(model, layers)

@@ -21,7 +21,7 @@ TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class OutputSensitivity:
     """``matrices``: layer -> P^T G P (m, m) in nats a row. ``tokens``: of every batch, layer -> |g|^2 (B, T)."""
 
     matrices: dict[str, Tensor]
@@ -34,7 +34,7 @@ def sensitivity(
     batches: Iterable[Mapping[str, Tensor]],
     seed: int,
     task: Task = CLASSIFICATION,
-) -> Sensitivity:
+) -> OutputSensitivity:
     """Sample the Gauss-Newton matrix G of the divergence of the changed model's answers for every layer's outputs.
 
     To second order an output error e of a layer costs e^T G e / 2, with G = E[J^T H J] summed over the tokens of a
@@ -85,7 +85,7 @@ def sensitivity(
                     narrow = narrow @ layer.weight.detach()  # an embedding is narrow by its outputs
                 matrices[name].addmm_(narrow.T, narrow)
         tokens.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-    return Sensitivity(
+    return OutputSensitivity(
         {name: matrix / max(1, rows) for name, matrix in matrices.items()},
         tokens,
     )

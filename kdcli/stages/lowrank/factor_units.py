@@ -1,7 +1,7 @@
 """What is factorised as one, and how its factors take the place of its layers.
 
-A :class:`Unit` is a linear layer, the query, key and value layers of one attention when they share a right factor,
-or an embedding table.
+A :class:`FactorUnit` is a linear layer, the query, key and value layers of one attention when they share a
+right factor, or an embedding table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kdcli.stages.lowrank.factors import Factors
 
 
 @dataclass(frozen=True)
-class Unit:
+class FactorUnit:
     """What is factorised as one: its name, the names of its layers, and the dense layer (stacked by outputs)."""
 
     name: str
@@ -33,21 +33,21 @@ class Unit:
 
 
 @torch.no_grad()
-def unit_of(model: nn.Module, members: Sequence[str]) -> Unit:
+def unit_of(model: nn.Module, members: Sequence[str]) -> FactorUnit:
     """Make a unit of one layer, or of several with the same inputs and with biases."""
     layers = [model.get_submodule(name) for name in members]
     if len(layers) == 1:
         assert isinstance(layers[0], nn.Linear | nn.Embedding)
-        return Unit(members[0], tuple(members), layers[0])
+        return FactorUnit(members[0], tuple(members), layers[0])
     linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
     stacked = nn.Linear(linears[0].in_features, sum(x.out_features for x in linears), device="meta")
     stacked.weight = nn.Parameter(torch.cat([x.weight for x in linears]))
     stacked.bias = nn.Parameter(torch.cat([x.bias for x in linears]))
-    return Unit(members[0], tuple(members), stacked)
+    return FactorUnit(members[0], tuple(members), stacked)
 
 
 @torch.no_grad()
-def install(model: nn.Module, unit: Unit, found: Factors, rank: int) -> None:
+def install(model: nn.Module, unit: FactorUnit, found: Factors, rank: int) -> None:
     """Put the factors of ``rank`` in the place of the unit's layers."""
     if unit.table:
         table = transforms.factorise_table(model, unit.name, rank)

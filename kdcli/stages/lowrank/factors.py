@@ -15,17 +15,6 @@ so the factors are P R^-1 U_r and U_r^T R Q: one symmetric eigenproblem of the n
 solve, and nothing is inverted. At r = m the product is W again, whatever M and K are; a singular K, as
 activations after GELU give, is no special case. The minimum is the sum of the eigenvalues beyond the r-th.
 
-A method is a module with
-
-``LAYERS = "linear"``
-    What it factorises (``"convolution"``: see ``kdcli.models.conv_factors``).
-``NEEDS``
-    Statistics it reads besides the inputs: ``"sensitivity"``, ``"fisher"``, ``"magnitude"``.
-``metrics(problem, config) -> (M, K)``
-    Both (m, m) float64.
-``Config``
-    Its parameters.
-
 Source: Eckart and Young 1936, "The approximation of one matrix by another of lower rank", Psychometrika 1.
 """
 

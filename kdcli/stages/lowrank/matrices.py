@@ -24,10 +24,11 @@ from kdcli.probe.moments import Moments
 from kdcli.probe.product_clock import Clock
 from kdcli.probe.speedup import Speed
 from kdcli.stages.lowrank import curvature, evbmf, factor_units, factors, rank_budget, sequential, speed
-from kdcli.stages.lowrank.curvature import Sensitivity
-from kdcli.stages.lowrank.factor_units import Unit
+from kdcli.stages.lowrank.curvature import OutputSensitivity
+from kdcli.stages.lowrank.factor_units import FactorUnit
 from kdcli.stages.lowrank.factors import Factors, Problem
-from kdcli.stages.lowrank.rank_budget import Choices, Ranks, Size
+from kdcli.stages.lowrank.rank_budget import Choices, LayerSize, Ranks
+from kdcli.stages.lowrank.rule import LinearRule
 from kdcli.stages.lowrank.sequential import Fit, Sample
 
 _HELD = 4  # one row in four of the calibration rows judges the shares of a budget
@@ -38,17 +39,19 @@ _ALLOCATION = ("even", "weighted", "between")
 class Work:
     """One factorisation: what is known about the units of a model, and what is decided from it."""
 
-    def __init__(self, context: Context, module: Any, config: Any, units: Mapping[str, Unit]) -> None:
-        self.context, self.module, self.config, self.units = context, module, config, units
+    def __init__(
+        self, context: Context, rule: LinearRule, config: Any, units: Mapping[str, FactorUnit]
+    ) -> None:
+        self.context, self.rule, self.config, self.units = context, rule, config, units
         self.model, self.task = context.checkpoint.model, context.checkpoint.task
-        self.sizes: dict[str, Size] = {n: rank_budget.size_of(unit.dense) for n, unit in units.items()}
+        self.sizes: dict[str, LayerSize] = {n: rank_budget.size_of(unit.dense) for n, unit in units.items()}
         self.dense: dict[str, Any] = {
             m: self.model.get_submodule(m) for unit in units.values() for m in unit.members
         }
         self.rows = calibration.sample(context, config.samples)
         self.samples: list[Sample] = []
         self.magnitudes: dict[str, Tensor] = {}
-        self.felt = Sensitivity({}, [])
+        self.felt = OutputSensitivity({}, [])
         self.fisher: dict[str, tuple[Tensor, Tensor]] = {}
         self.found: dict[str, Factors] = {}
         # Their factors are too much to have beside the model.
@@ -61,7 +64,7 @@ class Work:
 
     # --- what is known ----------------------------------------------------------------------------
 
-    def problem(self, unit: Unit, moments: Moments) -> Problem:
+    def problem(self, unit: FactorUnit, moments: Moments) -> Problem:
         """The problem of a unit, with all that its method may read."""
         return factors.problem_of(
             unit.dense,
@@ -72,7 +75,7 @@ class Work:
             fisher=self._joined_fisher(unit),
         )
 
-    def _last_problem(self, unit: Unit, moments: Moments) -> Problem:
+    def _last_problem(self, unit: FactorUnit, moments: Moments) -> Problem:
         """The problem of a unit that will not be asked for again."""
         made = self.problem(unit, moments)
         for name in unit.members:
@@ -81,15 +84,15 @@ class Work:
 
     def solve(self, problem: Problem, largest: int, *, curves: bool = False) -> Factors:
         """Solve a problem as the method weighs it."""
-        metric, flow = self.module.metrics(problem, self.config)
+        metric, flow = self.rule.metrics(problem, self.config)
         return factors.solve(problem, metric, flow, largest=largest, curves=curves)
 
-    def _joined(self, unit: Unit) -> Tensor | None:
+    def _joined(self, unit: FactorUnit) -> Tensor | None:
         """P^T G P of a unit: that of several layers with the same inputs is the sum of theirs."""
         parts = [self.felt.matrices[m] for m in unit.members if m in self.felt.matrices]
         return sum(parts[1:], parts[0]) if parts else None
 
-    def _joined_fisher(self, unit: Unit) -> tuple[Tensor, Tensor] | None:
+    def _joined_fisher(self, unit: FactorUnit) -> tuple[Tensor, Tensor] | None:
         parts = [self.fisher[m] for m in unit.members if m in self.fisher]
         if not parts:
             return None
@@ -108,34 +111,34 @@ class Work:
                 family,
                 self.units,
                 samples,
-                magnitudes="magnitude" in self.module.NEEDS,
+                magnitudes="magnitude" in self.rule.needs,
                 done=task.advance,
             ):
                 self.magnitudes |= sizes
                 for name, own in moments.items():
                     self._decompose(self.units[name], own)
 
-    def _decompose(self, unit: Unit, moments: Moments) -> None:
+    def _decompose(self, unit: FactorUnit, moments: Moments) -> None:
         largest = int(np.ceil(self.sizes[unit.name].break_even)) - 1
         found = self.solve(self.problem(unit, moments), largest, curves=True)
         self.found[unit.name] = factors.in_file(found) if self.large else found
 
-    def _table(self, unit: Unit) -> Moments:
+    def _table(self, unit: FactorUnit) -> Moments:
         assert isinstance(unit.dense, nn.Embedding)
         train = self.context.encoded["train"]
         counts = torch.from_numpy(np.bincount(train.ids, minlength=unit.dense.num_embeddings))
-        if "magnitude" in self.module.NEEDS:
+        if "magnitude" in self.rule.needs:
             self.magnitudes[unit.name] = (counts + 1) / float(counts.sum() + len(counts))
         return sequential.table_moments(unit.dense, counts)
 
     def _feel(self, rows: Encoded, samples: list[Sample]) -> list[Sample]:
-        """Sensitivity of every layer's outputs, and the Fisher information where the method reads it.
+        """OutputSensitivity of every layer's outputs, and the Fisher information where the method reads it.
 
         Returns:
             The samples, their tokens weighed where the method weighs them.
         """
         # The rows are in random order, their batches are not: a share of the batches would be the longest rows.
-        needed = "sensitivity" in self.module.NEEDS
+        needed = "sensitivity" in self.rule.needs
         some = samples
         if not needed and len(rows) > rank_budget.GRADIENT_ROWS:
             part = rows.take(np.arange(rank_budget.GRADIENT_ROWS))
@@ -145,7 +148,7 @@ class Work:
             self.felt = curvature.sensitivity(
                 self.model, self.dense, _counted(inputs, task.advance), self.context.seed, self.task
             )
-        if "fisher" in self.module.NEEDS:
+        if "fisher" in self.rule.needs:
             labelled = [
                 (batch, self._targets(rows, at, batch))
                 for at, batch in calibration.indexed(self.context, rows)
@@ -154,7 +157,7 @@ class Work:
                 self.fisher = curvature.fisher(
                     self.model, self.dense, _counted(labelled, task.advance), self.task
                 )
-        power = getattr(self.config, "token_power", 0.0)
+        power = self.config.token_power if self.rule.weighs_tokens else 0.0
         if not needed or not power:
             return samples
         return [
@@ -186,7 +189,7 @@ class Work:
         held, fit = (self.rows.take(part) for part in np.split(np.arange(len(self.rows)), [count]))
         samples = [Sample(batch) for batch in calibration.batches(self.context, fit)]
         trial = calibration.batches(self.context, held)
-        if shared or {"sensitivity", "fisher"} & set(self.module.NEEDS):
+        if shared or {"sensitivity", "fisher"} & self.rule.needs:
             samples = self._feel(fit, samples)
         self.samples = samples
         self._give_back()
@@ -342,7 +345,7 @@ class Work:
         """
         if not ranks:
             return {}
-        fit = Fit(getattr(self.config, "sequential", "off"), getattr(self.config, "ridge", 1.0))
+        fit = Fit(self.config.sequential, self.config.ridge) if self.rule.fits else Fit("off", 1.0)
         if last:
             self.dense.clear()
             for name, unit in self.units.items():
@@ -375,7 +378,7 @@ class Work:
             if rank is not None:
                 factor_units.install(self.model, self.units[name], self.found[name], rank)
 
-    def _dense(self, unit: Unit | None = None) -> None:
+    def _dense(self, unit: FactorUnit | None = None) -> None:
         names = self.dense if unit is None else unit.members
         factor_units.restore(self.model, {name: self.dense[name] for name in names})
 
@@ -410,7 +413,7 @@ class Work:
                 task.advance()
         return rows
 
-    def _milliseconds(self, unit: Unit, rank: int | None) -> float:
+    def _milliseconds(self, unit: FactorUnit, rank: int | None) -> float:
         size = self.sizes[unit.name]
         if unit.table:
             return self.clock.table(size.outputs, rank)

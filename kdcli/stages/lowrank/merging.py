@@ -115,7 +115,7 @@ def _row(name: str, pair: nn.Module, sharing: int, clock: Clock) -> dict[str, An
         }
     assert isinstance(pair, LowRankLinear)
     outputs, inputs, rank = pair.out_features, pair.in_features, pair.rank
-    size = rank_budget.Size(outputs, inputs, 0 if pair.bias is None else outputs)
+    size = rank_budget.LayerSize(outputs, inputs, 0 if pair.bias is None else outputs)
     return {
         "name": name,
         "shape": [outputs, inputs],

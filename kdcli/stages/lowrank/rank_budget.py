@@ -33,7 +33,7 @@ _LOWEST = 8
 
 
 @dataclass(frozen=True)
-class Size:
+class LayerSize:
     """Shape of a matrix (O, I), the length of its bias (O or 0), and parameters that only its factors have."""
 
     outputs: int
@@ -60,19 +60,19 @@ class Size:
         return self.dense if rank is None else rank * (self.outputs + self.inputs) + self.bias + self.added
 
 
-def size_of(layer: nn.Linear | nn.Embedding) -> Size:
+def size_of(layer: nn.Linear | nn.Embedding) -> LayerSize:
     """The size of a plain linear layer, or of a table of V tokens, whose factors have a bias of their own."""
     if isinstance(layer, nn.Embedding):
-        return Size(layer.embedding_dim, layer.num_embeddings, 0, layer.embedding_dim)
-    return Size(layer.out_features, layer.in_features, 0 if layer.bias is None else layer.out_features)
+        return LayerSize(layer.embedding_dim, layer.num_embeddings, 0, layer.embedding_dim)
+    return LayerSize(layer.out_features, layer.in_features, 0 if layer.bias is None else layer.out_features)
 
 
-def total(sizes: Mapping[str, Size], ranks: Ranks) -> int:
+def total(sizes: Mapping[str, LayerSize], ranks: Ranks) -> int:
     """Parameters of all layers at these ranks."""
     return sum(size.parameters(ranks[name]) for name, size in sizes.items())
 
 
-def even(sizes: Mapping[str, Size], budget: float) -> Ranks:
+def even(sizes: Mapping[str, LayerSize], budget: float) -> Ranks:
     """Give every layer the share ``budget`` of its own parameters, at least rank 1.
 
     Args:
@@ -96,7 +96,7 @@ def even(sizes: Mapping[str, Size], budget: float) -> Ranks:
     return ranks
 
 
-def by_damage(sizes: Mapping[str, Size], damage: Mapping[str, np.ndarray], budget: float) -> Ranks:
+def by_damage(sizes: Mapping[str, LayerSize], damage: Mapping[str, np.ndarray], budget: float) -> Ranks:
     """Minimise the summed damage under a budget of parameters; see :func:`least`.
 
     Args:
@@ -178,7 +178,7 @@ def _spend(choices: Mapping[str, Choices], picked: dict[str, int], left: float) 
         picked[best] += 1
 
 
-def between(sizes: Mapping[str, Size], one: Ranks, two: Ranks) -> Ranks:
+def between(sizes: Mapping[str, LayerSize], one: Ranks, two: Ranks) -> Ranks:
     """The mean of two shares; parameters grow linearly with the rank, so it costs at most their mean."""
 
     def as_rank(name: str, rank: int | None) -> float:

@@ -17,7 +17,7 @@ from kdcli.families.family import Encoder
 from kdcli.inputs import kinds
 from kdcli.probe.moments import Moments, watching
 from kdcli.stages.lowrank import factors
-from kdcli.stages.lowrank.factor_units import Unit, install
+from kdcli.stages.lowrank.factor_units import FactorUnit, install
 from kdcli.stages.lowrank.factors import Factors, Problem, narrow_by_outputs
 
 
@@ -31,7 +31,7 @@ class Sample:
     inputs: Mapping[str, Tensor]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def of(self, unit: Unit) -> tuple[Tensor, Tensor | None]:
+    def of(self, unit: FactorUnit) -> tuple[Tensor, Tensor | None]:
         """Which tokens count for a unit, (B, T) bool, and how much each of them does."""
         real = kinds.mask(self.inputs).bool()
         parts = [self.weights[m] for m in unit.members if m in self.weights]
@@ -42,7 +42,7 @@ class Sample:
         return counted, weights[counted]
 
 
-def _inner(unit: Unit, x: Tensor) -> Tensor:
+def _inner(unit: FactorUnit, x: Tensor) -> Tensor:
     """The narrow side's features u = Q x, (B, T, m); x itself where the inputs are the narrow side."""
     assert isinstance(unit.dense, nn.Linear)
     return nn.functional.linear(x, unit.dense.weight) if narrow_by_outputs(unit.dense) else x
@@ -111,7 +111,7 @@ def _calls(model: nn.Module, family: Encoder, samples: Sequence[Sample]) -> tupl
 def collect(
     model: nn.Module,
     family: Encoder,
-    units: Mapping[str, Unit],
+    units: Mapping[str, FactorUnit],
     samples: Sequence[Sample],
     *,
     magnitudes: bool = False,
@@ -217,10 +217,10 @@ class Fit:
 def replace_all(
     model: nn.Module,
     family: Encoder,
-    units: Mapping[str, Unit],
+    units: Mapping[str, FactorUnit],
     ranks: Mapping[str, int],
     found: Mapping[str, Factors],
-    problem: Callable[[Unit, Moments], Problem],
+    problem: Callable[[FactorUnit, Moments], Problem],
     solve: Callable[[Problem, int], Factors],
     samples: Sequence[Sample],
     fit: Fit,
@@ -311,7 +311,7 @@ def replace_all(
 
 
 def _difference(
-    unit: Unit,
+    unit: FactorUnit,
     prefix: str,
     found: Factors,
     kept: Mapping[str, Tensor],
@@ -327,7 +327,7 @@ def _difference(
     return (both if weights is None else both * weights).sum(1).cpu()
 
 
-def _answer(unit: Unit, kept: Tensor, counted: Tensor) -> Tensor:
+def _answer(unit: FactorUnit, kept: Tensor, counted: Tensor) -> Tensor:
     """What a dense unit answers (N, O), from the narrower side of it (B, T, m) on the tokens that count (B, T)."""
     assert isinstance(unit.dense, nn.Linear)
     if narrow_by_outputs(unit.dense):
@@ -348,7 +348,7 @@ def _moments(
     layer: nn.Module,
     family: Encoder,
     group: tuple[str, ...],
-    todo: Sequence[Unit],
+    todo: Sequence[FactorUnit],
     prefix: str,
     calls: Sequence[_Call],
     exact: Sequence[Tensor],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ from kdcli.models.transforms import Factorise
 from kdcli.probe import speedup
 from kdcli.report.schema import Method, Warning_
 from kdcli.stages.lowrank import convolutions, merging, rank_budget
-from kdcli.stages.lowrank.factor_units import Unit, unit_of
+from kdcli.stages.lowrank.factor_units import FactorUnit, unit_of
 from kdcli.stages.lowrank.matrices import Work
 from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.lowrank.patterns import patterns_leave
+from kdcli.stages.lowrank.rule import ConvolutionRule, LinearRule
 from kdcli.training.recovery import recover
 
 BUDGET = 0.6
@@ -35,11 +36,11 @@ AMOUNTS = ("budget", "energy", "rank", "target_speedup")
 @dataclass
 class LowRankPlan:
     options: LowRankOptions
-    module: Any
+    rule: LinearRule | ConvolutionRule
     config: Any
     amount: dict[str, Any]  # one of AMOUNTS, or max_drop
     params: dict[str, Any]
-    units: dict[str, Unit]
+    units: dict[str, FactorUnit]
 
 
 def prepare(context: Context) -> LowRankPlan:
@@ -63,10 +64,10 @@ def apply(context: Context, plan: LowRankPlan) -> Applied:
     options = plan.options
     if options.merge:
         return merging.apply(context, plan.params)
-    if plan.module.LAYERS == "convolution":
-        return convolutions.apply(context, plan.module, plan.config, plan.amount, plan.params)
+    if isinstance(plan.rule, ConvolutionRule):
+        return convolutions.apply(context, plan.rule, plan.config, plan.amount, plan.params)
     checkpoint = context.checkpoint
-    work = Work(context, plan.module, plan.config, plan.units)
+    work = Work(context, plan.rule, plan.config, plan.units)
     detail: dict[str, Any] = {}
     warnings = []
     ranks = work.decide(plan.amount, detail)
@@ -114,8 +115,10 @@ STAGE = Stage(prepare, apply)
 def _plan(context: Context) -> LowRankPlan:
     options = context.request.options
     assert isinstance(options, LowRankOptions)
-    module = registry.load("lowrank", options.method)
-    given = {k: v for k in AMOUNTS if (v := getattr(options, k)) is not None}
+    rule = rule_of(options.method)
+    registry.need_answers({options.method: rule}, context.checkpoint.task)
+    said = (options.budget, options.energy, options.rank, options.target_speedup)
+    given: dict[str, Any] = {k: v for k, v in zip(AMOUNTS, said, strict=True) if v is not None}
     flags = ["--" + k.replace("_", "-") for k in given]
     if options.merge and (given or options.epochs):
         named = [*flags, *(["--epochs"] if options.epochs else [])]
@@ -127,7 +130,7 @@ def _plan(context: Context) -> LowRankPlan:
             "--target-speedup measures latencies, which several processes would disturb",
             "run it in one process, or give --budget",
         )
-    config = registry.parse_settings(module, context.request.common.settings)
+    config = settings_of(options.method, context.request.common.settings)
     checkpoint = context.checkpoint
     max_drop = context.request.common.gates.max_drop
     if not given:
@@ -135,18 +138,32 @@ def _plan(context: Context) -> LowRankPlan:
     patterns = {"include": list(options.include), "exclude": list(options.exclude)}
     params = given | patterns | config.model_dump() | {"epochs": options.epochs}
     if options.merge:
-        return LowRankPlan(options, module, config, {}, {"merge": True} | patterns, {})
-    if module.LAYERS == "convolution":
-        convolutions.chosen(context, module, given)
-        return LowRankPlan(options, module, config, given, params, {})
-    units = _units(checkpoint.model, checkpoint.family, options, getattr(config, "share_right", False))
+        return LowRankPlan(options, rule, config, {}, {"merge": True} | patterns, {})
+    if isinstance(rule, ConvolutionRule):
+        convolutions.chosen(context, rule, given)
+        return LowRankPlan(options, rule, config, given, params, {})
+    share = rule.shares and config.share_right
+    units = _units(checkpoint.model, checkpoint.family, options, share)
     if (budget := given.get("budget")) is not None:
         sizes = {name: rank_budget.size_of(unit.dense) for name, unit in units.items()}
         rank_budget.even(sizes, budget)  # raises when it cannot be met
-    return LowRankPlan(options, module, config, given, params, units)
+    return LowRankPlan(options, rule, config, given, params, units)
 
 
-def _units(model: nn.Module, family: Encoder, options: LowRankOptions, share: bool) -> dict[str, Unit]:
+def rule_of(name: str) -> LinearRule | ConvolutionRule:
+    """A method by its name."""
+    found = registry.load("lowrank", name, registry.Method)
+    assert isinstance(found, LinearRule | ConvolutionRule)
+    return found
+
+
+def settings_of(name: str, given: Mapping[str, str]) -> Any:
+    """The settings of a method."""
+    rule = rule_of(name)
+    return rule.configured(registry.share_out("lowrank", given, {name: rule})[1][name])
+
+
+def _units(model: nn.Module, family: Encoder, options: LowRankOptions, share: bool) -> dict[str, FactorUnit]:
     """What the patterns leave, in the order in which the model runs it, by the name of its first layer.
 
     Raises:

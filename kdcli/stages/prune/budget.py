@@ -23,7 +23,7 @@ from kdcli.families.layer import Layer
 from kdcli.families.modules import LowRankLinear, Projection
 from kdcli.models import transforms
 from kdcli.models.transforms import Cut
-from kdcli.stages.prune.criterion import Found, UnitJob, Units
+from kdcli.stages.prune.criterion import UnitJob, Units, UnitsCut
 
 
 def head_macs(layer: Layer, tokens: float) -> float:
@@ -158,7 +158,7 @@ def search(
     estimate: Callable[[], tuple[Units, float | None]],
     steps: int,
     pick: Callable[[Units, Units, float], Units] = choose,
-) -> Found:
+) -> UnitsCut:
     """Cut the least important units out of a model, in place, until what they cost is gone.
 
     Every step estimates the importance of what is left and removes an equal part of the cost. One step is
@@ -191,7 +191,7 @@ def search(
                 part[i] = part[i][units]
         heads, neurons = (sum(len(x) for x in part) for part in kept)
         trace.append({"loss": loss, "heads": heads, "neurons": neurons})
-    return Found(cut_of(kept, start), trace)
+    return UnitsCut(cut_of(kept, start), trace)
 
 
 def cut_of(kept: Sequence[Sequence[np.ndarray]], start: Units) -> Cut:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kdcli import families, registry
 from kdcli.context import Applied, Context
-from kdcli.errors import UsageError, did_you_mean
+from kdcli.errors import UsageError
 from kdcli.families.layer import Layer
 from kdcli.families.stack import encoder_layers
 from kdcli.models.tokens import Vocabulary
@@ -17,6 +17,7 @@ from kdcli.report.schema import Method, Warning_
 from kdcli.request import Gates, Request
 from kdcli.stages.prune import depth, plan, units, vocab
 from kdcli.stages.prune.budget import layer_macs, table_row
+from kdcli.stages.prune.criterion import Criterion
 from kdcli.stages.prune.options import STRUCTURES, PruneOptions, parts_of
 from kdcli.training.recovery import recover
 
@@ -30,7 +31,7 @@ class Part:
 
     structure: str  # vocab, layers, width, heads, neurons or heads+neurons
     name: str  # of the method
-    module: Any
+    criterion: Criterion
     config: Any
     settings: Mapping[str, str]  # those that made the config
     sparsity: float | None = None
@@ -39,7 +40,8 @@ class Part:
     @property
     def fixed(self) -> bool:
         """Whether its settings say how much stays."""
-        return any(getattr(self.config, key, None) is not None for key in FIXED.get(self.structure, ()))
+        said = self.config.model_dump()
+        return any(said.get(key) is not None for key in FIXED.get(self.structure, ()))
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,11 @@ def check(request: Request) -> CombinedPlan:
     options = request.options
     assert isinstance(options, PruneOptions)
     structures = parts_of(options.structure)
-    modules = _modules(structures, options.method)
-    settings = _settings(request.common.settings, dict(modules.values()))
+    chosen = _chosen(structures, options.method)
+    _, settings = registry.share_out("prune", request.common.settings, dict(chosen.values()))
     parts = [
-        Part(s, name, module, registry.parse_settings(module, settings[name]), settings[name])
-        for s, (name, module) in modules.items()
+        Part(structure, name, criterion, criterion.configured(settings[name]), settings[name])
+        for structure, (name, criterion) in chosen.items()
     ]
     if options.target_speedup is not None:
         raise UsageError(
@@ -119,11 +121,11 @@ def check(request: Request) -> CombinedPlan:
             params |= {"budget": part.budget, "budget_of": "multiply-accumulates of the encoder"}
         prefix = f"{part.name}." if len(parts) > 1 else ""
         params |= {prefix + key: value for key, value in part.config.model_dump().items()}
-        file = getattr(part.config, "vocab_text", None)
+        file = part.config.vocab_text if part.structure == "vocab" else None
         if file is not None and not Path(file).is_file():
             raise UsageError(f"--set vocab_text={file}: there is no such file")
         if part.structure in plan.UNITS:
-            if (schedule := plan.schedule_of(options, part.name, part.module)) is not None:
+            if (schedule := plan.schedule_of(options, part.name, part.criterion)) is not None:
                 params["schedule"] = schedule
             plan.check(_alone(request, part))
     max_drop = request.common.gates.max_drop
@@ -141,42 +143,18 @@ _OF = {
 }
 
 
-def _modules(structures: tuple[str, ...], method: str | None) -> dict[str, tuple[str, Any]]:
-    """Structure -> name and module of its method; ``--method`` goes to the structures it can prune."""
-    found = {s: (STRUCTURES[s], registry.load("prune", STRUCTURES[s])) for s in structures}
+def _chosen(structures: tuple[str, ...], method: str | None) -> dict[str, tuple[str, Criterion]]:
+    """Structure -> its method, with its name; ``--method`` goes to the structures it can prune."""
+    found = {s: (STRUCTURES[s], registry.load("prune", STRUCTURES[s], Criterion)) for s in structures}
     if method is not None:
-        module = registry.load("prune", method)
-        fitting = [s for s in structures if s in module.STRUCTURES]
+        criterion = registry.load("prune", method, Criterion)
+        fitting = [s for s in structures if s in criterion.structures]
         if not fitting:
-            able = [
-                n
-                for n in registry.names("prune")
-                if set(registry.load("prune", n).STRUCTURES) & set(structures)
-            ]
+            able = [n for n, one in plan.criteria().items() if set(one.structures) & set(structures)]
             raise UsageError(
                 f"--method {method} does not prune {'+'.join(structures)}; use {' or '.join(able)}"
             )
-        found |= dict.fromkeys(fitting, (method, module))
-    return found
-
-
-def _settings(given: Mapping[str, str], modules: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Sort ``--set``: a plain key goes to every method that has it, ``method.key`` to that method alone."""
-    found: dict[str, dict[str, str]] = {name: {} for name in modules}
-    # The method's own key first, so that a plain one cannot take its place.
-    for key, value in sorted(given.items(), key=lambda item: "." not in item[0]):
-        method, dot, own = key.partition(".")
-        setting = own if dot else key
-        holders = [
-            name
-            for name, module in modules.items()
-            if setting in module.Config.model_fields and (not dot or name == method)
-        ]
-        if not holders:
-            known = sorted({f for module in modules.values() for f in module.Config.model_fields})
-            raise UsageError(f"unknown setting '{key}': {did_you_mean(setting, known)}")
-        for name in holders:
-            found[name].setdefault(setting, value)
+        found |= dict.fromkeys(fitting, (method, criterion))
     return found
 
 

@@ -1,38 +1,23 @@
 """What a method of pruning is given, and what it gives back.
 
-A module in ``criteria/`` says in ``STRUCTURES`` what it can decide on. For ``heads``, ``neurons`` and
-``heads+neurons`` it has
-
-    prune(job: UnitJob, config: Config) -> Found        cuts the units of job.model, in place
-
-and for ``weights`` and ``n:m``
-
-    zero(job: WeightJob, config: Config) -> dict[str, Tensor]      True where a weight stays
-
-which may also change the weights that stay; weights that are zero already go first. One that finds them by
-training says ``TRAINED = True`` instead, and its stage knows how. For ``layers``, ``width`` and ``vocab`` it has
-
-    choose(job: LayerJob, config: Config) -> Chosen         says which layers stay
-    narrow(job: WidthJob, config: Config) -> Chosen         cuts features of job.model, in place
-    keep(job: TokenJob, config: Config) -> ndarray (V,)     True where a token stays
-
-Every ``Config`` has ``samples`` and ``batch_size`` when its method reads training rows.
+A file of ``criteria/`` declares in ``METHOD`` a :class:`Criterion`, which says by what it offers what it can decide on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from kdcli.families.family import Encoder
 from kdcli.families.layer import Layer
 from kdcli.inputs.feeding import Labelled
 from kdcli.models.transforms import Cut
 from kdcli.progress import Progress
+from kdcli.registry import Method
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
 
@@ -86,7 +71,7 @@ class UnitJob:
 
 
 @dataclass
-class Found:
+class UnitsCut:
     """What was cut out, and how it was found."""
 
     cut: Cut  # leads from the model as it came to the model as it is; names only the layers that changed
@@ -143,7 +128,7 @@ class WidthJob:
 
 
 @dataclass
-class Chosen:
+class Kept:
     """What stays of the layers or features, in their numbering before and their order, and how it was found."""
 
     keep: list[int]
@@ -163,3 +148,50 @@ def some_rows(batches: Sequence[Labelled], rows: int) -> list[Labelled]:
     """Every so many rows of every batch, about ``rows`` in all; batches of all lengths are among them."""
     every = max(1, round(sum(len(labels) for _, labels in batches) / rows))
     return [({name: x[::every] for name, x in inputs.items()}, labels[::every]) for inputs, labels in batches]
+
+
+def _does_not(job: Any, config: Any) -> NoReturn:
+    raise AssertionError("the criterion's structures are asked before it is called")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion(Method):
+    """A method of pruning: what it does for which structures.
+
+    Its ``config`` has ``samples`` and ``batch_size`` where it reads training rows, and ``steps`` where it can judge
+    the model again after every part of a cut.
+    """
+
+    #: Weights and n:m: True where a weight stays. May change the weights that stay; zeros go first.
+    zero: Callable[[WeightJob, Any], dict[str, Tensor]] = _does_not
+    #: Heads, neurons, or both: cuts units of the job's model, in place.
+    prune: Callable[[UnitJob, Any], UnitsCut] = _does_not
+    #: Layers: says which stay.
+    choose: Callable[[LayerJob, Any], Kept] = _does_not
+    #: Width: cuts features of the job's model, in place.
+    narrow: Callable[[WidthJob, Any], Kept] = _does_not
+    #: Vocabulary: (V,) bool, True where a token stays.
+    keep: Callable[[TokenJob, Any], np.ndarray] = _does_not
+    trained: bool = False  # finds zeros by training, which ``learned_masks`` does
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """What it can prune, as ``--structure`` has it."""
+        offered = (
+            (self.trained or self.zero is not _does_not, ("weights", "n:m")),
+            (self.prune is not _does_not, ("heads", "neurons", "heads+neurons")),
+            (self.choose is not _does_not, ("layers",)),
+            (self.narrow is not _does_not, ("width",)),
+            (self.keep is not _does_not, ("vocab",)),
+        )
+        return tuple(name for there, names in offered if there for name in names)
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it looks at training rows."""
+        return "samples" in self.settings
+
+    @property
+    def scores_again(self) -> bool:
+        """Whether it can judge the model again after every part of a cut."""
+        return "steps" in self.settings

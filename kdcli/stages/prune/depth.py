@@ -35,8 +35,7 @@ def shrink(context: Context, part: Part, state: State) -> None:
 
 
 def _batches(context: Context, part: Part) -> list[Labelled]:
-    samples = getattr(part.config, "samples", 0)
-    return rows_read.batches(context, samples, part.config.batch_size) if samples else []
+    return rows_read.of(context, part.criterion, part.config)
 
 
 def _drop_layers(context: Context, part: Part, state: State) -> None:
@@ -45,7 +44,7 @@ def _drop_layers(context: Context, part: Part, state: State) -> None:
     layers = stack.encoder_layers(model, family)
     have = len(layers)
     prices, remove = np.ones(have), 0.0
-    if (count := getattr(part.config, "keep_layers", None)) is not None:
+    if (count := part.config.keep_layers) is not None:
         if count > have:
             raise UsageError(f"--set keep_layers={count}: the model has {have} layers")
         remove = have - count
@@ -60,7 +59,7 @@ def _drop_layers(context: Context, part: Part, state: State) -> None:
     elif part.sparsity is not None:
         remove = min(round(part.sparsity * have), have - 1)
     batches = _batches(context, part)
-    chosen = part.module.choose(
+    chosen = part.criterion.choose(
         LayerJob(model, family, prices, remove, batches, context.progress, checkpoint.task), part.config
     )
     if len(chosen.keep) < have:
@@ -95,7 +94,7 @@ def _narrow(context: Context, part: Part, state: State) -> None:
         raise InputError(f"the model's residual stream has {have} features, of which none can go")
     keep = _width(part, state, stack.encoder_layers(model, family), have)
     batches = _batches(context, part)
-    chosen = part.module.narrow(WidthJob(model, family, keep, batches, context.progress), part.config)
+    chosen = part.criterion.narrow(WidthJob(model, family, keep, batches, context.progress), part.config)
     if keep < have:
         checkpoint.log.transforms.append(Width(keep=chosen.keep))
         options = context.request.options

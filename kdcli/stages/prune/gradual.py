@@ -29,7 +29,7 @@ from kdcli.models import transforms
 from kdcli.progress import Progress
 from kdcli.stages.prune import rows_read
 from kdcli.stages.prune.budget import cut_of
-from kdcli.stages.prune.criterion import Found, UnitJob, WeightJob
+from kdcli.stages.prune.criterion import UnitJob, UnitsCut, WeightJob
 from kdcli.stages.prune.plan import PrunePlan
 from kdcli.training.recovery import BATCH_SIZE, recover
 
@@ -118,7 +118,7 @@ class UnitMasks(_Schedule):
 
     columns: ClassVar = {"step": int, "heads": int, "neurons": int}
 
-    def __init__(self, job: UnitJob, judge: Callable[[UnitJob], Found], when: Mapping[int, float]) -> None:
+    def __init__(self, job: UnitJob, judge: Callable[[UnitJob], UnitsCut], when: Mapping[int, float]) -> None:
         super().__init__(job.model, when)
         self.job, self.judge = job, judge
         self.start = job.price(job.layers)
@@ -258,16 +258,16 @@ class WeightMasks(_Schedule):
         self.kept = {name: mask.to(self.kept[name].device) for name, mask in masks.items()}
 
 
-def units(context: Context, plan: PrunePlan, job: UnitJob) -> tuple[Found, dict[str, Any]]:
+def units(context: Context, plan: PrunePlan, job: UnitJob) -> tuple[UnitsCut, dict[str, Any]]:
     """Train the model of ``job`` for the epochs of ``plan`` while its heads and neurons go, then cut them out.
 
     Returns:
         The cut, with the units left after each step that cut, and what to report of the training.
     """
-    schedule = UnitMasks(job, lambda one: plan.module.prune(one, plan.config), cuts(_steps(context, plan)))
+    schedule = UnitMasks(job, lambda one: plan.criterion.prune(one, plan.config), cuts(_steps(context, plan)))
     with schedule.masked():
         recovery = _train(context, plan, schedule)
-    found = Found(cut_of(schedule.kept, schedule.start), schedule.trace)
+    found = UnitsCut(cut_of(schedule.kept, schedule.start), schedule.trace)
     transforms.apply(job.model, found.cut)
     return found, recovery
 
@@ -281,7 +281,9 @@ def weights(
         True where a weight stays, the share of zeros after each step that cut, and what to report of the
         training.
     """
-    schedule = WeightMasks(job, lambda one: plan.module.zero(one, plan.config), cuts(_steps(context, plan)))
+    schedule = WeightMasks(
+        job, lambda one: plan.criterion.zero(one, plan.config), cuts(_steps(context, plan))
+    )
     recovery = _train(context, plan, schedule)
     return schedule.kept, schedule.trace, recovery
 

@@ -32,7 +32,7 @@ _FLOOR = 0.01  # of the mean cost of a unit: noise must not make a unit free, or
 
 
 @dataclass(frozen=True)
-class Curve:
+class LatencyCurve:
     """Milliseconds of one sub-layer by its number of units; 0 for none.
 
     Args:
@@ -71,13 +71,13 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Table:
+class LatencyTable:
     """The latency of a model's parts at one batch size and one length, on one machine."""
 
-    curves: Mapping[Kind, Curve]
+    curves: Mapping[Kind, LatencyCurve]
     rest: float  # milliseconds of everything that no head and no neuron belongs to
 
-    def anchored(self, layers: Sequence[Layer], milliseconds: float) -> Table:
+    def anchored(self, layers: Sequence[Layer], milliseconds: float) -> LatencyTable:
         """The table with its curves scaled so that a model of these layers takes what was measured for it.
 
         Sub-layers measured by themselves need not add up: what one of them leaves in the cache another finds.
@@ -87,10 +87,10 @@ class Table:
         if factor == 0:
             return self
         curves = {
-            kind: Curve(curve.units, tuple(factor * x for x in curve.milliseconds))
+            kind: LatencyCurve(curve.units, tuple(factor * x for x in curve.milliseconds))
             for kind, curve in self.curves.items()
         }
-        return Table(curves, self.rest)
+        return LatencyTable(curves, self.rest)
 
     def total(self, layers: Sequence[Layer]) -> float:
         """Milliseconds of a model whose encoder has these layers now."""

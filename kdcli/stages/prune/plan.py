@@ -8,7 +8,7 @@ from typing import Any
 from kdcli import processes, registry
 from kdcli.errors import UsageError, did_you_mean
 from kdcli.request import Request
-from kdcli.stages.prune.criterion import Pattern
+from kdcli.stages.prune.criterion import Criterion, Pattern
 from kdcli.stages.prune.options import STRUCTURE_NAMES, STRUCTURES, PruneOptions, n_of_m
 
 SPARSITY = 0.3
@@ -27,7 +27,7 @@ class PrunePlan:
 
     options: PruneOptions
     name: str  # of the method
-    module: Any
+    criterion: Criterion
     config: Any
     sparsity: float | None  # None: options.budget, options.target_speedup or max_drop counts
     params: dict[str, Any]  # for the report
@@ -57,11 +57,11 @@ def check(request: Request) -> PrunePlan:
             f"unknown structure '{options.structure}': {did_you_mean(options.structure, STRUCTURE_NAMES)}"
         )
     name = options.method or STRUCTURES[structure]
-    module = registry.load("prune", name)
-    if structure not in module.STRUCTURES:
-        able = [n for n in registry.names("prune") if structure in registry.load("prune", n).STRUCTURES]
+    criterion = registry.load("prune", name, Criterion)
+    if structure not in criterion.structures:
+        able = [n for n, one in criteria().items() if structure in one.structures]
         raise UsageError(f"--method {name} does not prune {options.structure}; use {' or '.join(able)}")
-    if getattr(module, "TRAINED", False) and options.epochs < 1:
+    if criterion.trained and options.epochs < 1:
         raise UsageError(
             f"--method {name} learns in training what to remove",
             "give --epochs 1 or more, or choose another method",
@@ -82,12 +82,13 @@ def check(request: Request) -> PrunePlan:
                 "--target-speedup measures latencies, which several processes would disturb",
                 "run it in one process, or give --budget",
             )
-    schedule = schedule_of(options, name, module)
-    config = registry.parse_settings(module, request.common.settings)
+    schedule = schedule_of(options, name, criterion)
+    _, settings = registry.share_out("prune", request.common.settings, {name: criterion})
+    config = criterion.configured(settings[name])
     params: dict[str, Any] = {"structure": options.structure}
     sparsity, max_drop = None, None
     if schedule == "gradual":
-        _check_gradual(options, module)
+        _check_gradual(options, criterion)
     if target is not None:
         params |= {"target_speedup": target}
     elif pattern is not None:
@@ -105,20 +106,20 @@ def check(request: Request) -> PrunePlan:
         params["schedule"] = schedule
     params |= config.model_dump() | {"epochs": options.epochs}
     training = {"epochs": options.epochs, "lr": options.lr, "batch_size": options.batch_size}
-    return PrunePlan(options, name, module, config, sparsity, params, training, max_drop, n_of_m=pattern)
+    return PrunePlan(options, name, criterion, config, sparsity, params, training, max_drop, n_of_m=pattern)
 
 
-def schedule_of(options: PruneOptions, name: str, module: Any) -> str | None:
+def schedule_of(options: PruneOptions, name: str, criterion: Criterion) -> str | None:
     """The schedule of a method; None for one that judges the model once.
 
     Raises:
         UsageError: The schedule is unknown, or the method does not have it.
     """
-    given, able = options.schedule, _scores_again(module)
+    given, able = options.schedule, criterion.scores_again
     if given in (None, "gradual"):
         return given or ("iterative" if able else None)
     if not able:
-        others = [n for n in registry.names("prune") if _scores_again(registry.load("prune", n))]
+        others = [n for n, one in criteria().items() if one.scores_again]
         raise UsageError(
             f"--schedule {given} says how often a method scores the model again, and {name} judges it once",
             f"leave out --schedule, or choose --method {' or '.join(others)}",
@@ -126,8 +127,9 @@ def schedule_of(options: PruneOptions, name: str, module: Any) -> str | None:
     return given
 
 
-def _scores_again(module: Any) -> bool:
-    return "steps" in module.Config.model_fields
+def criteria() -> dict[str, Criterion]:
+    """Every method of pruning, by name."""
+    return {name: registry.load("prune", name, Criterion) for name in registry.names("prune")}
 
 
 def _n_of_m(options: PruneOptions) -> Pattern | None:
@@ -149,13 +151,13 @@ def _n_of_m(options: PruneOptions) -> Pattern | None:
     return Pattern(1 - n / m, n, m)
 
 
-def _check_gradual(options: PruneOptions, module: Any) -> None:
+def _check_gradual(options: PruneOptions, criterion: Criterion) -> None:
     if options.structure not in (*UNITS, "weights"):
         raise UsageError(
             f"--schedule gradual removes heads, neurons or weights little by little, not {options.structure}",
             "leave out --schedule",
         )
-    if getattr(module, "TRAINED", False):
+    if criterion.trained:
         raise UsageError(
             "--schedule gradual judges the model again at every cut; a method that learns what to remove has "
             "a schedule of its own",

@@ -9,12 +9,12 @@ import torch
 from kdcli.context import Context
 from kdcli.inputs import batching, sampling
 from kdcli.inputs.feeding import Labelled, model_inputs
+from kdcli.stages.prune.criterion import Criterion
 
 
-def of(context: Context, config: Any) -> list[Labelled]:
+def of(context: Context, criterion: Criterion, config: Any) -> list[Labelled]:
     """The batches that a method's settings ask for; none for a method that reads no rows."""
-    samples = getattr(config, "samples", 0)
-    return batches(context, samples, config.batch_size) if samples else []
+    return batches(context, config.samples, config.batch_size) if criterion.reads_rows else []
 
 
 def batches(context: Context, samples: int, batch_size: int) -> list[Labelled]:

@@ -18,7 +18,7 @@ from kdcli.probe import layer_clock, speedup
 from kdcli.probe.layer_clock import Timer
 from kdcli.probe.speedup import Attempt, Chosen, Measure
 from kdcli.stages.prune import units
-from kdcli.stages.prune.latency import Curve, Table, kind_of, sizes
+from kdcli.stages.prune.latency import LatencyCurve, LatencyTable, kind_of, sizes
 from kdcli.stages.prune.plan import PrunePlan
 from kdcli.stages.prune.units import Amount
 from kdcli.training.recovery import recover
@@ -27,7 +27,7 @@ HEADS, NEURONS = 4, 5  # sizes of each sub-layer that are measured
 _FEW = 2  # sizes of each sub-layer where layers differ in more than their units
 
 
-def table(context: Context, *, timer: Timer | None = None) -> Table:
+def table(context: Context, *, timer: Timer | None = None) -> LatencyTable:
     """Measure what the sub-layers of the input cost by their units, for a row of the data's mean length."""
     checkpoint = context.checkpoint
     model, family = checkpoint.model, checkpoint.family
@@ -66,19 +66,19 @@ def table(context: Context, *, timer: Timer | None = None) -> Table:
         timer=timer,
     )
     curves = {
-        kind: Curve(
+        kind: LatencyCurve(
             tuple(count for count, _ in row),
             tuple((found[name] - found["none"]) / len(layers) for _, name in row),
         )
         for kind, row in names.items()
     }
     head = kind_of(layers[masker], "heads")
-    return Table(curves, found["none"] - (curves[head].at(1) if head in curves else 0.0)).anchored(
+    return LatencyTable(curves, found["none"] - (curves[head].at(1) if head in curves else 0.0)).anchored(
         layers, found[whole]
     )
 
 
-def check(context: Context, plan: PrunePlan, *, timer: Timer | None = None) -> Table:
+def check(context: Context, plan: PrunePlan, *, timer: Timer | None = None) -> LatencyTable:
     """The table, and whether the target can be met at all.
 
     Raises:
@@ -152,7 +152,7 @@ def apply(
     return applied
 
 
-def _described(prices: Table, layers: Sequence[Layer], context: Context) -> dict[str, Any]:
+def _described(prices: LatencyTable, layers: Sequence[Layer], context: Context) -> dict[str, Any]:
     return {
         "tokens": _tokens(context),
         "batch": 1,

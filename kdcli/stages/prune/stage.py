@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from kdcli import registry
 from kdcli.context import Applied, Context, Stage
 from kdcli.stages.prune import combined, search, speed, units, weights
 from kdcli.stages.prune import plan as plans
@@ -15,9 +16,11 @@ def prepare(context: Context) -> PrunePlan | CombinedPlan:
     """Refuse bad options and unknown architectures before anything is measured."""
     if combined.is_combined(context.request):
         parts = combined.check(context.request)
+        registry.need_answers({part.name: part.criterion for part in parts.parts}, context.checkpoint.task)
         combined.check_model(context)
         return parts
     plan = plans.check(context.request)
+    registry.need_answers({plan.name: plan.criterion}, context.checkpoint.task)
     assert context.checkpoint.family  # raises for an architecture that kdcli cannot operate on
     if plan.options.target_speedup is not None:
         speed.check(context, plan)

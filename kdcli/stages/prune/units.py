@@ -38,7 +38,7 @@ def apply(context: Context, plan: PrunePlan, amount: Amount | None = None) -> Ap
             layers, options.structure, tokens, sparsity=plan.sparsity, budget=options.budget
         )
         amount = Amount(lambda now: costs(now, tokens), remove)
-    batches = rows_read.of(context, plan.config)
+    batches = rows_read.of(context, plan.criterion, plan.config)
     job = UnitJob(
         model,
         layers,
@@ -56,7 +56,7 @@ def apply(context: Context, plan: PrunePlan, amount: Amount | None = None) -> Ap
     if options.schedule == "gradual":
         found, recovery = gradual.units(context, plan, job)
     else:
-        found = plan.module.prune(job, plan.config)
+        found = plan.criterion.prune(job, plan.config)
     if found.cut.heads or found.cut.neurons:
         checkpoint.log.transforms.append(found.cut)
     left = sum(layer_macs(layer, tokens) for layer in layers)

@@ -33,7 +33,7 @@ def drop(context: Context, part: Part, state: State) -> None:
     vocabulary = tokens.Vocabulary(before.tokenizer)
     size = len(vocabulary.tokens)
     job = TokenJob(_counts(context, part, size), vocabulary.protected(before.config))
-    kept = np.flatnonzero(vocabulary.closed(part.module.keep(job, part.config)))
+    kept = np.flatnonzero(vocabulary.closed(part.criterion.keep(job, part.config)))
     picked = pick(context.dataset, None, context.request.common.limit)
     split, rows = picked.split, picked.of(context.encoded)
     unknown = _unknown_share(rows, vocabulary)
@@ -77,7 +77,7 @@ def _counts(context: Context, part: Part, size: int) -> np.ndarray:
     checkpoint = context.checkpoint
     texts = [context.encoded[name] for name in ("train", "validation") if name in context.encoded]
     if (file := part.config.vocab_text) is not None:
-        rows = sources.load_texts(Path(file), context.request.common.columns)
+        rows = sources.load_texts(Path(file), context.request.common.columns, context.dataset.kind)
         texts.append(text.encode(rows, checkpoint.tokenizer, checkpoint.max_length, None))
     return sum((np.bincount(x.ids, minlength=size) for x in texts), np.zeros(size, dtype=np.int64))
 

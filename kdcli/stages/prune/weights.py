@@ -33,16 +33,16 @@ def apply(context: Context, plan: PrunePlan) -> Applied:
         raise InputError("the model's encoder has no weights left to prune")
     layers = encoder_layers(checkpoint.model, checkpoint.family)
     pattern = plan.n_of_m or Pattern(plan.sparsity or 0.0)
-    batches = rows_read.of(context, plan.config)
+    batches = rows_read.of(context, plan.criterion, plan.config)
     job = WeightJob(checkpoint.model, layers, matrices, pattern, batches, context.seed, context.progress)
     detail: dict[str, Any] = {"note": _ZEROS}
     found: dict[str, Tensor]
-    if getattr(plan.module, "TRAINED", False):
+    if plan.criterion.trained:
         found, detail["recovery"] = learned_masks.weights(context, plan, job)
     elif plan.options.schedule == "gradual":
         found, detail["steps"], detail["recovery"] = gradual.weights(context, plan, job)
     else:
-        found = plan.module.zero(job, plan.config)
+        found = plan.criterion.zero(job, plan.config)
     with torch.no_grad():
         for name, layer in matrices.items():
             layer.weight.masked_fill_(~found[name], 0.0)

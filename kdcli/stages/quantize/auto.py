@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kdcli import registry
 from kdcli.context import Applied, Context
 from kdcli.errors import KdcliError, UsageError
 from kdcli.export import graph as graphs
@@ -25,11 +26,12 @@ from kdcli.report import gates
 from kdcli.report.schema import Delta, Gate, Measurement
 from kdcli.stages.quantize import guard
 from kdcli.stages.quantize import plan as plans
-from kdcli.stages.quantize.options import QuantizeOptions
-from kdcli.stages.quantize.plan import QuantizePlan, refuse_training
+from kdcli.stages.quantize.options import EMBEDDINGS, QuantizeOptions
+from kdcli.stages.quantize.scheme import Scheme
 from kdcli.timing import Timings
 
-TABLES = ("int8", "int4", "fp16", "fp32")
+SCHEME = "auto"
+"""As ``--scheme`` has it."""
 
 
 class Config(BaseModel):
@@ -114,16 +116,55 @@ class Tried:
         return made | {"seconds": round(self.seconds, 1), "chosen": not self.reason, "reason": self.reason}
 
 
-def check(context: Context, plan: QuantizePlan) -> None:
-    """Refuse options that this scheme has no use for."""
-    refuse_training(plan)
-    if plan.options.sensitivity:
+@dataclass(frozen=True)
+class AutoPlan:
+    """A choice among :data:`CANDIDATES`."""
+
+    options: QuantizeOptions
+    config: Config
+
+
+def configured(settings: Mapping[str, str]) -> Config:
+    """The parameters of the choice; every candidate has its own settings.
+
+    Raises:
+        UsageError: An unknown setting or a bad value.
+    """
+    own = list(Config.model_fields)
+    if strange := next((key for key in settings if key not in own), None):
         raise UsageError(
-            "--sensitivity belongs to one scheme, and auto tries several", "name the scheme with --scheme"
+            f"unknown setting '{strange}': --scheme {SCHEME} has {' and '.join(own)}, "
+            "and tries every scheme as it is by default",
+            "name one scheme to set more of it",
         )
+    found: Config = registry.parse_config(Config, settings)
+    return found
 
 
-def apply(context: Context, plan: QuantizePlan) -> Applied:
+def plan_of(context: Context) -> AutoPlan:
+    """Check the options of a request.
+
+    Raises:
+        UsageError: A bad option, or one that the choice has no use for.
+    """
+    options = context.request.options
+    assert isinstance(options, QuantizeOptions)
+    config = configured(context.request.common.settings)
+    embeddings = plans.tables_of(SCHEME, EMBEDDINGS, options, "int8")
+    plans.choose(context.checkpoint.model, options.keep_fp32, tables=embeddings != "fp32")
+    if options.epochs:
+        raise UsageError(
+            f"--scheme {SCHEME} trains nothing, so --epochs {options.epochs} has no meaning; leave it at 0"
+        )
+    if options.sensitivity:
+        raise UsageError(
+            f"--sensitivity belongs to one scheme, and {SCHEME} tries several",
+            "name the scheme with --scheme",
+        )
+    return AutoPlan(options, config)
+
+
+def apply(context: Context, plan: AutoPlan) -> Applied:
     """Try every candidate on a copy of the input, then carry the best one out on the input itself."""
     options = plan.options
     candidates = [
@@ -154,7 +195,11 @@ def apply(context: Context, plan: QuantizePlan) -> Applied:
             context.progress.note(f"not {one.candidate.name}: {one.reason}")
     applied = _carry_out(context, best.candidate)
     table = [one.row() for one in tried]
-    detail = {"chosen": best.candidate.name, "objective": plan.config.objective, "candidates": table}
+    detail: dict[str, Any] = {
+        "chosen": best.candidate.name,
+        "objective": plan.config.objective,
+        "candidates": table,
+    }
     detail |= {"rows": len(rows), "split": "validation"}
     params = {"asked": "auto", "objective": plan.config.objective} | applied.method.params
     applied.method = applied.method.model_copy(
@@ -165,9 +210,8 @@ def apply(context: Context, plan: QuantizePlan) -> Applied:
 
 def _takes(candidate: Candidate, options: QuantizeOptions) -> bool:
     """Whether a candidate's tables can have the format that the user asked for."""
-    module, _, _ = plans.settle(candidate.scheme, candidate.settings)
-    allowed = getattr(module, "TABLES", plans.INTEGER_TABLES)
-    return candidate.embeddings is None and options.embeddings in allowed
+    scheme = registry.load("quantize", candidate.scheme, Scheme)
+    return candidate.embeddings is None and options.embeddings in scheme.tables
 
 
 def _carry_out(context: Context, candidate: Candidate) -> Applied:
@@ -184,9 +228,8 @@ def _carry_out(context: Context, candidate: Candidate) -> Applied:
     )
     own = replace(context, request=request)
     plan = plans.of(own)
-    module = plans.stage_file(candidate.scheme)
-    module.check(own, plan)
-    return guard.apply(own, plan, module)
+    plan.scheme.check(own, plan)
+    return guard.apply(own, plan)
 
 
 def _try_all(

@@ -9,12 +9,13 @@ import torch
 from kdcli.context import Applied, Context
 from kdcli.inputs import sampling
 from kdcli.stages.quantize import plan as plans
-from kdcli.stages.quantize import single_layers, smoothing
+from kdcli.stages.quantize import single_layers
 from kdcli.stages.quantize.plan import QuantizePlan
 from kdcli.stages.quantize.simulated import Simulation, answer
+from kdcli.stages.quantize.smoothing import smoothquant
 
 
-def apply(context: Context, plan: QuantizePlan, module: Any) -> Applied:
+def apply(context: Context, plan: QuantizePlan) -> Applied:
     """Carry out a plan.
 
     Where ``--max-drop`` was given and quantising everything loses more on validation rows, the fewest layers are
@@ -24,22 +25,21 @@ def apply(context: Context, plan: QuantizePlan, module: Any) -> Applied:
     Args:
         context: Its checkpoint is changed in place.
         plan: What was asked.
-        module: The scheme's file.
     """
     detail: dict[str, Any] = {}
-    if alpha := getattr(plan.config, "smooth", 0.0):
-        detail["smoothquant"] = smoothing.smooth(context, plan, alpha)
-        plan = plans.of(context, scheme=plan.scheme, settings=plan.settings)  # layers were replaced
+    if plan.scheme.smooths and plan.config.smooth:
+        detail["smoothquant"] = smoothquant.smooth(context, plan, plan.config.smooth)
+        plan = plans.of(context, scheme=plan.name, settings=plan.settings)  # layers were replaced
     limit, asked = context.request.common.gates.max_drop, plan.options.sensitivity
-    rounds = getattr(module, "ROUNDS", None)
+    rounds, carry_out = plan.scheme.rounds, plan.scheme.apply
     if rounds is None or (limit is None and not asked):
-        return _with(module.apply(context, plan), detail)
+        return _with(carry_out(context, plan), detail)
     checkpoint, validation = context.checkpoint, context.encoded["validation"]
     count = min(single_layers.SEARCH_ROWS, context.request.common.limit or single_layers.SEARCH_ROWS)
     rows = sampling.sample(validation, count, sampling.JUDGING_SEED, checkpoint.task)
     dense = {f"{name}.weight": layer.weight.detach().clone() for name, layer in plan.layers.items()}
     base = answer(checkpoint, rows)
-    applied: Applied = module.apply(context, plan)
+    applied = carry_out(context, plan)
     assert applied.integers is not None
     quantised = checkpoint.log.quantised
     assert quantised is not None
@@ -69,7 +69,7 @@ def apply(context: Context, plan: QuantizePlan, module: Any) -> Applied:
         }
     if found is not None:
         _say(context, found, drop)
-        applied = module.apply(context, plan.without(found.layers))
+        applied = carry_out(context, plan.without(found.layers))
     else:
         rounded = applied.integers or {}
         _restore(context, {name: matrix.dense() for name, matrix in rounded.items()})
@@ -83,7 +83,7 @@ def _restore(context: Context, weights: dict[str, torch.Tensor]) -> None:
         parameter.copy_(weight.view(parameter.shape))
 
 
-def _say(context: Context, found: single_layers.Found, drop: float) -> None:
+def _say(context: Context, found: single_layers.FewestKept, drop: float) -> None:
     names = ", ".join(found.kept[:4]) + (" and others" if len(found.kept) > 4 else "")
     text = f"quantising everything loses {100 * drop:.2f} points on validation rows"
     if not found.kept:

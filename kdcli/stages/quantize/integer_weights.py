@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from kdcli.context import Applied, Context
 from kdcli.export.int8 import Kernel, Stored, quantise_graph
-from kdcli.inputs import batching, sampling
 from kdcli.models import compressed, mapped
 from kdcli.models.integers import Integers
 from kdcli.models.transforms import Quantise
 from kdcli.report.schema import Method, Warning_
-from kdcli.stages.quantize import nearest
 from kdcli.stages.quantize.plan import QuantizePlan
+from kdcli.stages.quantize.rounding import rtn
+from kdcli.stages.quantize.scheme import Rounds
 
-Rounds = Literal["none", "dynamic", "fixed"]
+INT16_MAX = 32767
+"""x86 processors without VNNI add two products of uint8 activations and int8 weights in 16 bits."""
+
 _ROWS = 4096  # of a matrix that are multiplied out together
 Rewrite = Callable[[Path, Path], dict[str, Any]]
 
@@ -35,7 +36,7 @@ def quantise(plan: QuantizePlan, matrix: Callable[[str, Any], Integers]) -> dict
     made = {}
     for name, layer in plan.layers.items():
         if isinstance(layer, nn.Embedding):
-            made[f"{name}.weight"] = nearest.table(layer.weight, plan.embeddings)
+            made[f"{name}.weight"] = rtn.table(layer.weight, plan.embeddings)
         else:
             made[f"{name}.weight"] = matrix(name, layer)
     return made
@@ -50,6 +51,7 @@ def finish(
     rewrite: Rewrite | None = None,
     activations: Mapping[str, tuple[float, int]] | None = None,
     rounds: Rounds | None = None,
+    reduce_range: bool = False,
     detail: Mapping[str, Any] | None = None,
     warnings: list[Warning_] | None = None,
     **options: Any,
@@ -64,6 +66,7 @@ def finish(
         rewrite: The scheme's own way from the float graph to the final one.
         activations: Fixed ranges, for the log: layer -> (scale, zero point).
         rounds: How the graph rounds activations: ``fixed`` where there are ranges, else ``none`` by default.
+        reduce_range: Integers of matrices stay within [-64, 64], for the log.
         detail: What else the report should hold.
         warnings: For the report.
         **options: Further fields of :class:`Applied`.
@@ -90,9 +93,9 @@ def finish(
     ]
     log.transforms.append(
         Quantise(
-            scheme=plan.scheme,
+            scheme=plan.name,
             bits=max(set(bits), key=bits.count),
-            reduce_range=bool(getattr(plan.config, "reduce_range", False)),
+            reduce_range=reduce_range,
             tensors=sorted(kept),
             layouts=compressed.layouts_for(kept),
             rounds=rounds or ("fixed" if activations else "none"),
@@ -110,7 +113,7 @@ def finish(
     def own(source: Path, target: Path) -> dict[str, Any]:
         return quantise_graph(source, target, arrays(kept), kernel=kernel)
 
-    method = Method(name=plan.scheme, params=plan.params, detail=found | dict(detail or {}), layers=table)
+    method = Method(name=plan.name, params=plan.params, detail=found | dict(detail or {}), layers=table)
     return Applied(
         checkpoint,
         method,
@@ -119,6 +122,19 @@ def finish(
         warnings=list(warnings or []),
         **options,
     )
+
+
+def largest_of(integers: Mapping[str, Integers], plan: QuantizePlan) -> int:
+    """The largest magnitude of an integer that is multiplied by activations."""
+    return max((integers[f"{name}.weight"].largest for name in plan.matrices), default=0)
+
+
+def saturation(largest: int) -> list[Warning_]:
+    """Warn when products with uint8 activations can leave 16 bits."""
+    if 2 * 255 * largest <= INT16_MAX:
+        return []
+    text = "weights use the full 8 bits: on x86 processors without VNNI sums can saturate"
+    return [Warning_(code="saturation", message=f"{text}; --set reduce_range=true avoids it")]
 
 
 def arrays(integers: Mapping[str, Integers]) -> dict[str, Stored]:
@@ -132,17 +148,6 @@ def arrays(integers: Mapping[str, Integers]) -> dict[str, Stored]:
         )
         for name, m in integers.items()
     }
-
-
-def calibration_batches(context: Context, rows: int, batch_size: int = 8) -> Iterator[dict[str, np.ndarray]]:
-    """Collated training rows, drawn by the seed of the run, one batch at a time: nothing is kept.
-
-    Rows of one batch have the same length, so that no padding is observed.
-    """
-    train, pad = context.encoded["train"], context.checkpoint.pad_id
-    picked = sampling.sample(train, rows, context.seed, context.checkpoint.task)
-    for part in batching.equal_length_batches(picked.lengths, batch_size):
-        yield batching.collate(picked, part, pad)
 
 
 def _is_table(name: str, plan: QuantizePlan) -> bool:

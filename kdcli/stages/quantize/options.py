@@ -6,20 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from kdcli import registry
 from kdcli.options import Flag, choice
 from kdcli.request import Dense
 
-SCHEMES: dict[str, str] = {
-    "dynamic-int8": "dynamic",
-    "static-int8": "static",
-    "int8-qat": "qat",
-    "int4": "blocks",
-    "fp16": "half",
-    "ternary": "qat",
-    "binary": "qat",
-    "auto": "auto",
-}
-"""Scheme of ``quantize`` -> the file of ``stages/quantize/`` that does it."""
+SCHEMES: tuple[str, ...] = (*registry.names("quantize"), "auto")
+"""What ``--scheme`` may be: the files of ``stages/quantize/schemes``, and the choice among them."""
 
 EMBEDDINGS: tuple[str, ...] = ("int8", "int4", "fp16", "fp32")
 

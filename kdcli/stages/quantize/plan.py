@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from kdcli import registry
 from kdcli.context import Context
-from kdcli.errors import UsageError, did_you_mean
+from kdcli.errors import UsageError
 from kdcli.families.stack import is_token_table
-from kdcli.stages.quantize.options import SCHEMES, QuantizeOptions
+from kdcli.stages.quantize.options import QuantizeOptions
+from kdcli.stages.quantize.scheme import Scheme, WeightRounding
 
-INTEGER_TABLES = ("int8", "int4", "fp32")
 Convolution = nn.Conv1d | nn.Conv2d
 Layer = nn.Linear | nn.Embedding | Convolution
 
@@ -26,20 +24,21 @@ Layer = nn.Linear | nn.Embedding | Convolution
 class QuantizePlan:
     """One scheme on one model."""
 
-    scheme: str
-    module: ModuleType  # schemes/<scheme>.py
-    config: Any  # its Config
+    name: str  # of the scheme
+    scheme: Scheme
+    config: Any  # its settings
     options: QuantizeOptions
     layers: Mapping[str, Layer]  # what is quantised; what is kept in fp32 is not among them
     embeddings: str  # format of the tables, one of EMBEDDINGS
     settings: Mapping[str, str]  # as they were given
-    inner: Any = None  # the Config of the method that ``config.rounding`` names
+    rounding: WeightRounding | None = None  # that ``config.rounding`` names
+    inner: Any = None  # its settings
 
     @property
     def params(self) -> dict[str, Any]:
         """For the report."""
         kept = list(self.options.keep_fp32)
-        common = {"scheme": self.scheme, "embeddings": self.embeddings, "keep_fp32": kept}
+        common = {"scheme": self.name, "embeddings": self.embeddings, "keep_fp32": kept}
         inner = {} if self.inner is None else self.inner.model_dump()
         return common | self.config.model_dump() | inner
 
@@ -78,57 +77,87 @@ def of(
     """
     options = context.request.options
     assert isinstance(options, QuantizeOptions)
-    scheme = scheme or options.scheme
+    name = scheme or options.scheme
     settings = context.request.common.settings if settings is None else settings
-    module, config, inner = settle(scheme, settings)
-    embeddings = str(options.embeddings or getattr(module, "EMBEDDINGS", "int8"))
-    if (allowed := getattr(module, "TABLES", INTEGER_TABLES)) and embeddings not in allowed:
+    found = settle(name, settings)
+    registry.need_answers({name: found.scheme}, context.checkpoint.task)
+    declared, embeddings = (
+        found.scheme,
+        tables_of(name, found.scheme.tables, options, found.scheme.embeddings),
+    )
+    _refuse_without_use(name, declared, options)
+    layers = choose(
+        context.checkpoint.model,
+        options.keep_fp32,
+        tables=embeddings != "fp32",
+        convolutions=declared.convolutions,
+    )
+    return QuantizePlan(
+        name, declared, found.config, options, layers, embeddings, settings, found.rounding, found.inner
+    )
+
+
+def tables_of(name: str, allowed: Sequence[str], options: QuantizeOptions, own: str) -> str:
+    """The format of embedding tables: as asked, else the scheme's own.
+
+    Raises:
+        UsageError: The scheme has no such format.
+    """
+    embeddings = options.embeddings or own
+    if embeddings not in allowed:
         raise UsageError(
-            f"--scheme {scheme} has no --embeddings {embeddings}: choose one of {', '.join(allowed)}"
+            f"--scheme {name} has no --embeddings {embeddings}: choose one of {', '.join(allowed)}"
         )
-    convolutions = getattr(module, "CONVOLUTIONS", False)
-    model, tables = context.checkpoint.model, embeddings != "fp32"
-    layers = choose(model, options.keep_fp32, tables=tables, convolutions=convolutions)
-    return QuantizePlan(scheme, module, config, options, layers, embeddings, settings, inner)
+    return embeddings
 
 
-def stage_file(scheme: str) -> Any:
-    """The file of this folder that does a scheme."""
-    return importlib.import_module(f"kdcli.stages.quantize.{SCHEMES[scheme]}")
+@dataclass(frozen=True)
+class Settled:
+    """A scheme with its settings, and the way of rounding that they name with its own."""
+
+    scheme: Scheme
+    config: Any
+    rounding: WeightRounding | None = None
+    inner: Any = None
 
 
-def settle(scheme: str, settings: Mapping[str, str]) -> tuple[ModuleType, Any, Any]:
-    """The method of a scheme, its Config, and the Config of the rounding that it names, if it names one.
+def settle(name: str, settings: Mapping[str, str]) -> Settled:
+    """A scheme, and what ``--set`` says to it.
 
     Raises:
         UsageError: An unknown setting or a bad value.
     """
-    if scheme not in registry.names("quantize"):
-        module = stage_file(scheme)
-        own = list(module.Config.model_fields)
-        if strange := next((key for key in settings if key not in own), None):
-            raise UsageError(
-                f"unknown setting '{strange}': --scheme {scheme} has {' and '.join(own)}, "
-                "and tries every scheme as it is by default",
-                "name one scheme to set more of it",
-            )
-        return module, registry.parse_settings(module, settings), None
-    module = registry.load("quantize", scheme)
-    fields = module.Config.model_fields
-    chosen = settings.get("rounding", fields["rounding"].default if "rounding" in fields else None)
-    if chosen not in registry.names("quantize"):
-        return module, registry.parse_settings(module, settings), None
-    inner = registry.load("quantize", chosen)
-    known = {*fields, *inner.Config.model_fields}
-    for key in settings:
-        if key not in known:
-            raise UsageError(f"unknown setting '{key}': {did_you_mean(key, sorted(known))}")
-    config = registry.parse_settings(module, {k: v for k, v in settings.items() if k in fields})
-    return (
-        module,
-        config,
-        registry.parse_settings(inner, {k: v for k, v in settings.items() if k not in fields}),
-    )
+    scheme = registry.load("quantize", name, Scheme)
+    if not scheme.names_rounding:
+        _, shared = registry.share_out("quantize", settings, {name: scheme})
+        return Settled(scheme, scheme.configured(shared[name]))
+    chosen = settings.get("rounding", scheme.config.model_fields["rounding"].default)
+    scheme.configured({"rounding": chosen})  # raises when there is no such rounding
+    rounding = registry.load("rounding", chosen, WeightRounding)
+    _, shared = registry.share_out("quantize", settings, {name: scheme, chosen: rounding})
+    return Settled(scheme, scheme.configured(shared[name]), rounding, rounding.configured(shared[chosen]))
+
+
+def _refuse_without_use(name: str, scheme: Scheme, options: QuantizeOptions) -> None:
+    """Refuse options that a scheme has no use for.
+
+    Raises:
+        UsageError: Says which.
+    """
+    if options.epochs and scheme.training is None:
+        raise UsageError(
+            f"--scheme {name} trains nothing, so --epochs {options.epochs} has no meaning; leave it at 0"
+        )
+    if options.calibration is not None and not scheme.calibrates:
+        raise UsageError(
+            f"--scheme {name} uses no fixed range of activations, so --calibration has no meaning"
+        )
+    if options.sensitivity and scheme.rounds is None:
+        able = [n for n in registry.names("quantize") if registry.load("quantize", n, Scheme).rounds]
+        raise UsageError(
+            f"--scheme {name} measures no single layers, so --sensitivity has no meaning; "
+            f"it is for {', '.join(able[:-1])} and {able[-1]}"
+        )
 
 
 def choose(
@@ -160,40 +189,3 @@ def choose(
     if kept == set(layers):
         raise UsageError("--keep-fp32 leaves nothing to quantise")
     return {name: layer for name, layer in layers.items() if name not in kept}
-
-
-def refuse_training(plan: QuantizePlan) -> None:
-    """For schemes that train nothing.
-
-    Raises:
-        UsageError: ``--epochs`` was given.
-    """
-    if plan.options.epochs:
-        raise UsageError(
-            f"--scheme {plan.scheme} trains nothing, so --epochs {plan.options.epochs} has no meaning; leave it at 0"
-        )
-
-
-def refuse_sensitivity(plan: QuantizePlan) -> None:
-    """For schemes whose layers cannot be exchanged one by one afterwards.
-
-    Raises:
-        UsageError: ``--sensitivity`` was given.
-    """
-    if plan.options.sensitivity:
-        raise UsageError(
-            f"--scheme {plan.scheme} measures no single layers, so --sensitivity has no meaning; "
-            "it is for dynamic-int8, static-int8 and int4"
-        )
-
-
-def refuse_calibration(plan: QuantizePlan) -> None:
-    """For schemes that have no fixed range of activations.
-
-    Raises:
-        UsageError: ``--calibration`` was given.
-    """
-    if plan.options.calibration is not None:
-        raise UsageError(
-            f"--scheme {plan.scheme} uses no fixed range of activations, so --calibration has no meaning"
-        )

@@ -1,4 +1,4 @@
-"""``--scheme int8-qat|ternary|binary``: train with rounded weights, taught by the model that came in."""
+"""Quantisation-aware training: train with rounded weights, taught by the model that came in; see ``Training``."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from kdcli.errors import UsageError
 from kdcli.families.stack import logits_layer
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.integers import Integers
-from kdcli.stages.quantize import fake_quant, integer_weights, static
-from kdcli.stages.quantize import nearest as rounds
-from kdcli.stages.quantize.dynamic import largest_of, saturation
+from kdcli.stages.quantize import fake_quant, fixed_ranges, integer_weights
 from kdcli.stages.quantize.fake_quant import Rounding
-from kdcli.stages.quantize.plan import QuantizePlan, refuse_calibration, refuse_sensitivity
+from kdcli.stages.quantize.plan import QuantizePlan
 from kdcli.stages.quantize.ranges import Affine
+from kdcli.stages.quantize.rounding import rtn
+from kdcli.stages.quantize.scheme import Training
 from kdcli.training import objective
 from kdcli.training import teacher as teachers
 from kdcli.training.capture import Capture, shape_of
 from kdcli.training.features import TeacherSignals
 from kdcli.training.loop import FitOptions, fit
 from kdcli.training.losses import response, tinybert
-from kdcli.training.objective import Chosen, Objective
+from kdcli.training.objective import ChosenLoss, Objective
 from kdcli.training.recovery import hold_zeros
 from kdcli.training.resume import ResumePoint
 
@@ -37,22 +37,20 @@ _CACHE = 4 << 30  # bytes of the teacher's hidden states on disk
 
 
 def check(context: Context, plan: QuantizePlan) -> None:
-    """Refuse options that this scheme has no use for, and models without anything to train."""
-    refuse_calibration(plan)
-    refuse_sensitivity(plan)
+    """Refuse models without anything to train."""
     if plan.options.epochs < 0:
         raise UsageError(f"--epochs {plan.options.epochs} is negative; 0 means the scheme's own number")
     if not _trained(context, plan):
         raise UsageError(
-            f"--scheme {plan.scheme} is for the matrices of an encoder, and none is left to quantise",
+            f"--scheme {plan.name} is for the matrices of an encoder, and none is left to quantise",
             "use --scheme dynamic-int8 or static-int8 for this model",
         )
 
 
 def apply(context: Context, plan: QuantizePlan) -> Applied:
     """Train, round once more, and hand back integers and how to write the graph."""
-    module, config = plan.module, plan.config
-    fixed = _rounds_activations(plan)
+    config, how = plan.config, training_of(plan)
+    fixed = how.ranges
     trained = _trained(context, plan)
     model = context.checkpoint.model
     layers = {name: _rounding(plan, table=name in plan.tables) for name in trained}
@@ -65,30 +63,38 @@ def apply(context: Context, plan: QuantizePlan) -> Applied:
 
     def matrix(name: str, layer: nn.Linear) -> Integers:
         if name in trained:
-            return module.quantise(layer.weight, config)
-        return _other(layer.weight) if fixed else rounds.symmetric(layer.weight, 8)
+            return how.quantise(layer.weight, config)
+        return _other(layer.weight) if fixed else rtn.symmetric(layer.weight, 8)
 
     integers = integer_weights.quantise(plan, matrix)
     for name in trained & set(plan.tables):
-        integers[f"{name}.weight"] = module.quantise(plan.tables[name].weight, config, table=True)
+        integers[f"{name}.weight"] = how.quantise(plan.tables[name].weight, config, table=True)
     if fixed:
-        largest = largest_of(integers, plan)
-        detail |= {"largest": largest, "largest_pair_sum": 2 * 255 * largest}
-        warnings = [] if getattr(config, "unsigned", False) else saturation(largest)
-        return static.finish(context, plan, integers, ranges, {}, detail=detail, warnings=warnings)
+        return fixed_ranges.finish(
+            context,
+            plan,
+            integers,
+            ranges,
+            {},
+            detail=detail,
+            unsigned=how.unsigned,
+            reduce_range=how.reduce_range,
+            pack=how.pack,
+        )
     return integer_weights.finish(
         context, plan, integers, kernel="blocks", fusion="separate", exact=True, detail=detail
     )
 
 
-def _rounds_activations(plan: QuantizePlan) -> bool:
-    """Whether what matrices read is rounded to 8 bits, with ranges that the training finds."""
-    return getattr(plan.module, "ACTIVATIONS", False) or getattr(plan.config, "activations", "float") == "8"
+def training_of(plan: QuantizePlan) -> Training:
+    """How the scheme of a plan trains."""
+    assert plan.scheme.training is not None, "only schemes that train come here"
+    return plan.scheme.training(plan.config)
 
 
 def _other(weight: Tensor) -> Integers:
     """Integers of a matrix outside the encoder; the bound keeps products from saturating, as in dynamic-int8."""
-    return rounds.symmetric(weight, 8, limit=_SAFE)
+    return rtn.symmetric(weight, 8, limit=_SAFE)
 
 
 def _eight_bits(weight: Tensor) -> Tensor:
@@ -102,7 +108,7 @@ def _trained(context: Context, plan: QuantizePlan) -> set[str]:
     small and have 8. A model that is no stack of encoder layers has every matrix but its classifier trained.
     """
     checkpoint = context.checkpoint
-    if getattr(plan.module, "ACTIVATIONS", False):
+    if training_of(plan).everywhere:
         return set(plan.matrices)
     if families.is_encoder(checkpoint.model_type):
         inside = f"{checkpoint.family.layers}."
@@ -119,14 +125,16 @@ def _trained(context: Context, plan: QuantizePlan) -> set[str]:
 
 def _without_zero(context: Context, plan: QuantizePlan) -> set[str]:
     """Weights of one bit: zeros of an earlier stage cannot stay in them, and had better learn a sign."""
-    if getattr(plan.module, "BITS", 8) > 1:
+    if training_of(plan).zeros:
         return set()
     return {f"{name}.weight" for name in _trained(context, plan) & set(plan.matrices)}
 
 
 def _rounding(plan: QuantizePlan, *, table: bool) -> Rounding:
+    how = training_of(plan)
+
     def rounding(weight: Tensor) -> Tensor:
-        return plan.module.quantise(weight, plan.config, table=table).dense()
+        return how.quantise(weight, plan.config, table=table).dense()
 
     return rounding
 
@@ -138,17 +146,18 @@ def _distil(context: Context, plan: QuantizePlan) -> dict[str, Any]:
     dense = checkpoints.load(student.path, device=context.device)
     targets = teachers.outputs(dense, train, device=context.device, progress=context.progress)
     options = FitOptions(
-        epochs=plan.options.epochs or plan.module.EPOCHS,
+        epochs=plan.options.epochs or training_of(plan).epochs,
         batch_size=BATCH_SIZE,
         lr=config.lr,
         seed=context.seed,
         rate_option="--set lr=RATE",
     )
-    chosen = [Chosen("response", response, response.Config(temperature=config.temperature), config.alpha)]
+    answers = response.Config(temperature=config.temperature)
+    chosen = [ChosenLoss("response", response.METHOD, answers, config.alpha)]
     shape = shape_of(student)
     pairs = [(number, number) for number in range(1, shape.layers + 1)]
     if config.hidden and pairs:
-        chosen.append(Chosen("tinybert", tinybert, tinybert.Config(), config.hidden))
+        chosen.append(ChosenLoss("tinybert", tinybert.METHOD, tinybert.Config(), config.hidden))
     terms, _ = objective.bind(chosen, shape, shape_of(dense), pairs, context.seed, context.device)
     mine, theirs = objective.needs(terms)
     signals = TeacherSignals(
@@ -174,7 +183,7 @@ def _distil(context: Context, plan: QuantizePlan) -> dict[str, Any]:
             pad_id=student.pad_id,
             device=context.device,
             progress=context.progress,
-            title=plan.scheme,
+            title=plan.name,
             resume=ResumePoint(context.resume_dir / "quantize", identity),
             resuming=request.common.resume,
             after_step=hold_zeros(student, but=_without_zero(context, plan)),

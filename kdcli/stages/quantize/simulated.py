@@ -21,6 +21,7 @@ from kdcli.inputs.text import Encoded
 from kdcli.models import activations
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.integers import Integers
+from kdcli.stages.quantize.scheme import Rounds
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
 
@@ -64,7 +65,7 @@ class Simulation:
         integers: Mapping[str, Integers],
         dense: Mapping[str, Tensor],
         *,
-        rounds: str,
+        rounds: Rounds,
         ranges: Mapping[str, tuple[float, int]] | None = None,
     ) -> None:
         self.checkpoint, self.integers, self.dense = checkpoint, integers, dense

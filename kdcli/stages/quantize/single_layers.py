@@ -20,7 +20,7 @@ _SLACK = 1e-12  # as in the gates: a drop of exactly the limit is allowed
 
 
 @dataclass
-class Unit:
+class LayerGroup:
     """Layers that are quantised or kept together, with what that does."""
 
     name: str
@@ -43,7 +43,7 @@ class Unit:
 
 
 @dataclass
-class Found:
+class FewestKept:
     """Outcome of a search."""
 
     kept: list[str]  # units
@@ -53,12 +53,12 @@ class Found:
     tried: list[dict[str, Any]] = field(default_factory=list)
 
 
-def units(checkpoint: Checkpoint, layers: list[str]) -> list[Unit]:
+def units(checkpoint: Checkpoint, layers: list[str]) -> list[LayerGroup]:
     """Group layers: query, key and value of one attention are one operator in a fused graph, so one unit."""
-    made: dict[str, Unit] = {}
+    made: dict[str, LayerGroup] = {}
     for layer in layers:
         name = _unit_of(checkpoint, layer)
-        made.setdefault(name, Unit(name, [])).layers.append(layer)
+        made.setdefault(name, LayerGroup(name, [])).layers.append(layer)
     return list(made.values())
 
 
@@ -68,7 +68,7 @@ def measure(
     """Quality with one unit quantised and with one unit kept, for every unit, most sensitive first.
 
     Returns:
-        ``units``: :class:`Unit` objects; ``rows``, ``all`` and ``none``: how many rows, and (divergence,
+        ``units``: :class:`LayerGroup` objects; ``rows``, ``all`` and ``none``: how many rows, and (divergence,
         accuracy) with everything and with nothing quantised.
     """
     few = sampling.sample(rows, SENSITIVITY_ROWS, sampling.JUDGING_SEED, checkpoint.task)
@@ -90,8 +90,13 @@ def measure(
 
 
 def search(
-    simulation: Simulation, found: list[Unit], rows: Encoded, base: Answers, max_drop: float, first: Answers
-) -> Found:
+    simulation: Simulation,
+    found: list[LayerGroup],
+    rows: Encoded,
+    base: Answers,
+    max_drop: float,
+    first: Answers,
+) -> FewestKept:
     """The fewest units to keep so that accuracy on ``rows`` falls by at most ``max_drop``.
 
     Units are kept in the order of what that gains, and in the order of what they lose alone: where little is left
@@ -111,7 +116,7 @@ def search(
     known: dict[frozenset[str], float] = {frozenset(): base.score - first.score}
     limit = max_drop + _SLACK
 
-    def drop(kept: list[Unit]) -> float:
+    def drop(kept: list[LayerGroup]) -> float:
         names = frozenset(unit.name for unit in kept)
         if names not in known:
             layers = everything - {layer for unit in kept for layer in unit.layers}
@@ -119,7 +124,7 @@ def search(
             tried.append({"kept": len(kept), "drop": known[names]})
         return known[names]
 
-    def fewest(order: list[Unit]) -> list[Unit] | None:
+    def fewest(order: list[LayerGroup]) -> list[LayerGroup] | None:
         low, high = 1, len(order) - 1  # keeping none has failed
         good = None
         while low <= high:
@@ -143,9 +148,9 @@ def search(
     return _outcome(good, drop(good), True, tried)
 
 
-def _outcome(kept: list[Unit], drop: float, met: bool, tried: list[dict[str, Any]]) -> Found:
+def _outcome(kept: list[LayerGroup], drop: float, met: bool, tried: list[dict[str, Any]]) -> FewestKept:
     layers = {layer for unit in kept for layer in unit.layers}
-    return Found([unit.name for unit in kept], layers, drop, met, tried)
+    return FewestKept([unit.name for unit in kept], layers, drop, met, tried)
 
 
 def _unit_of(checkpoint: Checkpoint, layer: str) -> str:

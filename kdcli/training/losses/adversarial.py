@@ -37,10 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from kdcli.training.terms import Needs, Setting, Signals, Step
-
-KIND = "adversarial"
-WEIGHT = 0.1
+from kdcli.training.terms import Loss, Needs, Setting, Signals, Step
 
 
 class Config(BaseModel):
@@ -210,3 +207,13 @@ def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Te
     if step.progress < setting.config.warmup:
         return own.new_zeros(())
     return game.adversary.fool(own)
+
+
+METHOD = Loss(
+    kind="adversarial",
+    weight=0.1,
+    config=Config,
+    term=term,
+    needs=needs,
+    trained=trained,
+)

@@ -25,10 +25,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from kdcli.training.terms import Setting, Signals, Step
-
-KIND = "response"
-WEIGHT = 1.0
+from kdcli.training.terms import Loss, Setting, Signals, Step
 
 
 class Config(BaseModel):
@@ -102,3 +99,15 @@ def check(setting: Setting) -> str | None:
         "method 'dist' compares only the intra-class relation: with two classes the inter-class correlation"
         " is +1 or -1 whatever the student does, so it teaches nothing"
     )
+
+
+METHOD = Loss(
+    kind="response",
+    weight=1.0,
+    answers=("one-of",),
+    because="DIST correlates the probabilities of classes that exclude each other",
+    instead="response or --method logit-mse",
+    config=Config,
+    term=term,
+    check=check,
+)

@@ -25,10 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdcli.errors import UsageError
-from kdcli.training.terms import Setting, Signals, Step
-
-KIND = "response"
-WEIGHT = 1.0  # as in the authors' settings; their CE has weight 1 too
+from kdcli.training.terms import Loss, Setting, Signals, Step
 
 
 class Config(BaseModel):
@@ -116,3 +113,15 @@ def check(setting: Setting) -> None:
             " only one, which always has all of the remaining probability, so the non-target part is zero;"
             " use --method response or --method logit-mse"
         )
+
+
+METHOD = Loss(
+    kind="response",
+    weight=1.0,  # as in the authors' settings; their CE has weight 1 too
+    answers=("one-of",),
+    because="DKD splits the target class from the others, and an answer of this kind has no single target",
+    instead="response or --method logit-mse",
+    config=Config,
+    term=term,
+    check=check,
+)

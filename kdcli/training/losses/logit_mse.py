@@ -23,11 +23,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from kdcli.training.terms import Setting, Signals, Step
-
-KIND = "response"
-# Twice the response loss at a high temperature, so alpha keeps its meaning within a factor of two.
-WEIGHT = 1.0
+from kdcli.training.terms import Loss, Setting, Signals, Step
 
 
 class Config(BaseModel):
@@ -35,7 +31,8 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     centred: bool = Field(
-        default=True, description="subtract from each row of logits its mean, which no probability depends on"
+        default=True,
+        description="subtract from each row its mean, which says nothing where one of several labels is right",
     )
 
 
@@ -59,5 +56,17 @@ def loss(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
 
 
 def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
-    """The loss on the logits of both."""
-    return loss(student.logits, teacher.logits, setting.config)
+    """The loss on the logits of both; their mean is only free where they stand for one of several labels."""
+    config = setting.config
+    if step.task.kind != "one-of":
+        config = config.model_copy(update={"centred": False})
+    return loss(student.logits, teacher.logits, config)
+
+
+METHOD = Loss(
+    kind="response",
+    # Twice the response loss at a high temperature, so alpha keeps its meaning within a factor of two.
+    weight=1.0,
+    config=Config,
+    term=term,
+)

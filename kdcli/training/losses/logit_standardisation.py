@@ -22,11 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdcli.errors import UsageError
-from kdcli.training.terms import Setting, Signals, Step
-
-KIND = "response"
-# The authors give it 9 next to a CE of 1 at T = 2; here alpha says how much of the sum is response.
-WEIGHT = 1.0
+from kdcli.training.terms import Loss, Setting, Signals, Step
 
 
 class Config(BaseModel):
@@ -86,3 +82,17 @@ def check(setting: Setting) -> None:
             " two logits always becomes +0.7071 and -0.7071, whatever the model says, so nothing could be"
             " learned; use --method response or --method logit-mse"
         )
+
+
+METHOD = Loss(
+    kind="response",
+    # The authors give it 9 next to a CE of 1 at T = 2; here alpha says how much of the sum is response.
+    weight=1.0,
+    answers=("one-of",),
+    because="it standardises the row of logits of classes that exclude each other, which "
+    "takes from independent outputs what they say",
+    instead="response or --method logit-mse",
+    config=Config,
+    term=term,
+    check=check,
+)

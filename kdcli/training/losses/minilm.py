@@ -27,10 +27,8 @@ from torch import Tensor
 
 from kdcli.errors import UsageError
 from kdcli.training.layer_map import need_layers
-from kdcli.training.terms import Needs, Setting, Signals, Step
+from kdcli.training.terms import Loss, Needs, Setting, Signals, Step
 
-KIND = "feature"
-WEIGHT = 1.0
 _RELATION_HEADS = (48, 24, 12, 8, 6, 4, 3, 2, 1)
 _FEATURES = 8  # of a relation head, at least
 
@@ -143,3 +141,13 @@ def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Te
 
 def _layer(setting: Setting) -> int:
     return int(setting.config.teacher_layer) or setting.teacher.layers
+
+
+METHOD = Loss(
+    kind="feature",
+    weight=1.0,
+    config=Config,
+    term=term,
+    needs=needs,
+    check=check,
+)

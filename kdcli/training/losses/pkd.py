@@ -26,10 +26,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from kdcli.training.layer_map import need_layers
-from kdcli.training.terms import Needs, Setting, Signals, Step
-
-KIND = "feature"
-WEIGHT = 1.0
+from kdcli.training.terms import Loss, Needs, Setting, Signals, Step
 
 
 class Config(BaseModel):
@@ -91,3 +88,14 @@ def _pairs(setting: Setting) -> Sequence[tuple[int, int]]:
     # A map of the last layer alone would leave nothing to compare.
     below = [pair for pair in setting.pairs if pair[0] != setting.student.layers]
     return below or setting.pairs
+
+
+METHOD = Loss(
+    kind="feature",
+    weight=1.0,
+    config=Config,
+    term=term,
+    needs=needs,
+    check=check,
+    trained=trained,
+)

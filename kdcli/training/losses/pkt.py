@@ -16,6 +16,7 @@ is here the least value of k.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,14 +24,9 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from kdcli.training.losses.similarity import chosen, unit_rows
-from kdcli.training.losses.similarity import needs as needs
-from kdcli.training.terms import Setting, Signals, Step
+from kdcli.training.losses.similarity import chosen, need_directions, needs, unit_rows
+from kdcli.training.terms import Loss, Setting, Signals, Step
 
-KIND = "relation"
-# mdistiller's 30000 is for a mean over pairs; over the rows of its batches of 64 that is 470. On clusters of
-# 20 classes in batches of 32 that no longer helps the student, while 50 to 150 does.
-WEIGHT = 100.0
 _LEAST = 1e-7
 
 
@@ -71,3 +67,15 @@ def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Te
     """The loss on the chosen rows of both."""
     on = setting.config.on
     return loss(chosen(student, on), chosen(teacher, on))
+
+
+METHOD = Loss(
+    kind="relation",
+    # mdistiller's 30000 is for a mean over pairs; over the rows of its batches of 64 that is 470. On clusters of
+    # 20 classes in batches of 32 that no longer helps the student, while 50 to 150 does.
+    weight=100.0,
+    config=Config,
+    term=term,
+    needs=needs,
+    check=partial(need_directions, "pkt"),
+)

@@ -23,10 +23,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from kdcli.training.terms import Needs, Setting, Signals, Step
-
-KIND = "feature"
-WEIGHT = 1.0
+from kdcli.training.terms import Loss, Needs, Setting, Signals, Step
 
 
 class Config(BaseModel):
@@ -78,3 +75,13 @@ def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Te
     if isinstance(setting.trained, nn.Linear):
         vector = setting.trained(vector.to(setting.trained.weight.dtype))
     return loss(vector, teacher.pooled, setting.config)
+
+
+METHOD = Loss(
+    kind="feature",
+    weight=1.0,
+    config=Config,
+    term=term,
+    needs=needs,
+    trained=trained,
+)

@@ -19,10 +19,7 @@ from torch import Tensor
 
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
-from kdcli.training.terms import Setting, Signals, Step
-
-KIND = "response"
-WEIGHT = 1.0
+from kdcli.training.terms import Loss, Setting, Signals, Step
 
 
 class Config(BaseModel):
@@ -59,3 +56,11 @@ def loss(student: Tensor, teacher: Tensor, config: Config, task: Task = CLASSIFI
 def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
     """The loss on the logits of both."""
     return loss(student.logits, teacher.logits, setting.config, step.task)
+
+
+METHOD = Loss(
+    kind="response",
+    weight=1.0,
+    config=Config,
+    term=term,
+)

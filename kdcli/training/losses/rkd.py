@@ -16,6 +16,7 @@ that are zero by definition included, here only over distinct indices. The angle
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,12 +24,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from kdcli.training.losses.similarity import chosen, unit_rows
-from kdcli.training.losses.similarity import needs as needs
-from kdcli.training.terms import Setting, Signals, Step
-
-KIND = "relation"
-WEIGHT = 1.0  # the reference weights 25 and 50 are inside
+from kdcli.training.losses.similarity import chosen, need_directions, needs, unit_rows
+from kdcli.training.terms import Loss, Setting, Signals, Step
 
 
 class Config(BaseModel):
@@ -94,3 +91,13 @@ def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Te
     """The loss on the chosen rows of both."""
     on = setting.config.on
     return loss(chosen(student, on), chosen(teacher, on), setting.config)
+
+
+METHOD = Loss(
+    kind="relation",
+    weight=1.0,  # the reference weights 25 and 50 are inside
+    config=Config,
+    term=term,
+    needs=needs,
+    check=partial(need_directions, "rkd"),
+)

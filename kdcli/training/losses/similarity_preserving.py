@@ -13,20 +13,15 @@ layers of a CNN. A row of zeros stays zero, where the division would give NaN.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from kdcli.training.losses.similarity import chosen, unit_rows
-from kdcli.training.losses.similarity import needs as needs
-from kdcli.training.terms import Setting, Signals, Step
-
-KIND = "relation"
-# A tenth of mdistiller's 3000, which is for CNNs in batches of 64. On clusters of 20 classes in batches of
-# 32, 3000 starts with a gradient 10 to 30 times that of the cross entropy and helps less than 300.
-WEIGHT = 300.0
+from kdcli.training.losses.similarity import chosen, need_directions, needs, unit_rows
+from kdcli.training.terms import Loss, Setting, Signals, Step
 
 
 class Config(BaseModel):
@@ -57,3 +52,15 @@ def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Te
     """The loss on the chosen rows of both."""
     on = setting.config.on
     return loss(chosen(student, on), chosen(teacher, on))
+
+
+METHOD = Loss(
+    kind="relation",
+    # A tenth of mdistiller's 3000, which is for CNNs in batches of 64. On clusters of 20 classes in batches of
+    # 32, 3000 starts with a gradient 10 to 30 times that of the cross entropy and helps less than 300.
+    weight=300.0,
+    config=Config,
+    term=term,
+    needs=needs,
+    check=partial(need_directions, "similarity-preserving"),
+)

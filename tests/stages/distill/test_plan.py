@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kdcli import processes
+from kdcli import processes, tasks
 from kdcli.errors import UsageError
 from kdcli.request import Common, Request
+from kdcli.stages.distill import student
 from kdcli.stages.distill.options import STRATEGIES, DistillOptions
 from kdcli.stages.distill.plan import ALPHA, DistillPlan, Settings, assistants, check, teacher_weights
 from kdcli.training.losses import dkd, rkd
+from tests import tiny
 
 
 def plan(settings: dict[str, str] | None = None, teachers: int = 1, **options: Any) -> DistillPlan:
@@ -192,3 +196,13 @@ def test_teacher_weights_sum_to_one(given: str | None, teachers: int, expected: 
 def test_teacher_weights_that_are_none_are_refused(given: str) -> None:
     with pytest.raises(UsageError, match="2 positive numbers are needed"):
         plan({"teacher_weights": given}, teachers=2)
+
+
+def test_a_method_that_cannot_compare_the_tasks_answers_is_refused_before_any_training() -> None:
+    made = tiny.checkpoint()
+    checked = plan(methods=("response", "dkd"))
+    context: Any = SimpleNamespace(checkpoint=made)
+    student.precheck(context, replace(checked, chosen=checked.chosen[:1]))
+    context.checkpoint = replace(made, task=tasks.get("multi-label"))
+    with pytest.raises(UsageError, match="method 'dkd' is for answers that are one of several labels"):
+        student.precheck(context, checked)

@@ -12,14 +12,14 @@ from torch import nn
 
 from kdcli.errors import UsageError
 from kdcli.stages.lowrank import rank_budget
-from kdcli.stages.lowrank.rank_budget import Choices, Size
+from kdcli.stages.lowrank.rank_budget import Choices, LayerSize
 from kdcli.tasks.classification import CLASSIFICATION
 
 SIZES = {
-    "square": Size(40, 40, 40),
-    "wide": Size(60, 30, 60),
-    "tall": Size(30, 60, 0),
-    "sliver": Size(1, 9, 1),
+    "square": LayerSize(40, 40, 40),
+    "wide": LayerSize(60, 30, 60),
+    "tall": LayerSize(30, 60, 0),
+    "sliver": LayerSize(1, 9, 1),
 }
 
 
@@ -30,8 +30,8 @@ def curve(rng: np.random.Generator, length: int, scale: float) -> np.ndarray:
 
 
 def test_break_even() -> None:
-    assert Size(768, 3072, 768).break_even == pytest.approx(614.4)
-    square = Size(384, 384, 384)
+    assert LayerSize(768, 3072, 768).break_even == pytest.approx(614.4)
+    square = LayerSize(384, 384, 384)
     assert square.break_even == 192
     assert [square.settle(r) for r in (1, 191, 192, 384)] == [1, 191, None, None]
     assert square.parameters(191) < square.parameters(192) == square.dense == square.parameters(None)
@@ -65,7 +65,7 @@ def test_shares_stay_within_the_budget(budget: float) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_damage_is_least_among_all_shares(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    sizes = {name: Size(40, 40, 40) for name in "abc"}
+    sizes = {name: LayerSize(40, 40, 40) for name in "abc"}
     damage = {name: curve(rng, 40, s) for name, s in zip("abc", (1.0, 2.0, 4.0), strict=True)}
     found = rank_budget.by_damage(sizes, damage, 0.6)
     allowed = 0.6 * 3 * 1640
@@ -82,7 +82,7 @@ def test_damage_is_least_among_all_shares(seed: int) -> None:
 
 
 def test_a_layer_that_matters_stays_dense_and_one_that_does_not_pays() -> None:
-    sizes = {"dear": Size(40, 40, 40), "cheap": Size(40, 40, 40)}
+    sizes = {"dear": LayerSize(40, 40, 40), "cheap": LayerSize(40, 40, 40)}
     damage = {"dear": np.linspace(1000, 0, 41), "cheap": np.linspace(1e-6, 0, 41)}
     ranks = rank_budget.by_damage(sizes, damage, 0.75)
     assert ranks["dear"] is None
@@ -91,11 +91,11 @@ def test_a_layer_that_matters_stays_dense_and_one_that_does_not_pays() -> None:
 
 def test_an_impossible_budget_names_the_least() -> None:
     with pytest.raises(UsageError, match=r"--budget 0.03 cannot be met: rank 1 .* keeps 7\.32%"):
-        rank_budget.even({"a": Size(40, 40, 40)}, 0.03)
+        rank_budget.even({"a": LayerSize(40, 40, 40)}, 0.03)
 
 
 def test_between_counts_a_dense_layer_as_break_even() -> None:
-    sizes = {name: Size(40, 40, 40) for name in "abc"}
+    sizes = {name: LayerSize(40, 40, 40) for name in "abc"}
     one, two = {"a": 8, "b": None, "c": 10}, {"a": None, "b": None, "c": 13}
     assert rank_budget.between(sizes, one, two) == {"a": 14, "b": None, "c": 11}
 

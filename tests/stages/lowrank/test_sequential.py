@@ -10,7 +10,7 @@ import torch
 
 from kdcli.probe.moments import Moments
 from kdcli.stages.lowrank import factors, sequential
-from kdcli.stages.lowrank.factor_units import Unit, unit_of
+from kdcli.stages.lowrank.factor_units import FactorUnit, unit_of
 from kdcli.stages.lowrank.factors import Factors, Problem, narrow_by_outputs
 from kdcli.stages.lowrank.rules import whitening
 from kdcli.stages.lowrank.sequential import Fit, Sample
@@ -23,7 +23,7 @@ def solve(problem: Problem, largest: int) -> Factors:
     return factors.solve(problem, *whitening.metrics(problem, CONFIG), largest=largest)
 
 
-def problem(unit: Unit, moments: Moments) -> Problem:
+def problem(unit: FactorUnit, moments: Moments) -> Problem:
     return factors.problem_of(unit.dense, moments)
 
 

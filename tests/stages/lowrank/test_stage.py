@@ -347,7 +347,7 @@ def test_full_rank_in_every_layer_leaves_the_model_as_it_is(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Full ranks never pay, so break-even is moved out of the way; the batch is padded, and its rows are new."""
-    monkeypatch.setattr(rank_budget.Size, "break_even", property(lambda size: 33.0))
+    monkeypatch.setattr(rank_budget.LayerSize, "break_even", property(lambda size: 33.0))
     made = tiny.checkpoint()
     dense = logits(made, "bert")
     applied = contexts.applied(lowrank, context_of(made, tmp_path, method=method, rank=32))

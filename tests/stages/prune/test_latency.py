@@ -10,18 +10,18 @@ import pytest
 from kdcli.families.stack import encoder_layers
 from kdcli.models.transforms import factorise
 from kdcli.stages.prune import latency as prune_latency
-from kdcli.stages.prune.latency import Curve, Table, kind_of, sizes
+from kdcli.stages.prune.latency import LatencyCurve, LatencyTable, kind_of, sizes
 from tests import tiny
 
 HEADS, NEURONS = ("heads", *["dense"] * 4), ("neurons", *["dense"] * 2)
 
 
-def table(overhead: float = 0.0, rest: float = 0.4) -> Table:
+def table(overhead: float = 0.0, rest: float = 0.4) -> LatencyTable:
     """4 heads of 0.05 ms and 48 neurons of 0.002 ms a layer, and what a sub-layer costs before its first unit."""
-    return Table(
+    return LatencyTable(
         {
-            HEADS: Curve((1, 2, 4), tuple(overhead + 0.05 * n for n in (1, 2, 4))),
-            NEURONS: Curve((8, 24, 48), tuple(overhead + 0.002 * n for n in (8, 24, 48))),
+            HEADS: LatencyCurve((1, 2, 4), tuple(overhead + 0.05 * n for n in (1, 2, 4))),
+            NEURONS: LatencyCurve((8, 24, 48), tuple(overhead + 0.002 * n for n in (8, 24, 48))),
         },
         rest,
     )
@@ -32,7 +32,7 @@ def test_examples_of_the_module() -> None:
 
 
 def test_between_measured_counts_a_curve_is_a_straight_line() -> None:
-    curve = Curve((2, 6, 10), (1.0, 2.0, 2.4))
+    curve = LatencyCurve((2, 6, 10), (1.0, 2.0, 2.4))
     # By hand: halfway between 2 and 6, a quarter of the way from 6 to 10, and on with the mean slope beyond.
     assert curve.at(4) == pytest.approx(1.5)
     assert curve.at(7) == pytest.approx(2.1)
@@ -42,11 +42,11 @@ def test_between_measured_counts_a_curve_is_a_straight_line() -> None:
 
 
 def test_a_curve_never_falls_whatever_the_noise_says() -> None:
-    curve = Curve((1, 2, 3, 4), (0.5, 0.3, 0.6, 0.4))
+    curve = LatencyCurve((1, 2, 3, 4), (0.5, 0.3, 0.6, 0.4))
     values = [curve.at(n) for n in range(5)]
     assert values == sorted(values)
     assert all(curve.price(n) > 0 for n in range(1, 5))
-    flat = Curve((1, 4), (-0.1, -0.2))  # less than an empty sub-layer: nothing but noise
+    flat = LatencyCurve((1, 4), (-0.1, -0.2))  # less than an empty sub-layer: nothing but noise
     assert flat.at(4) == 0.0
     assert flat.price(4) > 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ def test_a_method_that_fits_matrices_again_is_said_to_fill_zeros(tmp_path: Path,
             job.layers[0].ffn_out.weight.add_(0.01)
         return found
 
-    monkeypatch.setattr(magnitude, "prune", refit)
+    monkeypatch.setattr(magnitude, "METHOD", replace(magnitude.METHOD, prune=refit))
     applied = contexts.applied(prune, context_of(made, tmp_path, method="magnitude", sparsity=0.5))
     (warning,) = applied.warnings
     assert warning.code == "zeros-refilled"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,12 @@ from kdcli.models.transforms import read_log
 from kdcli.progress import Progress
 from kdcli.run import dry_run as plan
 from kdcli.run import preflight
-from kdcli.stages.quantize import blocks, integer_weights
+from kdcli.stages.quantize import integer_weights, layer_inputs
 from kdcli.stages.quantize import plan as plans
 from kdcli.stages.quantize import stage as quantize
 from kdcli.stages.quantize.options import QuantizeOptions
+from kdcli.stages.quantize.rounding import gptq
+from kdcli.stages.quantize.schemes import binary
 from kdcli.timing import Timings
 from tests import tiny
 from tests.stages import contexts
@@ -168,9 +171,7 @@ def test_plain_transformers_refuses_what_it_would_misread(kind: str, tmp_path: P
     else:
         context = context_of(made, tmp_path, {"scheme": "binary"}, {})
         plan = plans.of(context)
-        few = integer_weights.quantise(
-            plan, lambda name, layer: plan.module.quantise(layer.weight, plan.config)
-        )
+        few = integer_weights.quantise(plan, lambda name, layer: binary.quantise(layer.weight, plan.config))
         (out := tmp_path / "out").mkdir()
         checkpoints.save(made, out, integers=integer_weights.finish(context, plan, few).integers)
     assert torch.equal(logits(checkpoints.load(out).model, "bert"), logits(made.model, "bert"))
@@ -222,7 +223,7 @@ def test_gptq_sees_every_layer_behind_the_rounded_ones(
     dense = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
     options = {"scheme": "int4", "calibration_samples": 20}
     context = context_of(made, tmp_path, options, {"group": "16"})
-    original, seen = blocks.gptq.quantise, []
+    original, seen = gptq.quantise, []
 
     def watched(weight, products, *args, **kwargs):
         (layer,) = [m for m in made.model.modules() if getattr(m, "weight", None) is weight]
@@ -234,7 +235,7 @@ def test_gptq_sees_every_layer_behind_the_rounded_ones(
 
         handle = layer.register_forward_pre_hook(add)
         with torch.no_grad():
-            for batch in integer_weights.calibration_batches(context, 20):
+            for batch in layer_inputs.calibration_batches(context, 20):
                 made.model(**model_inputs(made.model, batch, "cpu"))
         handle.remove()
         # float32 sums of at most 280 tokens in another order
@@ -242,7 +243,7 @@ def test_gptq_sees_every_layer_behind_the_rounded_ones(
         seen.append(layer)
         return original(weight, products, *args, **kwargs)
 
-    monkeypatch.setattr(blocks.gptq, "quantise", watched)
+    monkeypatch.setattr(gptq, "METHOD", replace(gptq.METHOD, of_inputs=watched))
     applied = contexts.applied(quantize, context)
     assert len(seen) == sum(isinstance(m, nn.Linear) for m in made.model.modules()) == 14
     for name, tensor in made.model.state_dict().items():

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from kdcli.stages.quantize import fake_quant, nearest
+from kdcli.stages.quantize import fake_quant
 from kdcli.stages.quantize.fake_quant import ranges, rounded, straight_through
+from kdcli.stages.quantize.rounding import rtn
 from tests import tiny
 
 
 def eight(weight: torch.Tensor) -> torch.Tensor:
-    return nearest.symmetric(weight, 8, limit=64).dense()
+    return rtn.symmetric(weight, 8, limit=64).dense()
 
 
 def by_hand(x: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -22,12 +22,12 @@ from kdcli.progress import Progress
 from kdcli.report.schema import Gate
 from kdcli.request import Common, Gates, Request
 from kdcli.run import life
-from kdcli.stages.quantize import auto, dynamic, single_layers
+from kdcli.stages.quantize import auto, single_layers
 from kdcli.stages.quantize import stage as quantize
 from kdcli.stages.quantize.auto import Candidate, Tried
 from kdcli.stages.quantize.options import QuantizeOptions
 from kdcli.stages.quantize.simulated import Answers, Simulation, answer
-from kdcli.stages.quantize.single_layers import Unit
+from kdcli.stages.quantize.single_layers import LayerGroup
 from tests import tiny
 from tests.stages import contexts
 from tests.stages.quantize.test_blocks import context_of
@@ -183,7 +183,7 @@ class Fake:
 
 def searched(losses: dict[str, float], max_drop: float, order: list[str] | None = None):
     fake = Fake(losses)
-    units = [Unit(name, [name]) for name in order or sorted(losses, key=lambda n: -losses[n])]
+    units = [LayerGroup(name, [name]) for name in order or sorted(losses, key=lambda n: -losses[n])]
     base, first = fake.answers([], None), fake.answers(fake.layers, None)
     return single_layers.search(fake, units, None, base, max_drop, first), fake
 
@@ -210,7 +210,9 @@ def test_a_wrong_order_is_made_good_by_giving_layers_up_again() -> None:
 def test_where_nothing_is_left_of_a_model_the_search_goes_by_what_each_layer_loses_alone() -> None:
     # "a" alone leaves answers to chance, so keeping any other gains nothing: their order says nothing.
     losses = {"a": 0.5, "b": 0.02, "c": 0.01, "d": 0.0, "e": 0.0}
-    units = [Unit(name, [name], alone=(losses[name], 1 - losses[name])) for name in ("d", "e", "c", "b", "a")]
+    units = [
+        LayerGroup(name, [name], alone=(losses[name], 1 - losses[name])) for name in ("d", "e", "c", "b", "a")
+    ]
     fake = Fake(losses)
     base, first = fake.answers([], None), fake.answers(fake.layers, None)
     found = single_layers.search(fake, units, None, base, 0.015, first)
@@ -301,7 +303,7 @@ def test_uint8_wins_where_seven_bits_lose(tmp_path: Path, monkeypatch: pytest.Mo
         logits[right:] = -logits[right:]
         return Answers(logits, rows.labels)
 
-    monkeypatch.setattr(dynamic.Simulation, "answers", answers)
+    monkeypatch.setattr(Simulation, "answers", answers)
     _, applied = guarded(tiny.checkpoint("bert"), tmp_path)
     assert sorted(seen) == [64, 127]
     assert applied.method.detail["hardware"]["chosen"] == "uint8"

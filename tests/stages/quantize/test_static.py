@@ -25,11 +25,11 @@ from kdcli.models import activations, transforms
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.transforms import Cut
 from kdcli.stages.quantize import plan as plans
-from kdcli.stages.quantize import smoothing
 from kdcli.stages.quantize import stage as quantize
-from kdcli.stages.quantize.observed import observe
+from kdcli.stages.quantize.layer_inputs import observe
 from kdcli.stages.quantize.options import QuantizeOptions
 from kdcli.stages.quantize.ranges import Histogram, affine, find_range
+from kdcli.stages.quantize.smoothing import smoothquant
 from tests import tiny
 from tests.models.test_small import made as small
 from tests.stages import contexts
@@ -280,7 +280,7 @@ def test_smoothing_leaves_full_precision_as_it_is(family: str, case: str, tmp_pa
     arrays = model_inputs(made.model, batch(made), "cpu")
     with torch.no_grad():
         before = made.model(**arrays).logits.clone()
-        detail = smoothing.smooth(context, plans.of(context), 0.5)
+        detail = smoothquant.smooth(context, plans.of(context), 0.5)
         after = made.model(**arrays).logits
     assert (before - after).abs().max() < 1e-5
     assert detail["multiplied"] > 0

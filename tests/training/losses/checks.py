@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcli.training import terms
 from kdcli.training.terms import Needs, Setting, Signals, Step
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -67,11 +66,11 @@ def reads_what_was_chosen(
 ) -> None:
     """The term of a method with ``on`` asks for that signal of both models and compares it."""
     asked = Needs(pooled=setting.config.on == "pooled")
-    assert terms.needs(module, setting) == (asked, asked)
+    assert module.METHOD.needs(setting) == (asked, asked)
     rows = len(logits[0])
     mask, step = torch.ones(rows, 3, dtype=torch.bool), Step(torch.zeros(rows, dtype=torch.long), 0.5)
     shown = pooled if asked.pooled else [None, None]
     student, teacher = (Signals(z, mask, p) for z, p in zip(logits, shown, strict=True))
     assert torch.equal(
-        module.term(student, teacher, setting, step), loss(*(pooled if asked.pooled else logits))
+        module.METHOD.term(student, teacher, setting, step), loss(*(pooled if asked.pooled else logits))
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from kdcli.errors import UsageError
 from kdcli.training.losses import attention_transfer
 from kdcli.training.losses.attention_transfer import Config, attention_map, loss
-from kdcli.training.terms import Needs, Setting, Shape, Signals, Step, trained
+from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
 from tests import tiny
 
 LENGTHS = [9, 1, 4]  # real tokens of the three rows
@@ -138,7 +138,7 @@ def test_maps_without_a_common_place_are_farthest() -> None:
 def test_what_it_reads_and_where_it_is_refused() -> None:
     found = attention_transfer.needs(SETTING)
     assert found == (Needs(attention=frozenset({1, 2})), Needs(attention=frozenset({2, 4})))
-    assert trained(attention_transfer, SETTING) is None
+    assert attention_transfer.METHOD.trained(SETTING) is None
     attention_transfer.check(SETTING)
     with pytest.raises(
         UsageError, match="attention-transfer compares encoder layers, and the student has none"

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli.training import terms
 from kdcli.training.losses import dist, response
 from kdcli.training.losses.dist import Config, loss, term
 from kdcli.training.terms import Setting, Shape, Signals, Step
@@ -75,10 +74,10 @@ def test_two_classes_leave_the_intra_part() -> None:
     # What the inter part would have been: the correlations are +1 or -1.
     rows = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(student.detach(), teacher, strict=True)])
     assert np.abs(np.abs(rows) - 1).max() < 1e-12
-    said = terms.check(dist, setting(2))
+    said = dist.METHOD.check(setting(2))
     assert said is not None
     assert said.startswith("method 'dist' compares only the intra-class relation: with two classes")
-    assert terms.check(dist, setting(3)) is None
+    assert dist.METHOD.check(setting(3)) is None
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from kdcli.errors import UsageError
-from kdcli.training import terms
 from kdcli.training.losses import dkd, response
 from kdcli.training.losses.dkd import Config, loss, parts, term
 from kdcli.training.terms import Setting, Shape, Signals, Step
@@ -108,8 +107,8 @@ def test_two_classes_have_no_non_target_part_and_are_refused() -> None:
     _, rest = parts(logits(0, classes=2), logits(1, classes=2), LABELS % 2, 4.0)
     assert float(rest.abs().max()) == 0
     with pytest.raises(UsageError, match=r"at least 3 classes and the task has 2: .* --method response or"):
-        terms.check(dkd, setting(2))
-    assert terms.check(dkd, setting(3)) is None
+        dkd.METHOD.check(setting(2))
+    assert dkd.METHOD.check(setting(3)) is None
 
 
 @pytest.mark.parametrize("rows", [1, 4])

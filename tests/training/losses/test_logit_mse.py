@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdcli import tasks
 from kdcli.training.losses import response
 from kdcli.training.losses.logit_mse import Config, loss, term
 from kdcli.training.terms import Setting, Shape, Signals, Step
@@ -99,3 +100,13 @@ def test_the_term_reads_the_logits_of_both() -> None:
     step = Step(torch.zeros(6, dtype=torch.long), 0.5)
     want = loss(student.logits, teacher.logits, Config(centred=False))
     assert torch.equal(term(student, teacher, setting, step), want)
+
+
+@pytest.mark.parametrize(("task", "classes"), [("multi-label", 3), ("regression", 1)])
+def test_where_every_logit_speaks_for_itself_none_is_centred(task: str, classes: int) -> None:
+    shape = Shape(layers=2, hidden=4, heads=2, classes=classes, pooled=4)
+    mask, step = torch.ones(6, 3, dtype=torch.bool), Step(torch.zeros(6), 0.5, tasks.get(task))
+    student, teacher = (Signals(logits(classes=classes, seed=seed), mask) for seed in (0, 1))
+    found = term(student, teacher, Setting(Config(), shape, shape), step)
+    want = naive(student.logits.numpy(), teacher.logits.numpy(), centred=False)
+    assert float(found) == pytest.approx(want, rel=1e-12)  # sums in float64

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from kdcli.errors import UsageError
-from kdcli.training import terms
 from kdcli.training.losses import logit_standardisation, response
 from kdcli.training.losses.logit_standardisation import Config, loss, standardised, term
 from kdcli.training.terms import Setting, Shape, Signals, Step
@@ -78,8 +77,8 @@ def test_rows_of_two_logits_hold_only_their_order_and_are_refused() -> None:
     (gradient,) = torch.autograd.grad(loss(student, logits(1, classes=2), Config()), student)
     assert float(gradient.abs().max()) < 1e-12
     with pytest.raises(UsageError, match=r"at least 3 classes and the task has 2: .*0\.7071.* logit-mse"):
-        terms.check(logit_standardisation, setting(2))
-    assert terms.check(logit_standardisation, setting(3)) is None
+        logit_standardisation.METHOD.check(setting(2))
+    assert logit_standardisation.METHOD.check(setting(3)) is None
 
 
 @pytest.mark.parametrize("constant", [0.0, 1.7, -1e4])

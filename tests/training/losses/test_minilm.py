@@ -13,7 +13,7 @@ from torch import Tensor
 from kdcli.errors import UsageError
 from kdcli.training.losses import minilm
 from kdcli.training.losses.minilm import Config, loss, relation_heads, relations
-from kdcli.training.terms import Needs, Setting, Shape, Signals, Step, trained
+from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
 
 LENGTHS = [9, 1, 4]  # real tokens of the three rows
 MASK = torch.arange(9) < torch.tensor(LENGTHS)[:, None]
@@ -153,7 +153,7 @@ def test_the_last_student_layer_follows_one_teacher_layer(given: int, layer: int
     made = setting(Config(teacher_layer=given, relation_heads=2))
     minilm.check(made)
     assert minilm.needs(made) == (Needs(attention=frozenset({2})), Needs(attention=frozenset({layer})))
-    assert trained(minilm, made) is None
+    assert minilm.METHOD.trained(made) is None
     shown = []
     for number, vectors in ((2, three(2, 4, 0)), (layer, three(3, 4, 1))):
         query, key, value = ({number: x} for x in vectors)

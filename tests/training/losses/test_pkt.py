@@ -82,7 +82,7 @@ def test_a_narrow_student_learns_the_teachers_nearest_neighbours() -> None:
     optimiser = torch.optim.Adam([student], lr=0.05)
     for _ in range(200):
         optimiser.zero_grad()
-        (pkt.WEIGHT * loss(student, teacher)).backward()
+        (pkt.METHOD.weight * loss(student, teacher)).backward()
         optimiser.step()
     assert before < 0.5
     assert torch.equal(neighbours(student), neighbours(teacher))

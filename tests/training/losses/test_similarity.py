@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from kdcli.errors import UsageError
 from kdcli.training.losses import similarity
-from kdcli.training.losses.similarity import Config, loss
+from kdcli.training.losses.similarity import METHOD, Config, loss
 from kdcli.training.terms import Setting, Shape
 from tests.training.losses import checks
 from tests.training.losses.checks import features
@@ -112,3 +113,20 @@ def test_half_precision_is_lifted() -> None:
     checks.lifted(
         partial(loss, config=Config()), partial(naive, kernel="cosine"), features(0), features(1), error=1e-5
     )
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize("kernel", ["cosine", "dot"])
+@pytest.mark.parametrize("on", ["logits", "pooled"])
+def test_the_direction_of_a_single_logit_is_refused(on: str, kernel: str, classes: int) -> None:
+    shape = replace(SHAPE, classes=classes)
+    setting = Setting(Config(on=on, kernel=kernel), shape, shape)
+    if (on, kernel, classes) != ("logits", "cosine", 1):
+        assert METHOD.check(setting) is None
+        return
+    # It could only be 1 or -1, whatever the size of the logits.
+    assert float(loss(torch.tensor([[0.1], [2.0]]), torch.tensor([[3.0], [4.0]]), Config())) == 0
+    with pytest.raises(
+        UsageError, match="'similarity' compares the directions of rows, and of a single logit"
+    ):
+        METHOD.check(setting)

@@ -62,7 +62,7 @@ def test_descent_brings_the_teachers_pattern_without_its_features() -> None:
     optimiser = torch.optim.Adam([student], lr=0.05)
     for _ in range(400):
         optimiser.zero_grad()
-        (similarity_preserving.WEIGHT * loss(student, teacher)).backward()
+        (similarity_preserving.METHOD.weight * loss(student, teacher)).backward()
         optimiser.step()
     units = similarity.unit_rows(student.detach())
     same = groups[:, None] == groups

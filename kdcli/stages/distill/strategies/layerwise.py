@@ -39,6 +39,7 @@ from kdcli.training import distributed
 from kdcli.training.capture import Capture, Cut
 from kdcli.training.label_loss import hard, label_loss
 from kdcli.training.loop import Batch, FitOptions, evaluate, inference
+from kdcli.training.losses import response
 from kdcli.training.side_by_side import Outputs
 from kdcli.training.terms import Needs
 
@@ -230,7 +231,7 @@ def _loss(context: Context, plan: DistillPlan, rows: Encoded, targets: np.ndarra
         theirs = torch.from_numpy(targets[batch.rows]).to(context.device)
         parts = [
             (1 - alpha) * hard(task, logits, own)
-            + alpha * soft.module.loss(logits, theirs[:, m], soft.config, task)
+            + alpha * response.loss(logits, theirs[:, m], soft.config, task)
             for m, logits in enumerate(output["every"])
         ]
         return torch.stack(parts).mean()

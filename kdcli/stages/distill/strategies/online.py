@@ -32,6 +32,7 @@ from kdcli.stages.distill.student import Taught
 from kdcli.tasks.task import Task
 from kdcli.training.label_loss import hard
 from kdcli.training.loop import Batch
+from kdcli.training.losses import response
 from kdcli.training.side_by_side import Outputs, Together
 
 TEACHER_RATE = 1e-4  # of a teacher that trains along, for an encoder of up to 384 features
@@ -57,7 +58,7 @@ def together(context: Context, plan: DistillPlan) -> tuple[Taught, dict[str, Any
         targets = labels[torch.from_numpy(batch.rows).to(context.device)]
         own, theirs = output.every
         value = hard(task, theirs, targets) + (1 - alpha) * hard(task, own, targets)
-        return value + alpha * soft.module.loss(own, theirs.detach(), soft.config, task)
+        return value + alpha * response.loss(own, theirs.detach(), soft.config, task)
 
     result = fitting.run_fit(context, teacher, rows, loss, options, "student and teacher", model=both)
     teacher.has_head = True
@@ -90,9 +91,7 @@ def _peers(context: Context, plan: DistillPlan) -> Taught:
 
     def loss(output: Outputs, batch: Batch) -> Tensor:
         targets = labels[torch.from_numpy(batch.rows).to(context.device)]
-        return mutual(
-            task, output.every, targets, alpha, lambda s, t: soft.module.loss(s, t, soft.config, task)
-        )
+        return mutual(task, output.every, targets, alpha, lambda s, t: response.loss(s, t, soft.config, task))
 
     result = fitting.run_fit(context, made[0].checkpoint, rows, loss, options, "peers", model=peers)
     scores = [_validation(context, one.checkpoint) for one in made]

@@ -16,9 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdcli.stages.lowrank.factors import Problem
+from kdcli.stages.lowrank.rule import LinearRule
 
-LAYERS = "linear"
-NEEDS: frozenset[str] = frozenset({"magnitude"})
 _FLOOR = 1e-6
 
 
@@ -38,3 +37,6 @@ def metrics(problem: Problem, config: Config) -> tuple[Tensor, Tensor]:
     mean = float(size.mean())
     scale = size.clamp(min=_FLOOR * mean) if mean > 0 else size + 1.0
     return problem.plain, (problem.right * scale ** (2 * config.alpha)) @ problem.right.T
+
+
+METHOD = LinearRule(config=Config, metrics=metrics, needs=frozenset({"magnitude"}))

@@ -32,10 +32,7 @@ from torch import Tensor
 from kdcli.models import conv_factors
 from kdcli.models.conv_factors import Conv, FactorisedConv
 from kdcli.stages.lowrank import evbmf, rank_ladder
-
-LAYERS = "convolution"
-
-Ranks = tuple[int, ...]  # (R,), of each group
+from kdcli.stages.lowrank.rule import ConvolutionRule, ConvRanks
 
 
 class Config(BaseModel):
@@ -58,24 +55,24 @@ class Config(BaseModel):
     seed: int = Field(default=0, ge=0, description="of the random start")
 
 
-def full(layer: Conv) -> Ranks:
+def full(layer: Conv) -> ConvRanks:
     """A rank that is certainly enough: the product of all sizes of the kernel but the largest."""
     sizes = _sizes(layer)
     return (math.prod(sizes) // max(sizes),)
 
 
-def ladder(layer: Conv) -> list[Ranks]:
-    """Ranks from 1 to the last that saves parameters."""
+def ladder(layer: Conv) -> list[ConvRanks]:
+    """ConvRanks from 1 to the last that saves parameters."""
     ranks = range(1, min(_paying(layer), full(layer)[0]) + 1)
     return [(ranks[i],) for i in rank_ladder.spread(ranks)]
 
 
-def by_rank(layer: Conv, rank: int) -> Ranks:
+def by_rank(layer: Conv, rank: int) -> ConvRanks:
     """``rank``, where the kernel can have as much."""
     return (min(rank, full(layer)[0]),)
 
 
-def by_energy(layer: Conv, energy: float) -> Ranks:
+def by_energy(layer: Conv, energy: float) -> ConvRanks:
     """The lowest rank found by bisection that keeps this share of the squared weights.
 
     Above the last rank that saves parameters nothing is tried: a kernel that needs more gets one more than that.
@@ -88,7 +85,7 @@ def by_energy(layer: Conv, energy: float) -> Ranks:
     return (min(high, full(layer)[0]),)
 
 
-def by_evbmf(layer: Conv) -> Ranks:
+def by_evbmf(layer: Conv) -> ConvRanks:
     """The most that variational Bayes finds in any unfolding of any group: no sum of fewer products has that."""
     found = [
         evbmf.rank(kernel.movedim(mode, 0).flatten(1))
@@ -99,7 +96,7 @@ def by_evbmf(layer: Conv) -> Ranks:
 
 
 @torch.no_grad()
-def decompose(layer: Conv, ranks: Ranks, config: Config) -> FactorisedConv:
+def decompose(layer: Conv, ranks: ConvRanks, config: Config) -> FactorisedConv:
     """The factors that alternating least squares finds from a seeded start.
 
     Args:
@@ -155,3 +152,14 @@ def _paying(layer: Conv) -> int:
     dense = sum(p.numel() for p in layer.parameters())
     one, two = (conv_factors.parameters(layer, "cp", (r,)) for r in (1, 2))
     return max(0, (dense - 1 - (2 * one - two)) // (two - one))
+
+
+METHOD = ConvolutionRule(
+    config=Config,
+    full=full,
+    ladder=ladder,
+    by_rank=by_rank,
+    by_energy=by_energy,
+    by_evbmf=by_evbmf,
+    decompose=decompose,
+)

@@ -24,9 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdcli.stages.lowrank.factors import Problem
+from kdcli.stages.lowrank.rule import LinearRule
 
-LAYERS = "linear"
-NEEDS = frozenset({"fisher"})
 _FLOOR = 1e-8
 
 
@@ -50,3 +49,6 @@ def metrics(problem: Problem, config: Config) -> tuple[Tensor, Tensor]:
     if config.rows == "outputs":
         return (problem.left.T * weights) @ problem.left, problem.white
     return problem.plain, (problem.right * weights) @ problem.right.T
+
+
+METHOD = LinearRule(config=Config, metrics=metrics, needs=frozenset({"fisher"}))

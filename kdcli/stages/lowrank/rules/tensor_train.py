@@ -32,10 +32,7 @@ from torch.nn.functional import pad
 from kdcli.models import conv_factors
 from kdcli.models.conv_factors import Conv, FactorisedConv
 from kdcli.stages.lowrank import evbmf, rank_ladder
-
-LAYERS = "convolution"
-
-Ranks = tuple[int, ...]  # one after the inputs and one after every axis of several taps, of each group
+from kdcli.stages.lowrank.rule import ConvolutionRule, ConvRanks
 
 
 class Config(BaseModel):
@@ -44,17 +41,17 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def full(layer: Conv) -> Ranks:
-    """Ranks at which the layer is reproduced exactly."""
+def full(layer: Conv) -> ConvRanks:
+    """ConvRanks at which the layer is reproduced exactly."""
     return conv_factors.train_limits(layer)
 
 
-def ladder(layer: Conv) -> list[Ranks]:
+def ladder(layer: Conv) -> list[ConvRanks]:
     """From all ranks 1 upwards, each step the rank whose next direction saves the most error for its parameters."""
     dense = sum(p.numel() for p in layer.parameters())
     energies, most = _energies(layer), full(layer)
-    ranks: Ranks = (1,) * len(most)
-    steps: list[tuple[Ranks, int]] = []
+    ranks: ConvRanks = (1,) * len(most)
+    steps: list[tuple[ConvRanks, int]] = []
     cost = conv_factors.parameters(layer, "tensor-train", ranks)
     while cost < dense:
         steps.append((ranks, cost))
@@ -71,7 +68,7 @@ def ladder(layer: Conv) -> list[Ranks]:
         if best is None:
             break
         ranks, cost = best
-    kept: list[tuple[Ranks, int]] = []
+    kept: list[tuple[ConvRanks, int]] = []
     for step in reversed(steps):  # what costs more than a later, better step is none
         if not kept or step[1] < kept[-1][1]:
             kept.append(step)
@@ -79,12 +76,12 @@ def ladder(layer: Conv) -> list[Ranks]:
     return [kept[i][0] for i in rank_ladder.spread([cost for _, cost in kept])]
 
 
-def by_rank(layer: Conv, rank: int) -> Ranks:
+def by_rank(layer: Conv, rank: int) -> ConvRanks:
     """``rank`` at every place that has as many."""
     return _clip(layer, (rank,) * len(full(layer)))
 
 
-def by_energy(layer: Conv, energy: float) -> Ranks:
+def by_energy(layer: Conv, energy: float) -> ConvRanks:
     """Every place drops an equal part of what may be lost, so the kernel keeps at least this share of its energy."""
     found = []
     for energies in _energies(layer):
@@ -94,13 +91,13 @@ def by_energy(layer: Conv, energy: float) -> Ranks:
     return _clip(layer, tuple(found))
 
 
-def by_evbmf(layer: Conv) -> Ranks:
+def by_evbmf(layer: Conv) -> ConvRanks:
     """What variational Bayes finds above the noise in the unfolding at every place, the most of any group."""
     return _clip(layer, tuple(max(evbmf.rank(m) for m in place) for place in _unfoldings(layer)))
 
 
 @torch.no_grad()
-def decompose(layer: Conv, ranks: Ranks, config: Config) -> FactorisedConv:
+def decompose(layer: Conv, ranks: ConvRanks, config: Config) -> FactorisedConv:
     """The factors by successive truncated SVDs.
 
     Args:
@@ -119,7 +116,7 @@ def decompose(layer: Conv, ranks: Ranks, config: Config) -> FactorisedConv:
     return conv_factors.fill(made, layer, [torch.stack(part) for part in zip(*found, strict=True)])
 
 
-def _train(kernel: Tensor, ranks: Ranks) -> list[Tensor]:
+def _train(kernel: Tensor, ranks: ConvRanks) -> list[Tensor]:
     """Factors (R', R, taps) of one group, from its kernel (I, *taps, O)."""
     with tensorly.backend_context("numpy", local_threadsafe=True):
         cores = tensor_train(kernel.numpy(), [1, *ranks, 1]).factors
@@ -153,7 +150,7 @@ def _energies(layer: Conv) -> list[np.ndarray]:
     return [torch.linalg.svdvals(torch.stack(place)).square().sum(0).numpy() for place in _unfoldings(layer)]
 
 
-def _clip(layer: Conv, ranks: Ranks) -> Ranks:
+def _clip(layer: Conv, ranks: ConvRanks) -> ConvRanks:
     """The nearest ranks none of which is more than its neighbours can use."""
     found = [min(rank, most) for rank, most in zip(ranks, full(layer), strict=True)]
     taps = [layer.kernel_size[axis] for axis in conv_factors.spatial_axes(layer)]
@@ -162,3 +159,14 @@ def _clip(layer: Conv, ranks: Ranks) -> Ranks:
     for at, (left, right) in reversed(list(enumerate(pairwise(range(len(found)))))):
         found[left] = min(found[left], found[right] * taps[at])
     return tuple(found)
+
+
+METHOD = ConvolutionRule(
+    config=Config,
+    full=full,
+    ladder=ladder,
+    by_rank=by_rank,
+    by_energy=by_energy,
+    by_evbmf=by_evbmf,
+    decompose=decompose,
+)

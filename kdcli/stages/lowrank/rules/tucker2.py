@@ -31,10 +31,7 @@ from torch import Tensor
 from kdcli.models import conv_factors
 from kdcli.models.conv_factors import Conv, FactorisedConv
 from kdcli.stages.lowrank import evbmf, rank_ladder
-
-LAYERS = "convolution"
-
-Ranks = tuple[int, ...]  # (A, B), of each group
+from kdcli.stages.lowrank.rule import ConvolutionRule, ConvRanks
 
 _CANDIDATES = 40  # ranks of a mode that a ladder looks at
 
@@ -63,15 +60,15 @@ class _Modes:
     kept: np.ndarray
 
 
-def full(layer: Conv) -> Ranks:
-    """Ranks at which the layer is reproduced exactly."""
+def full(layer: Conv) -> ConvRanks:
+    """ConvRanks at which the layer is reproduced exactly."""
     outputs, inputs = conv_factors.channels(layer)
     taps = int(np.prod(layer.kernel_size))
     return min(inputs, outputs * taps), min(outputs, inputs * taps)
 
 
-def ladder(layer: Conv) -> list[Ranks]:
-    """Ranks of rising cost and falling error, each the best that the start offers for its parameters."""
+def ladder(layer: Conv) -> list[ConvRanks]:
+    """ConvRanks of rising cost and falling error, each the best that the start offers for its parameters."""
     dense = sum(p.numel() for p in layer.parameters())
     kept = _modes(layer).kept
     (outputs, inputs), (b_most, a_most) = conv_factors.channels(layer), kept.shape
@@ -93,12 +90,12 @@ def ladder(layer: Conv) -> list[Ranks]:
     return [choices[found[i]] for i in rank_ladder.spread(cost[found])]
 
 
-def by_rank(layer: Conv, rank: int) -> Ranks:
+def by_rank(layer: Conv, rank: int) -> ConvRanks:
     """``rank`` in both modes, where they have as many."""
     return _clip(layer, rank, rank)
 
 
-def by_energy(layer: Conv, energy: float) -> Ranks:
+def by_energy(layer: Conv, energy: float) -> ConvRanks:
     """The ranks with the fewest parameters among those whose kernel keeps this share of the squared weights."""
     kept = _modes(layer).kept
     outputs, inputs = conv_factors.channels(layer)
@@ -111,7 +108,7 @@ def by_energy(layer: Conv, energy: float) -> Ranks:
     return min(choices, key=lambda ranks: conv_factors.parameters(layer, "tucker2", ranks))
 
 
-def by_evbmf(layer: Conv) -> Ranks:
+def by_evbmf(layer: Conv) -> ConvRanks:
     """What variational Bayes finds above the noise in each unfolding, the most of any group."""
     kernels = conv_factors.kernels(layer)
     outputs = max(evbmf.rank(kernel.flatten(1)) for kernel in kernels)
@@ -120,7 +117,7 @@ def by_evbmf(layer: Conv) -> Ranks:
 
 
 @torch.no_grad()
-def decompose(layer: Conv, ranks: Ranks, config: Config) -> FactorisedConv:
+def decompose(layer: Conv, ranks: ConvRanks, config: Config) -> FactorisedConv:
     """The factors of least squared error in the kernel that the iteration finds.
 
     Args:
@@ -202,7 +199,7 @@ def _columns(vectors: Tensor, count: int) -> Tensor:
     return torch.nn.functional.pad(vectors, (0, max(0, count - vectors.shape[1])))[:, :count]
 
 
-def _clip(layer: Conv, a: int, b: int) -> Ranks:
+def _clip(layer: Conv, a: int, b: int) -> ConvRanks:
     """The nearest ranks that the layer has, and neither more than the other and the taps can use.
 
     All channels of a side are left as they are: that side then has no factor.
@@ -225,3 +222,14 @@ def _some(most: int) -> list[int]:
         {round(r) for r in np.geomspace(1, most, _CANDIDATES)}
         | {*np.linspace(1, most, 20, dtype=int).tolist()}
     )
+
+
+METHOD = ConvolutionRule(
+    config=Config,
+    full=full,
+    ladder=ladder,
+    by_rank=by_rank,
+    by_energy=by_energy,
+    by_evbmf=by_evbmf,
+    decompose=decompose,
+)

@@ -24,9 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdcli.stages.lowrank.factors import Problem
-
-LAYERS = "linear"
-NEEDS = frozenset({"sensitivity"})
+from kdcli.stages.lowrank.rule import LinearRule
 
 
 class Config(BaseModel):
@@ -62,3 +60,6 @@ def metrics(problem: Problem, config: Config) -> tuple[Tensor, Tensor]:
     if size <= 0:  # nothing behind this layer changes with it
         return plain, problem.covariance
     return felt + plain * (config.floor * size / own if own > 0 else 0.0), problem.covariance
+
+
+METHOD = LinearRule(config=Config, metrics=metrics, needs=frozenset({"sensitivity"}))

@@ -30,9 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdcli.stages.lowrank.factors import Problem
-
-LAYERS = "linear"
-NEEDS: frozenset[str] = frozenset()
+from kdcli.stages.lowrank.rule import LinearRule
 
 
 class Config(BaseModel):
@@ -58,3 +56,6 @@ class Config(BaseModel):
 def metrics(problem: Problem, config: Config) -> tuple[Tensor, Tensor]:
     """M and K (m, m); see :mod:`kdcli.stages.lowrank.factors`."""
     return problem.plain, problem.covariance
+
+
+METHOD = LinearRule(config=Config, metrics=metrics)

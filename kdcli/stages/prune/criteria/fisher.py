@@ -48,9 +48,8 @@ from kdcli.probe import definite
 from kdcli.probe.layer_stream import PARTS, Moments, Pair
 from kdcli.stages.prune.budget import search
 from kdcli.stages.prune.criteria import taylor
-from kdcli.stages.prune.criterion import Found, UnitJob, Units
+from kdcli.stages.prune.criterion import Criterion, UnitJob, Units, UnitsCut
 
-STRUCTURES = ("heads", "neurons", "heads+neurons")
 DAMPINGS = 4  # that are tried, each ten times the one before
 
 
@@ -206,7 +205,7 @@ def tune(pair: Pair, config: Config, structure: str) -> dict[str, Any]:
     return _detail(tuned, furthest)
 
 
-def prune(job: UnitJob, config: Config) -> Found:
+def prune(job: UnitJob, config: Config) -> UnitsCut:
     """Find the mask, cut, and tune what is left."""
     steps = config.steps if job.iterative else 1
     pair = None
@@ -279,3 +278,6 @@ def _fold(output: Projection, mask: Tensor) -> None:
 
 def _detail(tuned: int, furthest: float) -> dict[str, Any]:
     return {"parts": tuned, "furthest_from_one": furthest}
+
+
+METHOD = Criterion(config=Config, prune=prune)

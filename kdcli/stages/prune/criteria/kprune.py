@@ -36,9 +36,7 @@ from kdcli.probe.layer_stream import PARTS, Pair
 from kdcli.stages.prune import head_refit, sublayer_refit
 from kdcli.stages.prune.budget import choose, cut_of
 from kdcli.stages.prune.criteria.taylor import gated, gradients
-from kdcli.stages.prune.criterion import Found, UnitJob, Units, some_rows
-
-STRUCTURES = ("heads", "neurons", "heads+neurons")
+from kdcli.stages.prune.criterion import Criterion, UnitJob, Units, UnitsCut, some_rows
 
 
 class Config(BaseModel):
@@ -56,12 +54,12 @@ class Config(BaseModel):
     refit_head: bool = Field(True, description="fit the linear layers of the head as well")
 
 
-def prune(job: UnitJob, config: Config) -> Found:
+def prune(job: UnitJob, config: Config) -> UnitsCut:
     """Cut and refit one sub-layer after the other; the budget is shared out anew before each."""
     start = job.price(job.layers)
     family = job.layers[0].family
     if job.remove <= 0:
-        return Found(cut_of([[np.arange(len(x)) for x in p] for p in (start.heads, start.neurons)], start))
+        return UnitsCut(cut_of([[np.arange(len(x)) for x in p] for p in (start.heads, start.neurons)], start))
     scored = some_rows(job.batches, config.scored)
     drawn = _draw(job, scored, config.temperature)
     pair = Pair(job.model, family, job.layers, job.batches)
@@ -91,7 +89,7 @@ def prune(job: UnitJob, config: Config) -> Found:
             task.advance()
     if head is not None:
         head.refit(pair.pruned, config.ridge)
-    return Found(cut_of(kept, start), steps)
+    return UnitsCut(cut_of(kept, start), steps)
 
 
 def knowledge(job: UnitJob, batches: Sequence[Labelled], drawn: Sequence[Tensor], config: Config) -> Units:
@@ -206,3 +204,6 @@ def _chosen(job: UnitJob, scores: Units, index: int, part: str, budget: float) -
         )
     chosen = choose(Units(parts[0][0], parts[1][0]), Units(parts[0][1], parts[1][1]), budget - spent)
     return np.flatnonzero((chosen.heads if part == "heads" else chosen.neurons)[index]).tolist()
+
+
+METHOD = Criterion(config=Config, prune=prune)

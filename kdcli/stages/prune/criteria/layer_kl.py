@@ -26,10 +26,8 @@ from torch import Tensor, nn
 from kdcli.families import stack
 from kdcli.families.family import Encoder
 from kdcli.inputs.feeding import Labelled
-from kdcli.stages.prune.criterion import Chosen, LayerJob
+from kdcli.stages.prune.criterion import Criterion, Kept, LayerJob
 from kdcli.tasks.task import Task
-
-STRUCTURES = ("layers",)
 
 
 class Config(BaseModel):
@@ -64,7 +62,7 @@ def without(model: nn.Module, family: Encoder, kept: Sequence[int], batches: Ite
         model.set_submodule(family.layers, whole)
 
 
-def choose(job: LayerJob, config: Config) -> Chosen:
+def choose(job: LayerJob, config: Config) -> Kept:
     """Drop layers greedily until those gone cost ``job.remove``; one stays.
 
     The trace has, for every step, the layer that went and the KL without each candidate.
@@ -84,4 +82,7 @@ def choose(job: LayerJob, config: Config) -> Chosen:
             kept.remove(least)
             gone += float(job.prices[least])
             trace.append({"dropped": least, "kl": found[least], "candidates": found})
-    return Chosen(kept, trace)
+    return Kept(kept, trace)
+
+
+METHOD = Criterion(config=Config, choose=choose)

@@ -22,10 +22,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kdcli.errors import UsageError
-from kdcli.stages.prune.criterion import Chosen, LayerJob
+from kdcli.stages.prune.criterion import Criterion, Kept, LayerJob
 
 Preset = Literal["bottom", "top", "alternate"]
-STRUCTURES = ("layers",)
 
 
 class Config(BaseModel):
@@ -55,7 +54,7 @@ def preset(name: Preset, layers: int, count: int) -> list[int]:
     return list(range(count)) if name == "bottom" else list(range(layers - count, layers))
 
 
-def choose(job: LayerJob, config: Config) -> Chosen:
+def choose(job: LayerJob, config: Config) -> Kept:
     """Keep what the list names, or as many layers as the budget leaves; one stays.
 
     Raises:
@@ -66,9 +65,12 @@ def choose(job: LayerJob, config: Config) -> Chosen:
         named = sorted(int(part) for part in config.keep.split(","))
         if named[-1] >= layers:
             raise UsageError(f"--set keep={config.keep}: the model has the layers 0 to {layers - 1}")
-        return Chosen(named)
+        return Kept(named)
     for count in range(layers, 1, -1):
         kept = preset(config.preset, layers, count)
         if float(job.prices.sum() - job.prices[kept].sum()) >= job.remove * (1 - 1e-9):
-            return Chosen(kept)
-    return Chosen(preset(config.preset, layers, 1))
+            return Kept(kept)
+    return Kept(preset(config.preset, layers, 1))
+
+
+METHOD = Criterion(config=Config, choose=choose)

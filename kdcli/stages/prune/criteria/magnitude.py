@@ -34,11 +34,10 @@ from torch import Tensor, nn
 from kdcli.families.layer import Layer
 from kdcli.families.modules import LowRankLinear, Projection
 from kdcli.stages.prune.budget import search
-from kdcli.stages.prune.criterion import Found, Pattern, UnitJob, Units, WeightJob
+from kdcli.stages.prune.criterion import Criterion, Pattern, UnitJob, Units, UnitsCut, WeightJob
 from kdcli.stages.prune.masks import keep
 
 Norm = Literal["l1", "l2"]
-STRUCTURES = ("weights", "n:m", "heads", "neurons", "heads+neurons")
 
 
 class Config(BaseModel):
@@ -89,7 +88,7 @@ def importance(layers: list[Layer], norm: Norm) -> Units:
     return Units(heads, neurons)
 
 
-def prune(job: UnitJob, config: Config) -> Found:
+def prune(job: UnitJob, config: Config) -> UnitsCut:
     """Cut by magnitude, in one step: what is left does not change while the rest is cut."""
     return search(job, lambda: (importance(list(job.layers), config.norm), None), 1)
 
@@ -107,3 +106,6 @@ def _outer(projection: Projection) -> nn.Linear:
 
 def _inner(projection: Projection) -> nn.Linear:
     return projection.first if isinstance(projection, LowRankLinear) else projection
+
+
+METHOD = Criterion(config=Config, zero=zero, prune=prune)

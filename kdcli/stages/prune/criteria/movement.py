@@ -33,11 +33,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from kdcli.stages.prune.criterion import Pattern
+from kdcli.stages.prune.criterion import Criterion, Pattern
 from kdcli.stages.prune.masks import keep
 
-STRUCTURES = ("weights", "n:m")
-TRAINED = True
 """The weights that stay are found by training: there is no ``zero``, but :func:`masked` and :func:`kept`."""
 
 
@@ -128,3 +126,6 @@ def kept(
     """
     square = {name: scores[name].detach().view(w.shape) for name, w in weights.items()}
     return keep(square, weights, pattern, config.scope)
+
+
+METHOD = Criterion(config=Config, trained=True)

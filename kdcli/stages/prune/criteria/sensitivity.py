@@ -37,11 +37,10 @@ from kdcli.families.layer import Layer
 from kdcli.probe.layer_stream import FIRST_TOKEN, PARTS, Pair, Stream, add, rows, token_weights
 from kdcli.stages.prune import head_refit, output_refit, sublayer_refit
 from kdcli.stages.prune.budget import cut_of
-from kdcli.stages.prune.criterion import Found, UnitJob, some_rows
+from kdcli.stages.prune.criterion import Criterion, UnitJob, UnitsCut, some_rows
 from kdcli.stages.prune.output_refit import Elimination, Moments
 from kdcli.tasks.task import Task
 
-STRUCTURES = ("heads", "neurons", "heads+neurons")
 LEVELS = (1 / 4, 1 / 2, 3 / 4, 7 / 8, 1.0)  # shares of a sub-layer's units at which the answers are compared
 
 
@@ -59,7 +58,7 @@ class Config(BaseModel):
 
 
 @dataclass(frozen=True)
-class Curve:
+class SublayerCurve:
     """One sub-layer: what removing k of its units costs the answers and saves."""
 
     layer: int
@@ -68,7 +67,7 @@ class Curve:
     saved: np.ndarray  # (units + 1,), in the unit of the job's price
 
 
-def prune(job: UnitJob, config: Config) -> Found:
+def prune(job: UnitJob, config: Config) -> UnitsCut:
     """Find shares by sensitivity, then cut and refit from the first layer to the last."""
     parts = [p for p in PARTS if p in job.structure.split("+")]
     start = job.price(job.layers)
@@ -103,12 +102,12 @@ def prune(job: UnitJob, config: Config) -> Found:
             task.advance()
     if head is not None:
         head.refit(pair.pruned, config.ridge)
-    return Found(cut_of(kept, start), steps, {"sensitivity": table})
+    return UnitsCut(cut_of(kept, start), steps, {"sensitivity": table})
 
 
 def sensitivities(
     job: UnitJob, config: Config, parts: Sequence[str]
-) -> tuple[list[Curve], list[dict[str, Any]]]:
+) -> tuple[list[SublayerCurve], list[dict[str, Any]]]:
     """Curves of all sub-layers of the dense model, and the measured rises for the report.
 
     Returns:
@@ -137,7 +136,7 @@ def sensitivities(
                     cost = (price.heads if part == "heads" else price.neurons)[layer.index]
                     rise = interpolate(np.array(gone.error), levels, kl)
                     saved = np.concatenate([[0.0], np.cumsum(cost)])
-                    curves.append(Curve(layer.index, part, rise, saved))
+                    curves.append(SublayerCurve(layer.index, part, rise, saved))
                 task.advance()
             probes.advance(layer)
     return curves, table
@@ -159,7 +158,7 @@ def _own_moments(stream: Stream, layer: Layer, last: bool) -> dict[str, Moments]
 
 
 def share_out(
-    curves: Sequence[Curve], remove: float, most: Sequence[int] | None = None
+    curves: Sequence[SublayerCurve], remove: float, most: Sequence[int] | None = None
 ) -> dict[tuple[int, str], int]:
     """How many units every sub-layer loses so that together they save ``remove`` at the least total rise.
 
@@ -194,7 +193,7 @@ def share_out(
     return {(c.layer, c.part): k for c, k in zip(curves, taken, strict=True)}
 
 
-def keep_one(curves: Sequence[Curve]) -> list[int]:
+def keep_one(curves: Sequence[SublayerCurve]) -> list[int]:
     """The most units that each sub-layer may lose, so that one head and one neuron of the encoder stay."""
     limits = [len(c.rise) - 1 for c in curves]
     for part in PARTS:
@@ -255,3 +254,6 @@ def _divergence(task: Task, dense: Sequence[Tensor], logits: Iterator[Tensor]) -
         total += float(task.divergence(now, before, "sum"))
         rows += len(before)
     return max(0.0, total / rows)
+
+
+METHOD = Criterion(config=Config, prune=prune)

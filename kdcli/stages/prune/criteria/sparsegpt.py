@@ -28,11 +28,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from kdcli.probe import definite
-from kdcli.stages.prune.criterion import Pattern, WeightJob
+from kdcli.stages.prune.criterion import Criterion, Pattern, WeightJob
 from kdcli.stages.prune.masks import largest, rows
 from kdcli.stages.prune.statistics import sequentially
-
-STRUCTURES = ("weights", "n:m")
 
 
 class Config(BaseModel):
@@ -122,3 +120,6 @@ def _quota(zero: Tensor, block: int, sparsity: float) -> list[int]:
         found.append(max(had[number], min(share, total - done - sum(had[number + 1 :]))))
         done += found[-1]
     return found
+
+
+METHOD = Criterion(config=Config, zero=zero)

@@ -34,12 +34,11 @@ from torch import Tensor, nn
 from kdcli.families.layer import Layer
 from kdcli.inputs.feeding import Labelled
 from kdcli.stages.prune.budget import search
-from kdcli.stages.prune.criterion import Found, UnitJob, Units
+from kdcli.stages.prune.criterion import Criterion, UnitJob, Units, UnitsCut
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
 
 Score = Literal["absolute", "squared"]
-STRUCTURES = ("heads", "neurons", "heads+neurons")
 
 
 class Config(BaseModel):
@@ -160,7 +159,7 @@ def row_gradients(
             parameter.requires_grad_(flag)
 
 
-def prune(job: UnitJob, config: Config) -> Found:
+def prune(job: UnitJob, config: Config) -> UnitsCut:
     """Cut by Taylor importance, estimated again after every part of the cut where the schedule says so."""
     steps = config.steps if job.iterative else 1
     with job.progress.task("importance", steps * len(job.batches)) as task:
@@ -183,3 +182,6 @@ def _multiply(gate: Tensor, width: int) -> Callable[[nn.Module, tuple[Tensor, ..
         return (x.unflatten(-1, (-1, width)).mul(gate[:, None, :, None]).flatten(-2), *args[1:])
 
     return hook
+
+
+METHOD = Criterion(config=Config, prune=prune)

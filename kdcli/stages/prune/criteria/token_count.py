@@ -19,9 +19,7 @@ from __future__ import annotations
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from kdcli.stages.prune.criterion import TokenJob
-
-STRUCTURES = ("vocab",)
+from kdcli.stages.prune.criterion import Criterion, TokenJob
 
 
 class Config(BaseModel):
@@ -37,3 +35,6 @@ class Config(BaseModel):
 def keep(job: TokenJob, config: Config) -> np.ndarray:
     """True where a token stays, (V,)."""
     return job.protected | (job.counts >= config.min_count)
+
+
+METHOD = Criterion(config=Config, keep=keep)

@@ -20,11 +20,9 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from kdcli.stages.prune.criterion import WeightJob
+from kdcli.stages.prune.criterion import Criterion, WeightJob
 from kdcli.stages.prune.masks import keep
 from kdcli.stages.prune.statistics import sequentially
-
-STRUCTURES = ("weights", "n:m")
 
 
 class Config(BaseModel):
@@ -59,3 +57,6 @@ def zero(job: WeightJob, config: Config) -> dict[str, Tensor]:
 
     sequentially(job, "squares", decide)
     return kept
+
+
+METHOD = Criterion(config=Config, zero=zero)

@@ -44,9 +44,7 @@ from kdcli.inputs import kinds
 from kdcli.models import transforms
 from kdcli.models.transforms import Width
 from kdcli.probe import definite
-from kdcli.stages.prune.criterion import Chosen, WidthJob
-
-STRUCTURES = ("width",)
+from kdcli.stages.prune.criterion import Criterion, Kept, WidthJob
 
 
 class Config(BaseModel):
@@ -71,7 +69,7 @@ class Site:
     first_token: bool  # the classification head reads the first token alone
 
 
-class Moments:
+class StreamMoments:
     """Sums over tokens of the outer product of [y, 1] with itself, (D + 1, D + 1)."""
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -125,14 +123,14 @@ def regression(covariance: Tensor, mean: Tensor, kept: Tensor, ridge: float) -> 
     return matrix, mean[gone] - matrix @ mean[kept]
 
 
-def narrow(job: WidthJob, config: Config) -> Chosen:
+def narrow(job: WidthJob, config: Config) -> Kept:
     """Cut the stream to ``job.keep`` features, in place."""
     model, places = job.model, sites(job.model, job.family)
     width = stack.width_of(model, job.family)
     device = next(model.parameters()).device
     if job.keep >= width:
-        return Chosen(list(range(width)))
-    found = [Moments(width, device) for _ in places]
+        return Kept(list(range(width)))
+    found = [StreamMoments(width, device) for _ in places]
     with job.progress.task("width", 2 * len(job.batches)) as task:
 
         def take(number: int, _: Tensor, y: Tensor) -> None:
@@ -154,14 +152,14 @@ def narrow(job: WidthJob, config: Config) -> Chosen:
     with torch.no_grad():
         for module, name, values in updates:  # the modules outlive the cut, their parameters do not
             getattr(module, name).copy_(values)
-    return Chosen(cut.keep, detail={"energy_kept": float(scores[kept].sum() / (float(scores.sum()) or 1.0))})
+    return Kept(cut.keep, detail={"energy_kept": float(scores[kept].sum() / (float(scores.sum()) or 1.0))})
 
 
 def _refit(
     job: WidthJob,
     config: Config,
     places: list[Site],
-    found: list[Moments],
+    found: list[StreamMoments],
     kept: Tensor,
     advance: Callable[[], None],
 ) -> list[tuple[nn.Module, str, Tensor]]:
@@ -242,3 +240,6 @@ def _others(kept: Tensor, width: int) -> Tensor:
     gone = torch.ones(width, dtype=torch.bool, device=kept.device)
     gone[kept] = False
     return gone.nonzero().flatten()
+
+
+METHOD = Criterion(config=Config, narrow=narrow)

@@ -22,10 +22,11 @@ from pydantic import Field
 from torch import Tensor
 
 from kdcli.models.integers import Integers
+from kdcli.stages.quantize import qat
+from kdcli.stages.quantize.scheme import Scheme, Training
 from kdcli.stages.quantize.schemes import ternary
 
 BITS = 1
-EPOCHS = 3
 
 
 class Config(ternary.Config):
@@ -55,3 +56,20 @@ def quantise(weight: Tensor, config: Config, *, table: bool = False) -> Integers
     scale = shared.abs().mean(1, keepdim=True).expand(len(weight), 1)
     values = torch.where(weight >= 0, 1, -1).to(torch.int8)
     return Integers(values, scale.contiguous(), None, BITS)
+
+
+def training(config: Config) -> Training:
+    """The encoder, and where ``tables`` says so the token table."""
+    return Training(
+        quantise=quantise,
+        epochs=3,
+        everywhere=False,
+        ranges=config.activations == "8",
+        pack=True,
+        zeros=False,
+    )
+
+
+METHOD = Scheme(
+    config=Config, apply=qat.apply, check=qat.check, training=training, operators=ternary.operators
+)

@@ -26,11 +26,26 @@ Differs: embeddings have a scale a row, where onnxruntime has one scale and zero
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from kdcli.context import Applied, Context
+from kdcli.export.int8 import quantise_graph
+from kdcli.inputs import sampling
+from kdcli.measure import environment
 from kdcli.models.integers import Integers
-from kdcli.stages.quantize import nearest
+from kdcli.stages.quantize import integer_weights
+from kdcli.stages.quantize.plan import QuantizePlan
+from kdcli.stages.quantize.rounding import rtn
+from kdcli.stages.quantize.scheme import Scheme
+from kdcli.stages.quantize.simulated import Simulation, answer
+from kdcli.stages.quantize.smoothing import smoothquant
+
+ROWS = 1000  # of validation, for a choice between forms of the weights
 
 
 class Config(BaseModel):
@@ -63,4 +78,68 @@ def limit(config: Config) -> int:
 
 def quantise(weight: Tensor, config: Config) -> Integers:
     """Round a matrix (O, I) of finite floats to integers, each row with its own scale."""
-    return nearest.symmetric(weight, config.bits, limit=limit(config))
+    return rtn.symmetric(weight, config.bits, limit=limit(config))
+
+
+def apply(context: Context, plan: QuantizePlan) -> Applied:
+    """Round every weight by itself; no data is looked at, but where the processor leaves a choice."""
+    config, hardware = hardware_choice(context, plan)
+    plan = replace(plan, config=config)
+
+    def matrix(name: str, layer: nn.Linear) -> Integers:
+        return quantise(layer.weight, config)
+
+    integers = integer_weights.quantise(plan, matrix)
+    largest = integer_weights.largest_of(integers, plan)
+    applied = integer_weights.finish(
+        context,
+        plan,
+        integers,
+        rounds="dynamic",
+        reduce_range=config.reduce_range,
+        detail={"largest": largest, "largest_pair_sum": 2 * 255 * largest, "hardware": hardware},
+        warnings=[] if config.unsigned else integer_weights.saturation(largest),
+    )
+    assert applied.integers is not None
+    integers.clear()
+    stored = integer_weights.arrays(applied.integers)
+    smooth = smoothquant.vectors(context.checkpoint.model)
+
+    def rewrite(source: Path, target: Path) -> dict[str, Any]:
+        return quantise_graph(source, target, stored, unsigned=config.unsigned, smooth=smooth)
+
+    applied.rewrite_onnx = rewrite
+    return applied
+
+
+def hardware_choice(context: Context, plan: QuantizePlan) -> tuple[Any, dict[str, Any]]:
+    """Which 8-bit form of the weights suits this processor: the plan's Config, perhaps changed, and why.
+
+    With VNNI any form is exact, and the default of 7 bits is, everywhere. Without it 7 bits as int8 and 8 bits
+    as uint8 are, and the one that keeps more accuracy on validation rows is taken, unless the user chose.
+    """
+    found = environment.isa()
+    detail: dict[str, Any] = {"isa": found, "vnni": environment.has_vnni()}
+    config = plan.config
+    named = {"reduce_range", "unsigned"} & set(context.request.common.settings)
+    if environment.has_vnni() or named or config.bits < 8:
+        return config, detail
+    validation = context.encoded["validation"]
+    rows = sampling.sample(validation, ROWS, sampling.JUDGING_SEED, context.checkpoint.task)
+    dense = {f"{name}.weight": layer.weight.detach().clone() for name, layer in plan.matrices.items()}
+    base = answer(context.checkpoint, rows)
+    scores = {}
+    for name, unsigned in (("int8, 7 bits", False), ("uint8", True)):
+        form = config.model_copy(update={"unsigned": unsigned, "reduce_range": not unsigned})
+        integers = {n: quantise(weight, form) for n, weight in dense.items()}
+        with Simulation(context.checkpoint, integers, dense, rounds="dynamic") as simulation:
+            got = simulation.answers(simulation.layers, rows)
+        scores[name] = (got.score, -base.divergence(got))
+    # As accurate is good enough: the faster form comes first.
+    best = max(scores, key=lambda name: (scores[name][0], name == "int8, 7 bits"))
+    detail |= {"accuracy": {name: score[0] for name, score in scores.items()}, "chosen": best}
+    unsigned = best == "uint8"
+    return config.model_copy(update={"unsigned": unsigned, "reduce_range": not unsigned}), detail
+
+
+METHOD = Scheme(config=Config, apply=apply, rounds="dynamic")

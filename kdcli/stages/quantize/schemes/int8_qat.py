@@ -19,14 +19,12 @@ from pydantic import Field
 from torch import Tensor
 
 from kdcli.models.integers import Integers
-from kdcli.stages.quantize.schemes import static_int8
-from kdcli.stages.quantize.schemes.dynamic_int8 import Config as DynamicConfig
-
-ACTIVATIONS = True  # are rounded with ranges that the training finds
-EPOCHS = 1
+from kdcli.stages.quantize import qat
+from kdcli.stages.quantize.scheme import Scheme, Training
+from kdcli.stages.quantize.schemes import dynamic_int8
 
 
-class Config(DynamicConfig):
+class Config(dynamic_int8.Config):
     """Parameters of int8 quantisation-aware training."""
 
     momentum: float = Field(0.05, gt=0, le=1, description="share of a batch in the average of the ranges")
@@ -38,7 +36,19 @@ class Config(DynamicConfig):
 
 def quantise(weight: Tensor, config: Config, *, table: bool = False) -> Integers:
     """Round a matrix (O, I), each row with its own scale."""
-    return static_int8.quantise(weight, static_int8.Config(**config.model_dump(include=_SHARED)))
+    return dynamic_int8.quantise(weight, config)
 
 
-_SHARED = set(DynamicConfig.model_fields)
+def training(config: Config) -> Training:
+    """All matrices, and what they read."""
+    return Training(
+        quantise=quantise,
+        epochs=1,
+        everywhere=True,
+        ranges=True,
+        unsigned=config.unsigned,
+        reduce_range=config.reduce_range,
+    )
+
+
+METHOD = Scheme(config=Config, apply=qat.apply, check=qat.check, training=training)

@@ -24,10 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdcli.models.integers import Integers
+from kdcli.stages.quantize import qat
+from kdcli.stages.quantize.scheme import Scheme, Training
 
 BITS = 2
 THRESHOLD = 0.7
-EPOCHS = 3
 
 
 class Config(BaseModel):
@@ -67,3 +68,18 @@ def quantise(weight: Tensor, config: Config, *, table: bool = False) -> Integers
     scale = torch.where(scale > 0, scale, torch.ones_like(scale)).expand(len(weight), 1)
     values = (shared.sign() * kept).to(torch.int8).view(weight.shape)
     return Integers(values, scale.contiguous(), None, BITS)
+
+
+def training(config: Config) -> Training:
+    """The encoder, and where ``tables`` says so the token table."""
+    return Training(
+        quantise=quantise, epochs=3, everywhere=False, ranges=config.activations == "8", pack=True
+    )
+
+
+def operators(config: Config) -> tuple[str, ...]:
+    """Products of packed integers, where activations stay in float; else of 8-bit ones."""
+    return ("MatMulNBits, 2 bits", "MatMulNBits, 8 bits") if config.activations == "float" else ()
+
+
+METHOD = Scheme(config=Config, apply=qat.apply, check=qat.check, training=training, operators=operators)

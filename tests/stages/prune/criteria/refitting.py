@@ -13,7 +13,7 @@ from kdcli.inputs.feeding import Labelled
 from kdcli.models import transforms
 from kdcli.stages.prune.budget import costs, layer_macs
 from kdcli.stages.prune.criteria import taylor
-from kdcli.stages.prune.criterion import Found, UnitJob
+from kdcli.stages.prune.criterion import UnitJob, UnitsCut
 from tests import tiny
 
 TOKENS = 9.0
@@ -73,7 +73,7 @@ def doubled(seed: int = 0) -> Any:
     return made
 
 
-def halves_and_beats_taylor(family: str, prune: Callable[[UnitJob], Found]) -> None:
+def halves_and_beats_taylor(family: str, prune: Callable[[UnitJob], UnitsCut]) -> None:
     """Half of the cost goes, the cut rebuilds the shapes, and the answers move less than by Taylor importance."""
     dense, made, other = (tiny.checkpoint(family) for _ in range(3))
     job = job_of(made, "heads+neurons", 0.5)

@@ -198,7 +198,7 @@ def test_tuning_an_unpruned_model_changes_nothing(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("structure", fisher.STRUCTURES)
+@pytest.mark.parametrize("structure", fisher.METHOD.structures)
 def test_the_cut_meets_the_budget_and_replays(family: str, structure: str) -> None:
     made, layers, batches = setting(family)
     whole = sum(layer_macs(layer, TOKENS) for layer in layers)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdcli.stages.prune.criteria import sensitivity, taylor
-from kdcli.stages.prune.criteria.sensitivity import Curve, interpolate, keep_one, share_out
+from kdcli.stages.prune.criteria.sensitivity import SublayerCurve, interpolate, keep_one, share_out
 from tests import tiny
 from tests.stages.prune.criteria.refitting import (
     batches,
@@ -22,13 +22,13 @@ from tests.stages.prune.criteria.refitting import (
 CONFIG = sensitivity.Config(ridge=1e-5)
 
 
-def curves(seed: int = 0, units: int = 6) -> list[Curve]:
+def curves(seed: int = 0, units: int = 6) -> list[SublayerCurve]:
     """Three convex curves with units of different prices."""
     rng = np.random.default_rng(seed)
     made = []
     for n in range(3):
         rise = np.concatenate([[0.0], np.cumsum(np.sort(rng.random(units)))])
-        made.append(Curve(n, "neurons", rise, (n + 1.0) * np.arange(units + 1)))
+        made.append(SublayerCurve(n, "neurons", rise, (n + 1.0) * np.arange(units + 1)))
     return made
 
 
@@ -57,7 +57,7 @@ def test_shares_are_the_best_by_brute_force_up_to_one_unit(remove: float) -> Non
 
 def test_one_head_and_one_neuron_stay_somewhere() -> None:
     given = [
-        Curve(n, part, np.array([0.0, 1.0 + n]), np.array([0.0, 1.0]))
+        SublayerCurve(n, part, np.array([0.0, 1.0 + n]), np.array([0.0, 1.0]))
         for n in (0, 1)
         for part in ("heads", "neurons")
     ]

@@ -9,7 +9,8 @@ import torch
 from kdcli import registry
 from kdcli.errors import UsageError
 from kdcli.models.integers import Integers
-from kdcli.stages.quantize import nearest
+from kdcli.stages.quantize.rounding import rtn
+from kdcli.stages.quantize.scheme import Scheme
 from kdcli.stages.quantize.schemes import dynamic_int8
 from kdcli.stages.quantize.schemes.dynamic_int8 import Config
 
@@ -31,7 +32,7 @@ def quantise(
     weight: torch.Tensor, config: Config, *, table: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Integers and scales of a matrix, or of an embedding table."""
-    made = nearest.table(weight, "int8") if table else dynamic_int8.quantise(weight, config)
+    made = rtn.table(weight, "int8") if table else dynamic_int8.quantise(weight, config)
     assert made.zero is None
     assert made.bits == 8
     return made.values, made.scale
@@ -132,11 +133,11 @@ def test_products_with_uint8_survive_16_bit_sums_only_with_the_reduced_range(red
 
 
 def test_it_is_registered_with_its_settings() -> None:
-    module = registry.load("quantize", "dynamic-int8")
-    assert module is dynamic_int8
-    assert registry.parse_settings(module, {}).reduce_range is True
-    assert registry.parse_settings(module, {"reduce_range": "false"}).reduce_range is False
+    method = registry.load("quantize", "dynamic-int8", Scheme)
+    assert method is dynamic_int8.METHOD
+    assert method.configured({}).reduce_range is True
+    assert method.configured({"reduce_range": "false"}).reduce_range is False
     with pytest.raises(UsageError, match="reduce_range"):
-        registry.parse_settings(module, {"reduced_range": "false"})
+        method.configured({"reduced_range": "false"})
     with pytest.raises(UsageError, match="reduce_range=maybe"):
-        registry.parse_settings(module, {"reduce_range": "maybe"})
+        method.configured({"reduce_range": "maybe"})

@@ -1,73 +1,43 @@
-"""Weight-only integers in blocks: the range of a block, and what it is worth."""
+"""Weight-only integers in blocks: their settings, and the ways of rounding that they choose among."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from kdcli import registry
+from kdcli.errors import UsageError
+from kdcli.stages.quantize import plan as plans
+from kdcli.stages.quantize.scheme import WeightRounding
 from kdcli.stages.quantize.schemes import int4
 from kdcli.stages.quantize.schemes.int4 import Config
 
 
-def matrix(seed: int = 0) -> torch.Tensor:
-    return torch.randn(24, 128, generator=torch.Generator().manual_seed(seed))
-
-
-def by_hand(block: np.ndarray, bits: int, symmetric: bool) -> np.ndarray:
-    """One block, in float64."""
-    if symmetric:
-        step = np.abs(block).max() / (2 ** (bits - 1) - 1)
-        return np.round(block / step) * step
-    low, high = min(block.min(), 0.0), max(block.max(), 0.0)
-    step = (high - low) / (2**bits - 1)
-    zero = np.round(-low / step)
-    return (np.clip(np.round(block / step) + zero, 0, 2**bits - 1) - zero) * step
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_blocks_are_rounded_by_themselves(bits: int, symmetric: bool) -> None:
-    weight = matrix(bits)
-    made = int4.quantise(weight, Config(bits=bits, group=32, symmetric=symmetric))
-    assert made.scale.shape == (24, 4)
-    assert (made.zero is None) == symmetric
-    found = made.dense().double().numpy()
-    for o in range(24):
-        for start in range(0, 128, 32):
-            want = by_hand(weight[o, start : start + 32].double().numpy(), bits, symmetric)
-            # One in float32 of the largest quotient, 255.
-            close = np.isclose(found[o, start : start + 32], want, rtol=0, atol=1e-5)
-            # A quotient within 1e-4 of a half may go either way.
-            assert close.mean() > 0.95
-
-
-def test_what_lies_on_the_grid_stays_as_it_is() -> None:
-    values = torch.randint(-8, 8, (5, 64), generator=torch.Generator().manual_seed(0))
-    values[:, 0], values[:, 1], values[:, 32], values[:, 33] = -8, 7, -8, 7
-    weight = values * 0.25
-    made = int4.quantise(weight, Config(group=32, symmetric=False))
-    assert torch.equal(made.values, values.to(torch.int8))
-    assert torch.equal(made.dense(), weight)
-
-
-def test_zero_points_pay_for_lopsided_blocks() -> None:
-    weight = matrix().abs()
-    lopsided = int4.quantise(weight, Config(symmetric=False)).dense()
-    around_zero = int4.quantise(weight, Config()).dense()
-    # 16 steps over one side against 8: half the step, a quarter of the squared error.
-    ratio = float((weight - lopsided).pow(2).sum() / (weight - around_zero).pow(2).sum())
-    assert 0.15 < ratio < 0.35
-
-
-def test_a_width_without_blocks_has_a_scale_a_row() -> None:
-    made = int4.quantise(torch.randn(3, 40), Config())
-    assert made.group is None
-    assert made.scale.shape == (3, 1)
-
-
 def test_its_settings() -> None:
-    config = registry.parse_settings(int4, {"bits": "3", "rounding": "hqq", "group": "128"})
+    config = int4.METHOD.configured({"bits": "3", "rounding": "hqq", "group": "128"})
     assert (config.bits, config.rounding, config.group) == (3, "hqq", 128)
-    assert int4.EMBEDDINGS == "int4"
+    assert int4.METHOD.embeddings == "int4"
+
+
+def test_a_block_divides_the_width() -> None:
+    assert int4.group(torch.zeros(2, 96), Config(group=64)) == 32
+    assert int4.group(torch.zeros(2, 40), Config()) is None
+
+
+def test_every_file_of_rounding_can_be_chosen() -> None:
+    for name in registry.names("rounding"):
+        found = plans.settle("int4", {"rounding": name})
+        assert found.rounding is registry.load("rounding", name, WeightRounding)
+        assert (found.rounding.of_weight is None) != (found.rounding.of_inputs is None)
+        assert type(found.inner) is found.rounding.config
+    with pytest.raises(UsageError, match="unknown rounding 'gtpq': did you mean 'gptq'"):
+        plans.settle("int4", {"rounding": "gtpq"})
+
+
+def test_settings_go_to_the_rounding_that_was_chosen() -> None:
+    found = plans.settle("int4", {"rounding": "hqq", "iterations": "3", "bits": "5"})
+    assert (found.config.bits, found.inner.iterations) == (5, 3)
+    assert plans.settle("int4", {"gptq.damp": "0.5"}).inner.damp == 0.5
+    with pytest.raises(UsageError, match="unknown setting 'iterations'") as caught:
+        plans.settle("int4", {"iterations": "3"})
+    assert caught.value.hint == "iterations is a setting of hqq"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdcli import registry
 from kdcli.errors import UsageError
 from kdcli.stages.quantize.schemes import int8_qat, static_int8
 
@@ -22,4 +21,4 @@ def test_integers_are_those_of_static_int8(settings: dict) -> None:
 @pytest.mark.parametrize("settings", [{"momentum": "0"}, {"lr": "0"}, {"alpha": "1.5"}, {"temperature": "0"}])
 def test_bad_settings_are_refused(settings: dict[str, str]) -> None:
     with pytest.raises(UsageError, match=next(iter(settings))):
-        registry.parse_settings(registry.load("quantize", "int8-qat"), settings)
+        int8_qat.METHOD.configured(settings)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli import registry
 from kdcli.errors import UsageError
 from kdcli.stages.quantize.schemes import dynamic_int8, static_int8
 
@@ -35,8 +34,7 @@ def test_every_filter_has_its_own_scale(shape: tuple[int, ...]) -> None:
 
 
 def test_settings() -> None:
-    module = registry.load("quantize", "static-int8")
-    assert registry.parse_settings(module, {"percentile": "99.9"}).percentile == 99.9
+    assert static_int8.METHOD.configured({"percentile": "99.9"}).percentile == 99.9
     for bad in ("50", "100.5", "high"):
         with pytest.raises(UsageError, match="percentile"):
-            registry.parse_settings(module, {"percentile": bad})
+            static_int8.METHOD.configured({"percentile": bad})

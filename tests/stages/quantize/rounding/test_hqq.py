@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli.stages.quantize import nearest
-from kdcli.stages.quantize.schemes import hqq
-from kdcli.stages.quantize.schemes.hqq import Config
+from kdcli.stages.quantize.rounding import hqq, rtn
+from kdcli.stages.quantize.rounding.hqq import Config
 
 
 def matrix(seed: int = 0) -> torch.Tensor:
@@ -61,7 +60,7 @@ def test_scales_and_zero_points_are_those_of_the_rounds_done_by_hand(bits: int) 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_norm_it_minimises_is_never_above_that_of_the_nearest(symmetric: bool) -> None:
     weight, config = matrix(), Config()
-    plain = (nearest.symmetric if symmetric else nearest.asymmetric)(weight, 3, group=32).dense()
+    plain = (rtn.symmetric if symmetric else rtn.asymmetric)(weight, 3, group=32).dense()
     found = hqq.quantise(weight, 3, 32, config, symmetric=symmetric)
     assert (found.zero is None) == symmetric
 

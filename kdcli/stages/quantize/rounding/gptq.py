@@ -26,7 +26,8 @@ from torch import Tensor
 
 from kdcli.models.integers import Integers
 from kdcli.probe import definite
-from kdcli.stages.quantize import nearest
+from kdcli.stages.quantize.rounding import rtn
+from kdcli.stages.quantize.scheme import WeightRounding
 
 
 class Config(BaseModel):
@@ -45,7 +46,7 @@ def quantise(
 
     Args:
         weight: W, (O, I) of finite floats.
-        hessian: X^T X, (I, I), in any scale; all zeros rounds to the nearest.
+        hessian: X^T X, (I, I), in any scale; all zeros rounds to the rtn.
         bits: 2 to 8.
         group: Columns of a block, a divisor of I; None for whole rows.
         config: How.
@@ -61,7 +62,7 @@ def quantise(
     if not bool(dead.all()):
         w[:, dead] = 0
     pruned = weight == 0
-    choose = nearest.symmetric if symmetric else nearest.asymmetric
+    choose = rtn.symmetric if symmetric else rtn.asymmetric
     lowest, highest = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     lowest = -highest if symmetric else lowest
     start = choose(w, bits, group=group)
@@ -105,3 +106,6 @@ def quantise(
     back[:, order] = values
     zeros = None if symmetric else zero.to(torch.int8)
     return Integers(back.to(torch.int8), scale, zeros, bits)
+
+
+METHOD = WeightRounding(config=Config, of_inputs=quantise)

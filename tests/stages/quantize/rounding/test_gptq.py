@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli.stages.quantize import nearest
-from kdcli.stages.quantize.schemes import gptq
-from kdcli.stages.quantize.schemes.gptq import Config
+from kdcli.stages.quantize.rounding import gptq, rtn
+from kdcli.stages.quantize.rounding.gptq import Config
 
 
 def layer(seed: int = 0, rows: int = 12, columns: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +74,7 @@ def test_inputs_that_are_independent_leave_rounding_to_the_nearest(
     group: int | None, symmetric: bool
 ) -> None:
     weight, _ = layer()
-    plain = (nearest.symmetric if symmetric else nearest.asymmetric)(weight, 4, group=group)
+    plain = (rtn.symmetric if symmetric else rtn.asymmetric)(weight, 4, group=group)
     for order in (True, False):
         made = gptq.quantise(weight, torch.eye(64), 4, group, Config(order=order), symmetric=symmetric)
         assert torch.equal(made.values, plain.values)
@@ -89,7 +88,7 @@ def test_the_error_of_the_output_is_well_below_that_of_the_nearest(
     bits: int, group: int | None, order: bool
 ) -> None:
     weight, inputs = layer(bits)
-    plain = nearest.asymmetric(weight, bits, group=group).dense()
+    plain = rtn.asymmetric(weight, bits, group=group).dense()
     made = gptq.quantise(weight, inputs.T @ inputs, bits, group, Config(order=order)).dense()
 
     def error(dense: torch.Tensor) -> float:
@@ -115,7 +114,7 @@ def test_features_that_never_occur_cost_nothing_and_break_nothing() -> None:
     made = gptq.quantise(weight, inputs.T @ inputs, 4, None, Config())
     assert bool((made.dense()[:, 7] == 0).all())
     none = gptq.quantise(weight, torch.zeros(64, 64), 4, None, Config())
-    assert torch.equal(none.values, nearest.asymmetric(weight, 4).values)
+    assert torch.equal(none.values, rtn.asymmetric(weight, 4).values)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -126,6 +125,6 @@ def test_zeros_stay_and_their_error_goes_to_the_others(order: bool, symmetric: b
     hessian = inputs.T @ inputs
     made = gptq.quantise(weight, hessian, 4, 16, Config(order=order), symmetric=symmetric)
     assert bool((made.dense()[:, ::2] == 0).all())
-    plain = (nearest.symmetric if symmetric else nearest.asymmetric)(weight, 4, group=16)
+    plain = (rtn.symmetric if symmetric else rtn.asymmetric)(weight, 4, group=16)
     losses = [float(((q.dense() - weight) @ inputs.T).square().sum()) for q in (made, plain)]
     assert losses[0] < 0.8 * losses[1]

@@ -11,7 +11,7 @@ in turns, beta growing by ``kappa`` each time:
     z = round(mean(q - (w - e) / s))
     s = <q - z, w - e> / ||q - z||^2
 
-A block keeps the best of all rounds by ||w - r(q)||_p, the first of which is rounding to the nearest.
+A block keeps the best of all rounds by ||w - r(q)||_p, the first of which is rounding to the rtn.
 
 Source: Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models" (technical report of
 Mobius Labs), equations 2 to 5, and its defaults for p, beta and kappa.
@@ -26,7 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdcli.models.integers import Integers
-from kdcli.stages.quantize import nearest
+from kdcli.stages.quantize.rounding import rtn
+from kdcli.stages.quantize.scheme import WeightRounding
 
 
 class Config(BaseModel):
@@ -51,7 +52,7 @@ def quantise(
         config: The rounds.
         symmetric: Zero points stay 0.
     """
-    start = nearest.symmetric if symmetric else nearest.asymmetric
+    start = rtn.symmetric if symmetric else rtn.asymmetric
     made = start(weight, bits, group=group)
     w = weight.detach().float().view(len(weight), made.scale.shape[1], -1)
     scale = made.scale[..., None]
@@ -90,3 +91,6 @@ def quantise(
         None if symmetric else best_zero[..., 0].to(torch.int8),
         bits,
     )
+
+
+METHOD = WeightRounding(config=Config, of_weight=quantise)

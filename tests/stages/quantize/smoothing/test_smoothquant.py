@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli.stages.quantize import nearest
 from kdcli.stages.quantize.ranges import affine
-from kdcli.stages.quantize.schemes.smoothquant import Config, factors
+from kdcli.stages.quantize.rounding import rtn
+from kdcli.stages.quantize.smoothing.smoothquant import Config, factors
 
 
 def problem(seed: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -67,7 +67,7 @@ def test_outliers_cost_less_after_it() -> None:
             scaled = x / s
             a = affine(float(scaled.min()), float(scaled.max()))
             rounded = torch.fake_quantize_per_tensor_affine(scaled, a.scale, a.zero, 0, 255)
-            dense = nearest.symmetric(weight * s, 8).dense()
+            dense = rtn.symmetric(weight * s, 8).dense()
             total += float(((rounded @ dense.T - x @ weight.T) ** 2).sum())
         return total
 

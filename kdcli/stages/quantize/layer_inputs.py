@@ -1,21 +1,32 @@
-"""Run calibration rows through a model and look at what its layers read, one batch at a time."""
+"""Calibration rows, and what the layers of a model read of them: one batch at a time, nothing is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kdcli.context import Context
 from kdcli.families.modules import SmoothLinear
-from kdcli.inputs import kinds
+from kdcli.inputs import batching, kinds, sampling
 from kdcli.inputs.feeding import model_inputs
-from kdcli.stages.quantize import integer_weights
 
 Layers = Mapping[str, nn.Module]
 T = TypeVar("T")
+
+
+def calibration_batches(context: Context, rows: int, batch_size: int = 8) -> Iterator[dict[str, np.ndarray]]:
+    """Collated training rows, drawn by the seed of the run, one batch at a time: nothing is kept.
+
+    Rows of one batch have the same length, so that no padding is observed.
+    """
+    train, pad = context.encoded["train"], context.checkpoint.pad_id
+    picked = sampling.sample(train, rows, context.seed, context.checkpoint.task)
+    for part in batching.equal_length_batches(picked.lengths, batch_size):
+        yield batching.collate(picked, part, pad)
 
 
 @torch.no_grad()
@@ -64,7 +75,7 @@ def observe(
     handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
         with context.progress.task(title, min(rows, len(context.encoded["train"]))) as task:
-            for batch in integer_weights.calibration_batches(context, rows):
+            for batch in calibration_batches(context, rows):
                 model(**model_inputs(model, batch, context.device))
                 added.clear()
                 task.advance(kinds.size(batch))

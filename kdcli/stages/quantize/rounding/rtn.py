@@ -1,4 +1,4 @@
-"""Rounding a matrix to the nearest integers: what the quantisation methods share.
+"""Rounding to the nearest (RTN): every weight by itself, without data; what all schemes share.
 
 Shape letters: O rows, I columns, G groups of neighbouring columns that share a scale. With b bits,
 
@@ -7,18 +7,32 @@ Shape letters: O rows, I columns, G groups of neighbouring columns that share a 
                   q = clip(round(w / s) + z, -2^(b-1), 2^(b-1) - 1)
 
 with ties to even, and w ~ (q - z) s.
+
+Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", arXiv:1712.05877, section 2.1, equation 1.
+Differs: a scale a group of columns and not a tensor; symmetric integers have no zero point and stay within [-L, L].
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from kdcli.models.integers import Integers, group_of
+from kdcli.stages.quantize.scheme import WeightRounding
 
 TABLE_GROUP = 64
 """Columns of an embedding table of 4 bits that share a scale."""
 _ROWS = 4096  # of a table that are rounded together: each by itself, so that little memory is needed
+
+
+class Config(BaseModel):
+    """Rounding to the nearest has no parameters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def symmetric(weight: Tensor, bits: int, *, group: int | None = None, limit: int | None = None) -> Integers:
@@ -87,3 +101,15 @@ def _grouped(weight: Tensor, group: int | None) -> Tensor:
 def _usable(scale: Tensor) -> Tensor:
     # A subnormal scale has too few digits to divide by; such a group is zero for any practical purpose.
     return torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+
+
+def quantise(
+    weight: Tensor, bits: int, group: int | None, config: Any, *, symmetric: bool = False
+) -> Integers:
+    """Round a matrix; arguments as in :func:`kdcli.stages.quantize.rounding.hqq.quantise`."""
+    return _ROUND[symmetric](weight, bits, group=group)
+
+
+_ROUND = {True: symmetric, False: asymmetric}
+
+METHOD = WeightRounding(config=Config, of_weight=quantise)
