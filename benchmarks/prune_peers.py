@@ -70,11 +70,11 @@ def bench(model: str, data: str, seed: int, samples: int, batch_size: int = 32) 
     import torch
 
     from kdcli.data import sources
+    from kdcli.families.stack import encoder_layers
     from kdcli.inputs import batching
     from kdcli.inputs.feeding import model_inputs
     from kdcli.inputs.splits import Splits
     from kdcli.models.checkpoint import load
-    from kdcli.models.families import encoder_layers
 
     made = load(Path(model))
     splits = Splits(sources.load(data), made)
@@ -114,7 +114,7 @@ def torch_pruning(given: Bench, share: float, *, together: bool) -> None:
     whole, dense = given.checkpoint.model, given.macs()
 
     def attempt(neurons: float) -> None:
-        from kdcli.models.families import encoder_layers
+        from kdcli.families.stack import encoder_layers
 
         given.checkpoint.model = copy.deepcopy(whole)
         for now, before in zip(

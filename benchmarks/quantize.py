@@ -116,6 +116,7 @@ def peers(given: argparse.Namespace) -> None:
     from onnxruntime.quantization import quantize_dynamic
 
     from kdcli.export import fusion, onnx
+    from kdcli.inputs.text import TEXT
     from kdcli.models import checkpoint as checkpoints
 
     name, model = named(given.model)
@@ -126,7 +127,7 @@ def peers(given: argparse.Namespace) -> None:
     if int(getattr(loaded.config, "type_vocab_size", 0) or 0) >= 2:
         inputs.append("token_type_ids")
     if not plain.is_file():
-        onnx.export(loaded.model, onnx.example(int(loaded.config.vocab_size), inputs, "cpu"), plain)
+        onnx.export(loaded.model, TEXT.example(int(loaded.config.vocab_size), inputs, "cpu"), plain)
         if not fusion.fuse(plain, fused):
             fused.write_bytes(plain.read_bytes())
     feeds = folder / "calibration.npz"

@@ -39,6 +39,7 @@ LEVEL = {
     "timing": 0,
     "processes": 0,
     "interrupts": -1,
+    "input_names": -1,
     "errors": -2,
 }
 

@@ -21,8 +21,8 @@ from kdcli import memory
 from kdcli.errors import InputError, first_line
 from kdcli.export import files, sessions
 from kdcli.inputs.batching import Arrays
+from kdcli.inputs.text import TEXT
 
-_GIVEN = ("input_ids", "attention_mask", "token_type_ids")
 _TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 # Some exporters want the mask as it enters the attention.
 _MASKS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bool)": np.bool_}
@@ -50,20 +50,20 @@ def signature(session: ort.InferenceSession, path: Path) -> Signature:
     """
     takes: dict[str, Any] = {}
     for value in session.get_inputs():
-        if value.name not in _GIVEN:
+        if value.name not in TEXT.names:
             raise InputError(
                 f"{path} asks for the input '{value.name}', which a tokenizer does not give; "
-                f"{', '.join(_GIVEN)} are allowed",
+                f"{', '.join(TEXT.names)} are allowed",
                 "export the model with these inputs alone",
             )
-        kinds = _TYPES | (_MASKS if value.name == "attention_mask" else {})
+        kinds = _TYPES | (_MASKS if value.name == TEXT.masking else {})
         if value.type not in kinds:
             raise InputError(f"{path} wants '{value.name}' as {value.type}; {', '.join(kinds)} are allowed")
         _free(value, path)
         takes[value.name] = kinds[value.type]
-    if "input_ids" not in takes:
+    if TEXT.main not in takes:
         raise InputError(
-            f"{path} is no graph of a text classifier: it has no input 'input_ids' "
+            f"{path} is no graph of a text classifier: it has no input '{TEXT.main}' "
             f"(its inputs: {', '.join(takes) or 'none'})"
         )
     output = _output(session, path)
@@ -146,18 +146,17 @@ def running(
         how = signature(held[0], path)
 
         def run(batch: Arrays) -> np.ndarray:
-            # Models take segment ids of zero when their tokenizer gives none.
-            none = np.zeros_like(batch["input_ids"])
-            fed = {name: batch.get(name, none).astype(kind, copy=False) for name, kind in how.inputs.items()}
+            given = TEXT.filled(batch, how.inputs)
+            fed = {name: given[name].astype(kind, copy=False) for name, kind in how.inputs.items()}
+            rows, tokens = TEXT.shape(batch)
             try:
                 scores: np.ndarray = held[0].run([how.output], fed)[0]
             except Exception as error:  # onnxruntime's errors share no base class but Exception
-                rows, tokens = batch["input_ids"].shape
                 raise InputError(
                     f"{path} stops on {rows} rows of {tokens} tokens: {first_line(error)}",
                     "it must belong to this tokenizer, and take any number of rows and tokens",
                 ) from error
-            _check_scores(scores, len(batch["input_ids"]), labels, path)
+            _check_scores(scores, rows, labels, path)
             scores = scores.astype(np.float32, copy=False)
             return np.log(np.maximum(scores, _TINY)) if how.probabilities else scores
 

@@ -16,6 +16,7 @@ from onnx.external_data_helper import set_external_data
 from kdcli.export import attention as attentions
 from kdcli.export import files
 from kdcli.export.quiet import quiet
+from kdcli.families.family import Family
 
 # One of these is at the heart of whatever can be fused: attention, layer norm, GELU.
 _PARTS = frozenset({"Softmax", "LayerNormalization", "Erf"})
@@ -36,7 +37,12 @@ def possible(source: Path) -> bool:
 
 
 def fuse(
-    source: Path, target: Path, *, embeddings: bool = True, attention: Fusion = "packed"
+    source: Path,
+    target: Path,
+    *,
+    embeddings: bool = True,
+    attention: Fusion = "packed",
+    fused_as: str = Family.fused_as,
 ) -> dict[str, int]:
     """Write ``source`` with attention, layer norms and GELUs as single operators of onnxruntime.
 
@@ -45,6 +51,7 @@ def fuse(
         target: Where the fused graph goes; it runs in onnxruntime only.
         embeddings: Also fuse the embedding layer (an operator that cannot hold per-row scales).
         attention: Whether query, key and value become part of the attention operator.
+        fused_as: The model type whose fusions are tried, as the family of the model says.
 
     Returns:
         How often each fused operator occurs, zeros left out.
@@ -63,12 +70,12 @@ def fuse(
             model = _put_aside(source, folder)
             stack.enter_context(contextlib.chdir(folder))  # where references to external data start
         make_head_counts_explicit(model.graph)
-        options = FusionOptions("bert")
+        options = FusionOptions(fused_as)
         options.enable_embed_layer_norm = embeddings
         options.use_multi_head_attention = attention == "separate"
         # opt_level 0: no session is made here; onnxruntime does its own constant folding when it loads.
         optimised = optimizer.optimize_model(
-            model, model_type="bert", num_heads=0, hidden_size=0, opt_level=0, optimization_options=options
+            model, model_type=fused_as, num_heads=0, hidden_size=0, opt_level=0, optimization_options=options
         )
         if attentions.fuse(optimised.model.graph):
             optimised.prune_graph()

@@ -11,11 +11,11 @@ import numpy as np
 import onnxruntime
 import torch
 
-from kdcli import __version__, cache
+from kdcli import __version__, cache, families
 from kdcli.errors import InputError, ParityError, first_line
 from kdcli.export import files, fusion, onnx, own_graph, parity, runtimes, sessions
 from kdcli.export.fusion import Fusion
-from kdcli.inputs import batching, sampling
+from kdcli.inputs import batching, kinds, sampling
 from kdcli.inputs.feeding import model_inputs, torch_runner
 from kdcli.inputs.text import Encoded
 from kdcli.models import activations
@@ -96,7 +96,7 @@ def build(
     warnings: list[Warning_] = []
     try:
         with timings.phase("export"):
-            example = onnx.example(
+            example = kinds.of(names).example(
                 int(checkpoint.config.vocab_size), names, checkpoint.device, tokens=checkpoint.max_length
             )
             with activations.paused(checkpoint.model):
@@ -117,7 +117,13 @@ def build(
         with timings.phase("fusion"):
             counts = {}
             if attention != "none":
-                counts = fusion.fuse(plain, fused, embeddings=rewrite is None, attention=attention)
+                counts = fusion.fuse(
+                    plain,
+                    fused,
+                    embeddings=rewrite is None,
+                    attention=attention,
+                    fused_as=families.presumed(checkpoint.model_type).fused_as,
+                )
         with timings.phase("parity"):
             try:
                 fused_result = _check(reference, fused, batches, threads, checkpoint.task) if counts else None

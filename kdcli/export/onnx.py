@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kdcli.errors import InputError, ParityError
 from kdcli.export import files
 from kdcli.export.quiet import quiet
+from kdcli.inputs import kinds
 
 Route = Literal["torchscript", "dynamo"]
 
@@ -53,12 +54,11 @@ class _Logits(nn.Module):
 def export(
     model: nn.Module, inputs: Mapping[str, Tensor], path: Path, *, route: Route | None = None
 ) -> Route:
-    """Write ``model`` as an ONNX graph whose inputs all have the dimensions ``batch`` and ``sequence``.
+    """Write ``model`` as an ONNX graph whose inputs have the dynamic dimensions of their kind, ``batch`` first.
 
     Args:
         model: A classifier that returns an object with ``logits`` (B, C); its mode is restored.
-        inputs: One example batch, each tensor (B, T) with B and T of at least 2, so that neither is
-            taken for a constant.
+        inputs: One example batch without a dimension of 1, so that none is taken for a constant.
         path: The file to write.
         route: Which exporter; None takes the first that this torch has.
 
@@ -99,11 +99,11 @@ def export(
 
 
 def _run(wrapper: nn.Module, inputs: Mapping[str, Tensor], path: Path, route: Route) -> None:
-    names = list(inputs)
+    names, kind = list(inputs), kinds.of(inputs)
     arguments = tuple(inputs.values())
     common: dict[str, Any] = {"input_names": names, "output_names": [OUTPUT]}
     if route == "torchscript":
-        axes: dict[str, dict[int, str]] = {name: {0: "batch", 1: "sequence"} for name in names}
+        axes: dict[str, dict[int, str]] = {name: dict(kind.axes) for name in names}
         axes[OUTPUT] = {0: "batch"}
         with _weights_apart(wrapper) as weights, _no_dump():
             torch.onnx.export(
@@ -114,8 +114,8 @@ def _run(wrapper: nn.Module, inputs: Mapping[str, Tensor], path: Path, route: Ro
         return
     import onnxscript  # noqa: F401  torch asks for it late and in many words
 
-    batch, sequence = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=1)
-    shapes = {"inputs": tuple({0: batch, 1: sequence} for _ in names)}
+    dims = {axis: torch.export.Dim(name, min=1) for axis, name in kind.axes.items()}
+    shapes = {"inputs": tuple(dims for _ in names)}
     torch.onnx.export(
         wrapper, arguments, str(path), dynamo=True, dynamic_shapes=shapes, external_data=False, **common
     )
@@ -177,20 +177,21 @@ def _put_back(path: Path, weights: Mapping[str, np.ndarray]) -> None:
 
 
 def check_dimensions(path: Path, names: Sequence[str]) -> None:
-    """Check that every input is (batch, sequence) and that the output's first dimension is ``batch``.
+    """Check that every input has the dynamic dimensions of its kind.
 
     Raises:
         ParityError: An exporter turned a dynamic dimension into a constant or gave it another name.
     """
     graph = files.outline(path).graph
     found = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
-    # Segment ids that a model takes and makes nothing of are no input of its graph.
-    if set(found) - set(names) or set(names) - set(found) - {"token_type_ids"}:
+    kind = kinds.of(names)
+    # What a model takes and makes nothing of is no input of its graph.
+    if set(found) - set(names) or set(names) - set(found) - kind.optional:
         raise ParityError(f"the exported graph has the inputs {sorted(found)}, not {sorted(names)}")
     for name, dims in found.items():
-        if dims != ["batch", "sequence"]:
+        if dims != list(kind.axes.values()):
             raise ParityError(
-                f"input '{name}' of the exported graph has the dimensions {dims}, not batch, sequence"
+                f"input '{name}' of the exported graph has the dimensions {dims}, not {', '.join(kind.axes.values())}"
             )
 
 
@@ -211,17 +212,3 @@ def annotate(path: Path, labels: Sequence[str], properties: Mapping[str, str]) -
     files.save(model, temporary, weights=weights)
     del weights  # some systems replace no file that is mapped
     os.replace(temporary, path)
-
-
-def example(
-    vocab_size: int, names: Sequence[str], device: torch.device | str, *, tokens: int = 7
-) -> dict[str, Tensor]:
-    """An example batch for tracing, (2, 7) or ``tokens`` where fewer are allowed.
-
-    Its values do not matter, its sizes do (neither 0 nor 1).
-    """
-    width = max(2, min(7, tokens))
-    ids = np.arange(2 * width, dtype=np.int64).reshape(2, width) % max(vocab_size, 1)
-    made = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    made["attention_mask"][1, -2:] = 0 if width > 2 else 1
-    return {name: torch.from_numpy(made[name]).to(device) for name in names}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from kdcli.inputs import kinds
 from kdcli.inputs.batching import Arrays
 from kdcli.report.schema import Parity
 from kdcli.tasks.classification import CLASSIFICATION
@@ -55,7 +56,7 @@ def compare(
         )
         if not finite:
             break
-        shape = (int(batch["input_ids"].shape[0]), int(batch["input_ids"].shape[1]))
+        shape = kinds.shape(batch)
         if shape not in shapes:
             shapes.append(shape)
         worst = max(worst, float(np.abs(want - got).max()))

@@ -12,6 +12,7 @@ import onnxruntime as ort
 from kdcli import memory
 from kdcli.errors import InputError, ResourceError, first_line
 from kdcli.export import files
+from kdcli.inputs import kinds
 from kdcli.inputs.batching import Arrays
 
 ort.disable_telemetry_events()  # of a Windows build, which reads no variable; see kdcli/__init__.py
@@ -90,13 +91,9 @@ def runner(session: ort.InferenceSession) -> Callable[[Arrays], np.ndarray]:
 def fed(session: ort.InferenceSession, batch: Arrays) -> dict[str, np.ndarray]:
     """What a graph takes of a batch of (B, T) arrays.
 
-    Segment ids that it asks for and its tokenizer does not give are zeros, as a model takes them to be.
+    What it asks for and the batch may lack is filled in.
     """
-    names = [i.name for i in session.get_inputs()]
-    given = {name: batch[name] for name in names if name in batch}
-    if "token_type_ids" in names and "token_type_ids" not in batch:
-        given["token_type_ids"] = np.zeros_like(batch["input_ids"])
-    return given
+    return kinds.of(batch).filled(batch, [value.name for value in session.get_inputs()])
 
 
 def predict(run: Callable[[Arrays], np.ndarray], batches: Sequence[tuple[np.ndarray, Arrays]]) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from kdcli.input_names import IDS, MASK, SEGMENTS
 from kdcli.inputs.text import Encoded
 
 Arrays = Mapping[str, np.ndarray]
@@ -45,10 +46,10 @@ def collate(
     at = encoded.positions(rows)
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
     ids[mask] = encoded.ids[at]
-    made = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+    made = {IDS: ids, MASK: mask.astype(np.int64)}
     if encoded.type_ids is not None:
-        made["token_type_ids"] = np.full(mask.shape, type_pad, dtype=np.int64)
-        made["token_type_ids"][mask] = encoded.type_ids[at]
+        made[SEGMENTS] = np.full(mask.shape, type_pad, dtype=np.int64)
+        made[SEGMENTS][mask] = encoded.type_ids[at]
     return made
 
 

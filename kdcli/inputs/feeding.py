@@ -11,10 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdcli import families
+from kdcli.input_names import SEGMENTS
+from kdcli.inputs import kinds
+from kdcli.inputs.text import TEXT
 from kdcli.models.checkpoint import Checkpoint
 
 Labelled = tuple[Mapping[str, Tensor], Tensor]
 """Model inputs, and labels (B,): the rows' own, or the model's answer where a row has none."""
+
+
+class HandsOn(nn.Module):
+    """A module that hands what it is given on to others, each of which takes its part by :func:`taken`."""
 
 
 @lru_cache(maxsize=64)
@@ -25,12 +33,23 @@ def _accepts(kind: Any) -> frozenset[str]:
 def accepted(model: nn.Module) -> frozenset[str]:
     """The names of the arguments that a model takes."""
     kind: Any = type(model)
-    names = _accepts(kind)
+    names = frozenset(TEXT.names) if isinstance(model, HandsOn) else _accepts(kind)
     # A model with one segment or none would look segment ids up in a table that is too small. One that does not say
     # how many it has (XLNet) has no table of them.
     config: Any = model.config
-    segments = getattr(config, "type_vocab_size", 0 if str(config.model_type).startswith("kdcli-") else None)
-    return names if segments is None or int(segments or 0) >= 2 else names - {"token_type_ids"}
+    segments = getattr(config, "type_vocab_size", families.presumed(str(config.model_type)).segments)
+    return names if segments is None or int(segments or 0) >= 2 else names - {SEGMENTS}
+
+
+def taken(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of the arguments a model takes."""
+    names = accepted(model)
+    return {name: value for name, value in given.items() if name in names}
+
+
+def real(batch: Mapping[str, np.ndarray], device: torch.device | str) -> Tensor:
+    """(B, T) bool on a device: which tokens of a collated batch are no padding."""
+    return torch.from_numpy(kinds.mask(batch)).to(device).bool()
 
 
 def model_inputs(
@@ -40,8 +59,7 @@ def model_inputs(
 
     Args:
         model: A transformers model.
-        batch: ``input_ids``, ``attention_mask`` and, where the tokenizer gives them, ``token_type_ids``, each (B, T)
-            int64.
+        batch: As :func:`kdcli.inputs.batching.collate` makes it.
         device: Where the tensors go.
 
     Returns:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from kdcli.data import labels as label_names
 from kdcli.data.sources import Dataset
 from kdcli.data.wanted import SAID, Wanted
-from kdcli.inputs import text
+from kdcli.inputs import kinds
 from kdcli.inputs.text import Encoded
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
@@ -40,7 +40,8 @@ class Splits(Mapping[str, Encoded]):
     def __getitem__(self, split: str) -> Encoded:
         if split not in self._made:
             made, rows = self._checkpoint, self._dataset.splits[split]
-            encoded = text.encode(
+            inputs = kinds.of(made.tokenizer.model_input_names)
+            encoded = inputs.encode(
                 rows,
                 made.tokenizer,
                 made.max_length,

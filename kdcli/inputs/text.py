@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kdcli.data.readers import Rows
 from kdcli.errors import InputError
+from kdcli.input_names import IDS, MASK, SEGMENTS
 from kdcli.inputs import targets
 from kdcli.names import printable
 from kdcli.tasks.task import Kind
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _CHUNK = 4096  # rows per tokenizer call, so that its lists of Python integers stay small
 
@@ -89,7 +94,7 @@ def encode(
     if max_length <= special:
         raise InputError(f"{max_length} tokens have no room for text: the special tokens alone are {special}")
     ids, types, counts, cut = [], [], [], 0
-    segments = "token_type_ids" in tokenizer.model_input_names
+    segments = SEGMENTS in tokenizer.model_input_names
     with _settings_kept(tokenizer):
         for start in range(0, len(rows), _CHUNK):
             chunk = slice(start, start + _CHUNK)
@@ -101,11 +106,11 @@ def encode(
                 padding=False,
                 return_attention_mask=False,
             )
-            lengths = np.fromiter(map(len, made["input_ids"]), np.int64)
+            lengths = np.fromiter(map(len, made[IDS]), np.int64)
             total = int(lengths.sum())
-            ids.append(np.fromiter(chain.from_iterable(made["input_ids"]), np.int32, total))
+            ids.append(np.fromiter(chain.from_iterable(made[IDS]), np.int32, total))
             if segments:
-                types.append(np.fromiter(chain.from_iterable(made["token_type_ids"]), np.int8, total))
+                types.append(np.fromiter(chain.from_iterable(made[SEGMENTS]), np.int8, total))
             counts.append(lengths)
             if len(blank := np.flatnonzero(lengths == 0)):
                 raise InputError(
@@ -163,6 +168,80 @@ def fingerprint(encoded: Encoded) -> str:
         digest.update(b"none" if array is None else f"{array.dtype.str}{array.shape}".encode())
         digest.update(b"" if array is None else np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Text:
+    """Texts and pairs of texts as token ids: what :class:`kdcli.inputs.kinds.Inputs` asks for.
+
+    Every input is (B, T), B rows of T tokens.
+    """
+
+    name: str = "text"
+    names: tuple[str, ...] = (IDS, MASK, SEGMENTS)
+    main: str = IDS
+    optional: frozenset[str] = frozenset({SEGMENTS})
+    masking: str = MASK
+    axes: Mapping[int, str] = field(default_factory=lambda: {0: "batch", 1: "sequence"})
+
+    def encode(
+        self,
+        rows: Rows,
+        tokenizer: Any,
+        longest: int,
+        label_index: Mapping[str, int] | None,
+        title: str,
+        *,
+        kind: Kind,
+        outputs: int,
+    ) -> Encoded:
+        """As :func:`encode`."""
+        return encode(rows, tokenizer, longest, label_index, title, kind=kind, outputs=outputs)
+
+    def mask(self, batch: Mapping[str, Any]) -> Any:
+        """(B, T), 1 for a real token."""
+        return batch[MASK]
+
+    def shape(self, batch: Mapping[str, Any]) -> tuple[int, int]:
+        """B and T."""
+        rows, tokens = batch[IDS].shape
+        return int(rows), int(tokens)
+
+    def filled(self, batch: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Segment ids that a tokenizer does not give are zeros, as a model takes them to be."""
+        none = {} if SEGMENTS in batch else {SEGMENTS: np.zeros_like(batch[IDS])}
+        known = {**batch, **none}
+        return {name: known[name] for name in names if name in known}
+
+    def example(
+        self, vocabulary: int, names: Iterable[str], device: torch.device | str, *, tokens: int = 7
+    ) -> dict[str, Tensor]:
+        """A batch for tracing, (2, 7) or ``tokens`` where fewer are allowed, with padding in its second row."""
+        import torch  # whoever only encodes does without
+
+        width = max(2, min(7, tokens))
+        ids = np.arange(2 * width, dtype=np.int64).reshape(2, width) % max(vocabulary, 1)
+        made = {IDS: ids, MASK: np.ones_like(ids), SEGMENTS: np.zeros_like(ids)}
+        made[MASK][1, -2:] = 0 if width > 2 else 1
+        return {name: torch.from_numpy(made[name]).to(device) for name in names}
+
+    def repeated(self, token: int, tokens: int) -> dict[str, np.ndarray]:
+        """One row of one token over and over, (1, T)."""
+        row = np.full((1, tokens), token, dtype=np.int64)
+        return {IDS: row, MASK: np.ones_like(row), SEGMENTS: np.zeros_like(row)}
+
+    def row(self, config: Any, tokens: int, device: torch.device | str) -> dict[str, Tensor]:
+        """One row (1, T) of a token that is not special, without segment ids."""
+        import torch
+
+        first = int(config.pad_token_id or 0) + 3
+        ids = torch.full((1, tokens), first % int(getattr(config, "vocab_size", first + 1)), device=device)
+        if isinstance(end := getattr(config, "eos_token_id", None), int):
+            ids[:, -1] = end  # BART and its kin classify from the end of the text, and fail without one
+        return {IDS: ids, MASK: torch.ones_like(ids)}
+
+
+TEXT = Text()
 
 
 @contextmanager

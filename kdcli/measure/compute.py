@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdcli.inputs import kinds
+from kdcli.inputs.feeding import accepted
+
 Shape = Sequence[int]
 
 
@@ -52,11 +55,5 @@ def macs(model: Any, tokens: int) -> int:
     counter = FlopCounterMode(display=False, custom_mapping=_OPERATORS)
     # With gradients on, because the counter's module tracker fails on an expanded parameter without.
     with torch.inference_mode(False), torch.enable_grad(), counter:
-        first = int(model.config.pad_token_id or 0) + 3
-        ids = torch.full(
-            (1, tokens), first % int(getattr(model.config, "vocab_size", first + 1)), device=device
-        )
-        if isinstance(end := getattr(model.config, "eos_token_id", None), int):
-            ids[:, -1] = end  # BART and its kin classify from the end of the text, and fail without one
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        model(**kinds.of(accepted(model)).row(model.config, tokens, device))
     return counter.get_total_flops() // 2

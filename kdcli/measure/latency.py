@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kdcli.inputs import kinds
 from kdcli.inputs.batching import Arrays
 from kdcli.report.schema import Latency
 
@@ -48,11 +49,27 @@ def collect(
     max_runs: int = 400,
     max_seconds: float = 3.0,
 ) -> Samples:
-    """Time ``run`` on real batches, one after the other, over and over.
+    """Time ``run`` on real batches of one size, as :func:`times` does; their lengths are the data's own."""
+    found = times(run, batches, warmup=warmup, min_runs=min_runs, max_runs=max_runs, max_seconds=max_seconds)
+    size = kinds.size(batches[0])
+    tokens = np.array([kinds.tokens(batch) / size for batch in batches])
+    return Samples(size, found, tokens[np.arange(len(found)) % len(batches)])
+
+
+def times(
+    run: Callable[[Arrays], object],
+    batches: Sequence[Arrays],
+    *,
+    warmup: int = 5,
+    min_runs: int = 30,
+    max_runs: int = 400,
+    max_seconds: float = 3.0,
+) -> np.ndarray:
+    """Milliseconds (n,) of ``run`` on the batches, one after the other, over and over.
 
     Args:
         run: Runs one batch to its end.
-        batches: Arrays (B, T) of the same B; their lengths are the data's own.
+        batches: At least one.
         warmup: Untimed runs first.
         min_runs: Timed runs even when they take longer than ``max_seconds``.
         max_runs: No more than this many.
@@ -60,18 +77,16 @@ def collect(
     """
     for i in range(warmup):
         run(batches[i % len(batches)])
-    times: list[int] = []
+    found: list[int] = []
     begun = time.perf_counter_ns()
-    while len(times) < max_runs:
-        if len(times) >= min_runs and time.perf_counter_ns() - begun > max_seconds * 1e9:
+    while len(found) < max_runs:
+        if len(found) >= min_runs and time.perf_counter_ns() - begun > max_seconds * 1e9:
             break
-        batch = batches[len(times) % len(batches)]
+        batch = batches[len(found) % len(batches)]
         started = time.perf_counter_ns()
         run(batch)
-        times.append(time.perf_counter_ns() - started)
-    size = int(batches[0]["input_ids"].shape[0])
-    tokens = np.array([float(b["attention_mask"].sum()) / size for b in batches])
-    return Samples(size, np.array(times) / 1e6, tokens[np.arange(len(times)) % len(batches)])
+        found.append(time.perf_counter_ns() - started)
+    return np.array(found) / 1e6
 
 
 def summarise(samples: Sequence[Samples], *, runtime: str, threads: int) -> Latency:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.models.layers import SmoothLinear
+from kdcli.families.modules import SmoothLinear
 from kdcli.models.transforms import Quantise
 
 _ATTRIBUTE = "_kdcli_rounding"

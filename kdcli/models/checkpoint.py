@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kdcli import cache, tasks
+from kdcli import cache, families, tasks
 from kdcli.errors import InputError
+from kdcli.families.family import Encoder
 from kdcli.models import activations, compressed, foreign, inputs, mapped, ownership, tokenizers, transforms
-from kdcli.models.families import FAMILIES, Family, family_of
 from kdcli.models.integers import Integers
 from kdcli.models.transforms import Quantise, TransformLog
 from kdcli.report.schema import Warning_
@@ -58,13 +58,13 @@ class Checkpoint:
         return str(self.config.model_type)
 
     @property
-    def family(self) -> Family:
+    def family(self) -> Encoder:
         """The family, for surgery.
 
         Raises:
             InputError: kdcli cannot operate on this architecture.
         """
-        return family_of(self.model_type)
+        return families.of(self.model_type)
 
     @property
     def max_length(self) -> int:
@@ -336,11 +336,6 @@ def _digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def supported_families() -> list[str]:
-    """Names of the architectures that kdcli can operate on."""
-    return sorted(FAMILIES)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

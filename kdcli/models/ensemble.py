@@ -1,6 +1,6 @@
 """Several small classifiers over one token table, whose mixed probabilities are the answer.
 
-Importing this module teaches transformers the name ``kdcli-ensemble``. Letters as in :mod:`kdcli.models.layers`;
+Importing this module teaches transformers the name ``kdcli-ensemble``. Letters as in :mod:`kdcli.families.modules`;
 M members.
 """
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from kdcli import families
 from kdcli.errors import InputError
-from kdcli.models.families import FAMILIES
+from kdcli.input_names import IDS
 
 MOST = 48  # members: as many as a teacher may have layers
 
@@ -38,7 +39,7 @@ class EnsembleConfig(PreTrainedConfig):
             raise InputError(
                 f"members of a '{self.model_type}' model must be a whole number from 1 to {MOST}"
             )
-        if not isinstance(self.member, dict) or self.member.get("model_type") not in FAMILIES:
+        if not isinstance(self.member, dict) or not families.is_encoder(str(self.member.get("model_type"))):
             raise InputError(f"member of a '{self.model_type}' model must be the configuration of an encoder")
 
 
@@ -49,7 +50,7 @@ class EnsembleForSequenceClassification(PreTrainedModel):
     """
 
     config_class = EnsembleConfig
-    main_input_name = "input_ids"
+    main_input_name = IDS
     base_model_prefix = "ensemble"
 
     def __init__(self, config: EnsembleConfig) -> None:
@@ -58,7 +59,7 @@ class EnsembleForSequenceClassification(PreTrainedModel):
         inner = AutoConfig.for_model(**copy.deepcopy(config.member))
         inner.num_labels = config.num_labels
         inner.vocab_size = config.vocab_size
-        self.family = FAMILIES[inner.model_type]
+        self.family = families.of(inner.model_type)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.members = nn.ModuleList()
         for _ in range(config.members):
@@ -66,7 +67,7 @@ class EnsembleForSequenceClassification(PreTrainedModel):
                 inner, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
             )
             # Without a table of its own: the shared one is looked up here.
-            member.get_submodule(f"{self.family.base}.embeddings").word_embeddings = nn.Identity()
+            member.set_submodule(self.family.tokens, nn.Identity())
             self.members.append(member)
         self.register_buffer("log_weights", torch.full((config.members,), 1.0 / config.members).log())
 
@@ -121,7 +122,7 @@ def of_members(members: list[nn.Module], table: Tensor) -> EnsembleForSequenceCl
         )
     )
     for own, given in zip(made.members, members, strict=True):
-        state = {k: v for k, v in given.state_dict().items() if ".word_embeddings." not in k}
+        state = {k: v for k, v in given.state_dict().items() if not k.startswith(f"{made.family.tokens}.")}
         own.load_state_dict(state)
     made.word_embeddings.weight.data.copy_(table)
     return made.eval()

@@ -13,6 +13,7 @@ from typing import Any
 
 from kdcli import tasks
 from kdcli.errors import InputError
+from kdcli.input_names import SEGMENTS
 from kdcli.models import safety
 from kdcli.models.safety import CheckpointFiles, show
 
@@ -51,7 +52,7 @@ _TOOL_TENSORS = (
 _INTEGERS = re.compile(r"[IU](8|16|32|64)|BOOL|F8_.*|F6_.*|F4|C64")
 # Integers that no weight is made of: indices and counts that layers keep in buffers, GPT-2's causal mask.
 _COUNTERS = re.compile(
-    r"(^|\.)(position_ids|token_type_ids|num_batches_tracked|relative_position_index|attn\.(masked_)?bias)$"
+    rf"(^|\.)(position_ids|{SEGMENTS}|num_batches_tracked|relative_position_index|attn\.(masked_)?bias)$"
 )
 
 # Architectures whose position_embedding_type transformers 4 read and transformers 5 ignores: it knows absolute ones.

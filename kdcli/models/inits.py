@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdcli.input_names import IDS
 from kdcli.models.checkpoint import Checkpoint
 
 _ROWS = 256  # tokens of one batch
@@ -53,7 +54,7 @@ def token_vectors(teacher: Checkpoint) -> Tensor:
     for start in range(0, size, _ROWS):
         tokens = torch.arange(start, min(start + _ROWS, size), device=teacher.device)[:, None]
         row = [tokens.new_tensor(part).expand(len(tokens), -1) for part in (before, after)]
-        states = base(input_ids=torch.cat([row[0], tokens, row[1]], dim=1)).last_hidden_state
+        states = base(**{IDS: torch.cat([row[0], tokens, row[1]], dim=1)}).last_hidden_state
         found.append(states[:, len(before)].float())
     return torch.cat(found)
 
@@ -85,7 +86,7 @@ def row_norm(table: Tensor) -> float:
 def _around(teacher: Checkpoint) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer sets before and after a text."""
     made = teacher.tokenizer("a", return_special_tokens_mask=True)
-    row, special = made["input_ids"], made["special_tokens_mask"]
+    row, special = made[IDS], made["special_tokens_mask"]
     if 0 not in special:  # a normaliser left nothing of the letter
         return row[:1], row[1:]
     first, last = special.index(0), len(special) - special[::-1].index(0)

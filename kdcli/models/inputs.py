@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.errors import InputError
+from kdcli.families import positions
+from kdcli.input_names import IDS, MASK
 from kdcli.models.safety import show
 
 # More positions than anybody classifies; a tokenizer without a limit says 1e30.
 _LONGEST = 8192
-
-# What the tables of positions are called in transformers; all other models compute positions or need none.
-_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
-
 
 # Of a logit in float32; what padding changes where it changes anything is a thousand times as much.
 NOISE = 1e-4
@@ -31,16 +29,15 @@ class LeftPadding(int):
 def longest(model: nn.Module, tokenizer: Any) -> int:
     """Longest input in tokens, special tokens included, at most 8192.
 
-    A table of positions with a ``padding_idx`` counts from the row after it (RoBERTa, XLM-RoBERTa, CamemBERT,
-    Longformer, MPNet and other relatives), so its first rows hold no token.
+    See :func:`kdcli.families.positions.tables` for where the first position stands.
     """
     config: Any = model.config
     limits = [_LONGEST]
-    for given in (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length):
+    for given in (positions.limit(config), tokenizer.model_max_length):
         # XLNet, which has no limit, says -1.
         if isinstance(given, int | float) and given >= 1:
             limits.append(int(min(given, _LONGEST)))
-    limits += [rows - before for rows, before in _tables(model)]
+    limits += [rows - before for rows, before in positions.tables(model)]
     return min(limits)
 
 
@@ -51,7 +48,7 @@ def padding(model: nn.Module, tokenizer: Any, *, left: bool) -> int:
     masked.
     """
     config: Any = model.config
-    known: list[int | None] = [before - 1 for _, before in _tables(model) if before]
+    known: list[int | None] = [before - 1 for _, before in positions.tables(model) if before]
     known += [getattr(config, "pad_token_id", None), tokenizer.pad_token_id]
     found = next((x for x in known if isinstance(x, int) and x >= 0), 0)
     return LeftPadding(found) if left else found
@@ -64,14 +61,12 @@ def check_padding(model: nn.Module, path: Path) -> None:
         InputError: It has none.
     """
     config: Any = model.config
-    for module in model.modules():
-        own = vars(module)
-        if "position_embeddings" in own["_modules"] and "padding_idx" in own and own["padding_idx"] is None:
-            raise InputError(
-                f"pad_token_id in {show(path / 'config.json')} is null, but a model of type '{config.model_type}' "
-                "counts positions from it",
-                "write the id that the model was trained with (1 in the published ones)",
-            )
+    if positions.lack_padding(model):
+        raise InputError(
+            f"pad_token_id in {show(path / 'config.json')} is null, but a model of type '{config.model_type}' "
+            "counts positions from it",
+            "write the id that the model was trained with (1 in the published ones)",
+        )
 
 
 def must_pad_left(model: nn.Module, tokenizer: Any) -> bool:
@@ -90,28 +85,15 @@ def must_pad_left(model: nn.Module, tokenizer: Any) -> bool:
 def padding_difference(model: nn.Module, tokenizer: Any, *, left: bool) -> float:
     """How much a logit changes at most when a text of a few tokens is padded with three more."""
     size = int(getattr(model.config, "vocab_size", 0) or 0)
-    ids = [i for i in tokenizer("a b c")["input_ids"] if not size or i < size] or [0]
+    ids = [i for i in tokenizer("a b c")[IDS] if not size or i < size] or [0]
     device = next(model.parameters()).device
     fill, pad = [padding(model, tokenizer, left=left)] * 3, [0] * 3
 
     def answer(tokens: list[int], mask: list[int]) -> Tensor:
-        logits: Tensor = model(
-            input_ids=torch.tensor([tokens], device=device),
-            attention_mask=torch.tensor([mask], device=device),
-        ).logits
+        given = {IDS: tokens, MASK: mask}
+        logits: Tensor = model(**{k: torch.tensor([v], device=device) for k, v in given.items()}).logits
         return logits.float()
 
     alone, ones = answer(ids, [1] * len(ids)), [1] * len(ids)
     padded = answer(fill + ids, pad + ones) if left else answer(ids + fill, ones + pad)
     return float((padded - alone).abs().max())
-
-
-def _tables(model: nn.Module) -> list[tuple[int, int]]:
-    """Of every table of positions its rows, and how many of them no position uses."""
-    found = []
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if name.rpartition(".")[2] in _POSITIONS and isinstance(weight, Tensor) and weight.ndim == 2:
-            before = getattr(module, "padding_idx", None)
-            found.append((weight.shape[0], 0 if before is None else int(before) + 1))
-    return found

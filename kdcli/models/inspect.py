@@ -6,17 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from kdcli import families
 from kdcli.models import foreign, references, safety
 
 _SIZES = (
-    "hidden_size",
-    "dim",
-    "num_hidden_layers",
-    "n_layers",
-    "num_attention_heads",
-    "n_heads",
-    "intermediate_size",
-    "hidden_dim",
+    *(key for role in ("hidden", "layers", "heads", "neurons") for key in families.spellings(role)),
     "widths",
     "vocab_size",
     "max_position_embeddings",

@@ -16,6 +16,7 @@ import torch
 
 from kdcli import tasks
 from kdcli.errors import InputError, first_line
+from kdcli.input_names import SEGMENTS
 from kdcli.models import foreign
 from kdcli.models.foreign import CheckpointFiles
 from kdcli.models.safety import show
@@ -27,7 +28,7 @@ from kdcli.tasks.task import Task
 # else that has no place is refused.
 _UNREAD = (
     # indices and counters that older versions stored: they are computed, or count batches of training
-    r"(^|\.)(position_ids|token_type_ids|num_batches_tracked)$",
+    rf"(^|\.)(position_ids|{SEGMENTS}|num_batches_tracked)$",
     r"\.attn\.masked_bias$",  # GPT-2's causal mask
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$",
     # heads of pretraining, which some fine-tunings keep in the file: masked words, next sentence, replaced words

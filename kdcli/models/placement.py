@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from kdcli import families
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.families import FAMILIES
 
 _ROOM = 1.3  # of its weights, that a model needs to run: activations come on top
 
@@ -53,7 +53,7 @@ def spread(checkpoint: Checkpoint, device: torch.device, offload: Path, limit: i
         memory = {name: min(size, limit) for name, size in memory.items()}
     model = checkpoint.model
     whole: list[str] = []
-    if checkpoint.model_type in FAMILIES:
+    if families.is_encoder(checkpoint.model_type):
         layers = model.get_submodule(checkpoint.family.layers)
         whole = sorted({type(layer).__name__ for layer in layers.children()})
     places = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdcli import families
 from kdcli.errors import InputError
 
 MAX_JSON = 10 * 2**20  # bytes
@@ -43,17 +44,10 @@ _CONFIGS = (
     "generation_config.json",
 )
 _SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
+    *(key for role in ("hidden", "layers", "heads", "neurons") for key in families.spellings(role)),
     "embedding_size",
     "vocab_size",
     "max_position_embeddings",
-    "dim",
-    "n_layers",
-    "n_heads",
-    "hidden_dim",
     "num_labels",
 )
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation", "quant_method")
@@ -358,16 +352,10 @@ def _described(config: dict[str, Any]) -> int:
     def size(*keys: str) -> int:
         return next((config[key] for key in keys if config.get(key) is not None), 0)
 
-    hidden, layers = size("hidden_size", "dim"), size("num_hidden_layers", "n_layers")
-    inner = size("intermediate_size", "hidden_dim")
+    sizes = {role: size(*families.spellings(role)) for role in ("hidden", "layers", "neurons")}
     rows = size("vocab_size") + size("max_position_embeddings") + len(config.get("id2label") or ())
-    small = {  # of kdcli's students without a transformer
-        "kdcli-static": hidden * inner,
-        "kdcli-cnn": hidden * inner * sum(config.get("widths") or ()),
-        "kdcli-bilstm": 8 * inner * (hidden + inner),
-    }.get(config["model_type"], 0)
-    encoder = layers * (4 * hidden * hidden + 2 * hidden * inner)
-    return hidden * (rows + size("num_labels")) + encoder + small
+    weights = families.presumed(config["model_type"]).weights(sizes, config)
+    return sizes["hidden"] * (rows + size("num_labels")) + weights
 
 
 def _check_no_code(config: dict[str, Any], path: Path) -> None:

@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from kdcli.input_names import IDS
+
 
 class SmallConfig(PreTrainedConfig):
     """What the three have in common. ``max_position_embeddings`` only says where texts are cut."""
@@ -59,7 +61,7 @@ class BilstmConfig(SmallConfig):
 class _Small(PreTrainedModel):
     """Token embeddings, :meth:`pool`, dropout and a linear classifier."""
 
-    main_input_name = "input_ids"
+    main_input_name = IDS
 
     def __init__(self, config: Any, pooled: int) -> None:
         super().__init__(config)

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from kdcli import families
 from kdcli.errors import InputError, KdcliError, UsageError, did_you_mean
+from kdcli.families import bert, ensemble, stack
+from kdcli.families import positions as positions_of
+from kdcli.families.family import Encoder
 from kdcli.models import inits, transforms
 from kdcli.models.aliases import SMALL_STUDENTS, small_student
 from kdcli.models.checkpoint import Checkpoint, fresh, load
-from kdcli.models.families import FAMILIES, Family
 
 HEAD_SIZE = 64  # of the published BERT miniatures
 
@@ -130,7 +133,7 @@ def _own(
         ) from error
     student = load(path, labels=labels)
     _same_vocabulary(student, teacher, str(path))
-    if student.model_type == "kdcli-ensemble":
+    if student.model_type == ensemble.FAMILY.name:
         raise InputError(
             f"{path} is an ensemble, which can teach but not be a student", "name a student such as tiny"
         )
@@ -215,7 +218,8 @@ def _new_head(student: Checkpoint, labels: Sequence[str]) -> None:
     if base := model.base_model_prefix:
         getattr(model, base).load_state_dict(getattr(student.model, base).state_dict())
     else:
-        state = {k: v for k, v in student.model.state_dict().items() if not k.startswith("classifier.")}
+        head = f"{families.presumed(student.model_type).logits}."
+        state = {k: v for k, v in student.model.state_dict().items() if not k.startswith(head)}
         model.load_state_dict(state, strict=False)
     student.model, student.labels, student.has_head = model.eval(), list(labels), False
 
@@ -225,38 +229,28 @@ def _blank(size: tuple[int, int], teacher: Checkpoint, labels: Sequence[str]) ->
     from transformers import AutoConfig
 
     layers, hidden = size
-    family = teacher.model_type if teacher.model_type in FAMILIES else "bert"
+    family = teacher.family if families.is_encoder(teacher.model_type) else bert.FAMILY
     heads = max(1, hidden // HEAD_SIZE)
     while hidden % heads:
         heads -= 1
     tokenizer = teacher.tokenizer
     source = teacher.config
     # A teacher of another family counts its positions otherwise, or has no limit.
-    positions = int(source.max_position_embeddings) if family == teacher.model_type else teacher.max_length
+    same = family.name == teacher.model_type
+    positions = int(positions_of.limit(source)) if same else teacher.max_length
     sizes: dict[str, Any] = {
         "vocab_size": int(getattr(source, "vocab_size", len(tokenizer))),
         "max_position_embeddings": positions,
         "pad_token_id": tokenizer.pad_token_id,
         "num_labels": len(labels),
     }
-    if family == "distilbert":
-        sizes |= {"dim": hidden, "n_layers": layers, "n_heads": heads, "hidden_dim": 4 * hidden}
-    else:
-        sizes |= {
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": 4 * hidden,
-            "layer_norm_eps": float(getattr(source, "layer_norm_eps", 1e-12)),
-        }
-    if family == "electra":
-        sizes["embedding_size"] = hidden
-    if family in ("bert", "roberta", "electra"):
-        sizes["type_vocab_size"] = int(getattr(source, "type_vocab_size", 2) or 2)
+    sizes |= family.sizes(layers, hidden, heads)
+    for key, usual in family.taken_over.items():
+        sizes[key] = type(usual)(getattr(source, key, usual) or usual)
     for key in ("bos_token_id", "eos_token_id"):
         if getattr(source, key, None) is not None:
             sizes[key] = getattr(source, key)
-    config = AutoConfig.for_model(family, **sizes)
+    config = AutoConfig.for_model(family.name, **sizes)
     return Checkpoint(fresh(config).eval(), tokenizer, list(labels), transforms.TransformLog(), teacher.path)
 
 
@@ -274,17 +268,17 @@ def from_teacher(
     if student.model_type != teacher.model_type:
         return []
     family = student.family
-    ours = _embedding_tables(student.model, family)
-    theirs = _embedding_tables(teacher.model, family)
-    hidden, wide = ours["word_embeddings"].shape[1], theirs["word_embeddings"].shape[1]
+    ours, theirs = stack.tables(student.model, family), stack.tables(teacher.model, family)
+    tokens = family.token_table
+    hidden, wide = ours[tokens].shape[1], theirs[tokens].shape[1]
     if hidden > wide:
         return []
     notes = ["embeddings copied from the teacher"]
     sources = dict(theirs)
     if hidden < wide:
-        projection = inits.svd_projection(theirs["word_embeddings"], hidden)
+        projection = inits.svd_projection(theirs[tokens], hidden)
         sources = {name: (table.double() @ projection).float() for name, table in theirs.items()}
-        sources["word_embeddings"], note = token_embeddings(teacher, hidden, vectors)
+        sources[tokens], note = token_embeddings(teacher, hidden, vectors)
         notes = [note]
     with torch.no_grad():
         for name, target in ours.items():
@@ -296,23 +290,18 @@ def from_teacher(
     return notes
 
 
-def _embedding_tables(model: nn.Module, family: Family) -> dict[str, Tensor]:
-    embeddings = model.get_submodule(f"{family.base}.embeddings")
-    return {name: m.weight.data for name, m in embeddings.named_children() if isinstance(m, nn.Embedding)}
-
-
 def _same_layers(student: Checkpoint, teacher: Checkpoint) -> bool:
     one = student.model.get_submodule(student.family.layers)[0].state_dict()  # type: ignore[index]
     two = teacher.model.get_submodule(teacher.family.layers)[0].state_dict()  # type: ignore[index]
     return {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()}
 
 
-def _copy_lower_layers(student: Checkpoint, teacher: Checkpoint, family: Family) -> str:
+def _copy_lower_layers(student: Checkpoint, teacher: Checkpoint, family: Encoder) -> str:
     # Lower layers, not every other one: better for response distillation (Wang et al., ACL 2023).
     ours, theirs = student.model.get_submodule(family.layers), teacher.model.get_submodule(family.layers)
     count = min(len(ours), len(theirs))  # type: ignore[arg-type]
     for index in range(count):
         ours[index].load_state_dict(theirs[index].state_dict())  # type: ignore[index]
-    student_embeddings = student.model.get_submodule(f"{family.base}.embeddings")
-    student_embeddings.load_state_dict(teacher.model.get_submodule(f"{family.base}.embeddings").state_dict())
+    own = student.model.get_submodule(family.embeddings)
+    own.load_state_dict(teacher.model.get_submodule(family.embeddings).state_dict())
     return f"the teacher's lowest {count} layers copied"

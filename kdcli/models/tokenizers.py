@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcli.errors import InputError, first_line
+from kdcli.input_names import IDS, SEGMENTS
 from kdcli.models import safety, tokens
 from kdcli.models.safety import show
 
@@ -327,18 +328,18 @@ def _input_names(tokenizer: Any, path: Path, by_kdcli: bool) -> list[str]:
     """
     content = _settings(path)
     names = content.get("model_input_names")
-    if isinstance(names, list) and "input_ids" in names:
+    if isinstance(names, list) and IDS in names:
         return [str(name) for name in names]
     made = list(tokenizer.model_input_names)
     config = safety.read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if by_kdcli and int(config.get("type_vocab_size") or 0) >= 2:
         # It wrote no names when it fed segment ids to every model that takes them.
-        return list(dict.fromkeys([*made, "token_type_ids"]))
+        return list(dict.fromkeys([*made, SEGMENTS]))
     major = str(config.get("transformers_version") or "5").split(".")[0]
     by_version_4 = major.isdecimal() and int(major) < 5 and "backend" not in content
     own = "model_input_names" in vars(type(tokenizer)) and type(tokenizer).__name__ != "AlbertTokenizer"
     if by_version_4 and not own:
-        return list(dict.fromkeys([*made, "token_type_ids"]))
+        return list(dict.fromkeys([*made, SEGMENTS]))
     return made
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from kdcli import families
 from kdcli.errors import InputError
-from kdcli.models.layers import LowRankEmbedding, keep_rows
+from kdcli.families.modules import LowRankEmbedding, keep_rows
 
 _ALGORITHMS = ("WordPiece", "BPE", "WordLevel")
 
@@ -76,7 +77,7 @@ class Vocabulary:
         for index in _token_ids(config).values():
             if 0 <= index < len(kept):
                 kept[index] = True
-        if str(config.model_type) in ("roberta", "mpnet"):  # their positions start after the padding's id
+        if families.presumed(str(config.model_type)).positions_after_padding:
             kept[: int(config.pad_token_id) + 1] = True
         return kept & np.array([token is not None for token in self.tokens])
 

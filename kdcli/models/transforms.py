@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
+from kdcli import families
 from kdcli.errors import InputError
-from kdcli.models import conv_factors, families
-from kdcli.models.families import encoder_layers, family_of
-from kdcli.models.layers import LowRankEmbedding, LowRankLinear, SmoothLinear
+from kdcli.families import stack
+from kdcli.families.modules import LowRankEmbedding, LowRankLinear, SmoothLinear
+from kdcli.families.stack import encoder_layers
+from kdcli.models import conv_factors
 
 FILE = "kdcli.json"
 
@@ -188,13 +190,13 @@ def apply(model: nn.Module, transform: Transform) -> None:
             _cut(model, transform)
     elif isinstance(transform, Layers):
         if not transform.in_config:
-            family = family_of(str(_config(model).model_type))
+            family = families.of(str(_config(model).model_type))
             _check_kept("layers", transform.keep, len(encoder_layers(model, family)))
-            families.keep_layers(model, family, transform.keep)
+            stack.keep_layers(model, family, transform.keep)
     elif isinstance(transform, Width):
-        family = family_of(str(_config(model).model_type))
-        _check_kept("features", transform.keep, families.width_of(model, family))
-        families.keep_features(model, family, transform.keep)
+        family = families.of(str(_config(model).model_type))
+        _check_kept("features", transform.keep, stack.width_of(model, family))
+        stack.keep_features(model, family, transform.keep)
     elif isinstance(transform, Factorise):
         together = {name: group for group in transform.shared for name in group}
         for name, rank in transform.ranks.items():
@@ -228,7 +230,7 @@ def _check_kept(what: str, kept: list[int], have: int) -> None:
 
 def _cut(model: nn.Module, cut: Cut) -> None:
     config: Any = model.config
-    layers = encoder_layers(model, family_of(config.model_type))
+    layers = encoder_layers(model, families.of(config.model_type))
     for kind, keep in (("heads", cut.heads), ("neurons", cut.neurons)):
         for index, kept in keep.items():
             if not 0 <= index < len(layers):
@@ -277,7 +279,7 @@ def shared_weights(log: TransformLog) -> dict[str, str]:
 def _name_now(name: str, later: Sequence[Any]) -> str | None:
     """What a layer of the encoder is called after later transforms; None when it was dropped."""
     prefix = next(
-        (f"{f.layers}." for f in families.FAMILIES.values() if name.startswith(f"{f.layers}.")), None
+        (f"{f.layers}." for f in families.encoders().values() if name.startswith(f"{f.layers}.")), None
     )
     if prefix is None:
         return name
@@ -395,12 +397,12 @@ def settle_in_config(model: nn.Module, log: TransformLog) -> None:
     if not cuts or any(isinstance(t, Factorise | FactoriseConv | Width | Smooth) for t in log.transforms):
         return
     config: Any = model.config
-    family = family_of(config.model_type)
+    family = families.of(config.model_type)
     layers = encoder_layers(model, family)
     sizes = {layer.neurons for layer in layers}
     if len(sizes) != 1 or 0 in sizes or any(layer.heads != config.num_attention_heads for layer in layers):
         return
-    setattr(config, family.ffn_size_key, sizes.pop())
-    config.num_hidden_layers = len(layers)
+    setattr(config, family.keys.neurons, sizes.pop())
+    setattr(config, family.keys.layers, len(layers))
     for cut in cuts:
         cut.in_config = True

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.models.families import Family
+from kdcli.families.family import Encoder
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class States:
 
 
 @torch.no_grad()
-def states_of(model: nn.Module, family: Family, batches: Sequence[Mapping[str, Tensor]]) -> States:
+def states_of(model: nn.Module, family: Encoder, batches: Sequence[Mapping[str, Tensor]]) -> States:
     """Run the batches and keep what :func:`starting_at` needs."""
     layers: Any = model.get_submodule(family.layers)
     found: list[list[Tensor]] = [[] for _ in layers]
@@ -46,7 +46,7 @@ def states_of(model: nn.Module, family: Family, batches: Sequence[Mapping[str, T
 
 
 @contextmanager
-def starting_at(model: nn.Module, family: Family, index: int, states: Iterable[Tensor]) -> Iterator[None]:
+def starting_at(model: nn.Module, family: Encoder, index: int, states: Iterable[Tensor]) -> Iterator[None]:
     """Inside the block the model's encoder starts at its layer ``index``.
 
     Args:
@@ -56,7 +56,7 @@ def starting_at(model: nn.Module, family: Family, index: int, states: Iterable[T
         states: What that layer gets (B, T, D) of the batches that will run, in their order.
     """
     whole: Any = model.get_submodule(family.layers)
-    given = _Given(iter(states), as_tuple=family.name == "mpnet")
+    given = _Given(iter(states), as_tuple=family.gives_tuple)
     model.set_submodule(family.layers, nn.ModuleList([given, *whole[index:]]))
     try:
         yield

@@ -19,12 +19,15 @@ import onnxruntime
 import torch
 from torch import nn
 
-from kdcli import cache
+from kdcli import cache, families
 from kdcli.export import fusion, onnx, sessions
+from kdcli.families.family import Encoder
+from kdcli.families.layer import Layer
+from kdcli.families.stack import encoder_layers
 from kdcli.inputs.batching import Arrays
 from kdcli.inputs.feeding import accepted
+from kdcli.inputs.text import TEXT
 from kdcli.measure import environment
-from kdcli.models.families import Family, Layer, encoder_layers
 from kdcli.progress import Progress
 
 Change = Callable[[Layer], None]
@@ -38,7 +41,7 @@ _WORDS = 4  # rows of the small embedding besides those up to the padding
 
 
 def stack(
-    model: nn.Module, family: Family, sources: Sequence[int], change: Change | None = None
+    model: nn.Module, family: Encoder, sources: Sequence[int], change: Change | None = None
 ) -> nn.Module:
     """A copy of ``model`` with other encoder layers, each of them a copy of one that it has.
 
@@ -162,12 +165,7 @@ def _by_onnxruntime(threads: int, device: str) -> Timer:
                 for number, one in enumerate(stacks):
                     graphs.append(_graph(one, Path(folder) / f"{number}.onnx"))
                     task.advance()
-            row = np.full((1, tokens), _pad(stacks[0]) + 1, dtype=np.int64)
-            batch = {
-                "input_ids": row,
-                "attention_mask": np.ones_like(row),
-                "token_type_ids": np.zeros_like(row),
-            }
+            batch = TEXT.repeated(_pad(stacks[0]) + 1, tokens)
             times = in_turns(
                 graphs, [batch] * _MOST, threads=threads, device=device, rounds=ROUNDS, progress=progress
             )
@@ -177,12 +175,12 @@ def _by_onnxruntime(threads: int, device: str) -> Timer:
     return timer
 
 
-def _graph(model: nn.Module, path: Path) -> Path:
-    names = [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in accepted(model)]
-    device = next(model.parameters()).device
+def _graph(model: Any, path: Path) -> Path:
+    names = [n for n in TEXT.names if n in accepted(model)]
+    device, config = next(model.parameters()).device, model.config
     plain = path.with_suffix(".plain")
-    onnx.export(model, onnx.example(_pad(model) + 1 + _WORDS, names, device), plain)
-    if fusion.fuse(plain, path):
+    onnx.export(model, TEXT.example(_pad(model) + 1 + _WORDS, names, device), plain)
+    if fusion.fuse(plain, path, fused_as=families.presumed(str(config.model_type)).fused_as):
         plain.unlink()
     else:
         plain.replace(path)

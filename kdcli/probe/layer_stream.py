@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcli.families.family import Encoder
+from kdcli.families.layer import Layer
+from kdcli.inputs import kinds
 from kdcli.inputs.feeding import Labelled
-from kdcli.models.families import Family, Layer
 from kdcli.probe import definite
 from kdcli.probe.from_layer import starting_at
 
@@ -87,11 +89,11 @@ class Stream:
     """
 
     def __init__(
-        self, model: nn.Module, family: Family, layers: Sequence[Layer], batches: Sequence[Labelled]
+        self, model: nn.Module, family: Encoder, layers: Sequence[Layer], batches: Sequence[Labelled]
     ):
         self.model, self.family, self.layers = model, family, list(layers)
         self.states: list[Tensor] = []
-        self.masks = [inputs["attention_mask"].bool() for inputs, _ in batches]
+        self.masks = [kinds.mask(inputs).bool() for inputs, _ in batches]
         self._inputs = [inputs for inputs, _ in batches]
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         hook = layers[0].module.register_forward_pre_hook(self._keep, with_kwargs=True)
@@ -191,7 +193,7 @@ class Pair:
     def __init__(
         self,
         model: nn.Module,
-        family: Family,
+        family: Encoder,
         layers: Sequence[Layer],
         batches: Sequence[Labelled],
         *,

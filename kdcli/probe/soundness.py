@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from kdcli import families
 from kdcli.errors import InputError, KdcliError, first_line
 from kdcli.export.parity import RELATIVE_TOLERANCE
 from kdcli.inputs import batching
 from kdcli.inputs.feeding import torch_runner
 from kdcli.inputs.text import Encoded
-from kdcli.models.aliases import SMALL_STUDENTS
-from kdcli.models.checkpoint import Checkpoint, supported_families
+from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.schema import Warning_
 
 _ROWS = 4
@@ -20,8 +20,7 @@ _TOLERANCE = 10 * RELATIVE_TOLERANCE
 
 def known(checkpoint: Checkpoint) -> bool:
     """Whether it is of an architecture whose answers do not depend on padding, which tests hold."""
-    kind = checkpoint.model_type
-    return kind in supported_families() or kind.removeprefix("kdcli-") in (*SMALL_STUDENTS, "ensemble")
+    return families.find(checkpoint.model_type) is not None
 
 
 def probe(checkpoint: Checkpoint, encoded: Encoded) -> list[Warning_]:

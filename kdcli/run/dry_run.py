@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from kdcli import families
 from kdcli.data import sources
 from kdcli.inputs import sampling
 from kdcli.models import safety
@@ -203,10 +204,11 @@ def _distill(
 
 
 def _depth(config: dict[str, Any]) -> tuple[int, int]:
-    usual = 1 if str(config.get("model_type")).removeprefix("kdcli-") in SMALL_STUDENTS else 12
-    layers = config.get("num_hidden_layers") or config.get("n_layers") or usual
-    hidden = config.get("hidden_size") or config.get("dim") or 768
-    return int(layers), int(hidden)
+    def size(role: str, usual: int) -> int:
+        return int(next((config[key] for key in families.spellings(role) if config.get(key)), usual))
+
+    small = str(config.get("model_type")).removeprefix("kdcli-") in SMALL_STUDENTS
+    return size("layers", 1 if small else 12), size("hidden", 768)
 
 
 def _flops_a_row(layers: int, hidden: int, tokens: float) -> float:

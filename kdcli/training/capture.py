@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcli import families
 from kdcli.errors import UsageError
+from kdcli.families import stack
+from kdcli.families.layer import Layer
+from kdcli.families.stack import encoder_layers, width_of
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.families import FAMILIES, Layer, encoder_layers, width_of
 from kdcli.training.terms import Needs, Shape, Signals
 
 
@@ -23,13 +26,17 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
     """Sizes of a model as the methods want them."""
     config: Any = checkpoint.config
     classes = len(checkpoint.labels)
-    if checkpoint.model_type not in FAMILIES:
-        head: Any = getattr(checkpoint.model, "classifier", None)
-        pooled = int(head.in_features) if isinstance(head, nn.Linear) else 0
+    if not families.is_encoder(checkpoint.model_type):
+        head = _logits_layer(checkpoint)
+        pooled = 0 if head is None else head.in_features
         return Shape(0, int(getattr(config, "hidden_size", 0) or 0), 0, classes, pooled)
     layers = encoder_layers(checkpoint.model, checkpoint.family)
     hidden = width_of(checkpoint.model, checkpoint.family)
     return Shape(len(layers), hidden, int(config.num_attention_heads), classes, hidden)
+
+
+def _logits_layer(checkpoint: Checkpoint) -> nn.Linear | None:
+    return stack.logits_layer(checkpoint.model, families.presumed(checkpoint.model_type))
 
 
 def check_layers(layers: Sequence[Layer], needs: Needs) -> None:
@@ -53,7 +60,7 @@ class Capture:
     """Hooks on one model that keep the signals of its latest forward pass.
 
     ``pooled`` is the last layer's state of the first token, before any dropout; for a model that is no stack of
-    encoder layers it is the input of its ``classifier``.
+    encoder layers it is what the layer reads that gives the logits.
 
     Args:
         checkpoint: The model.
@@ -74,15 +81,14 @@ class Capture:
         self._ends_at_input = False
         if not needs:
             return
-        if checkpoint.model_type in FAMILIES:
+        if families.is_encoder(checkpoint.model_type):
             self._hook_layers(encoder_layers(checkpoint.model, checkpoint.family), cut)
-        elif needs.hidden or needs.attention or not shape_of(checkpoint).pooled:
+        elif needs.hidden or needs.attention or (head := _logits_layer(checkpoint)) is None:
             raise UsageError(
                 f"a model of type '{checkpoint.model_type}' shows no encoder layers to compare",
                 "use a response method, or 'pooled' and the relation methods where the model has a classifier",
             )
         else:
-            head: Any = checkpoint.model.classifier
             self._handles.append(head.register_forward_pre_hook(self._keep_pooled))
 
     def __enter__(self) -> Capture:

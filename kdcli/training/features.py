@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcli import cache
+from kdcli import cache, families
+from kdcli.families.layer import Layer
+from kdcli.families.stack import encoder_layers
 from kdcli.inputs import batching, text
-from kdcli.inputs.feeding import model_inputs
+from kdcli.inputs.feeding import model_inputs, real
 from kdcli.inputs.text import Encoded
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.families import FAMILIES, Layer, encoder_layers
 from kdcli.progress import Progress
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
@@ -73,7 +74,7 @@ class TeacherSignals:
         self.teacher, self.encoded, self.logits, self.device = teacher, encoded, logits, device
         self.needs = needs
         self._layers: list[Layer] = []
-        if teacher.model_type in FAMILIES:
+        if families.is_encoder(teacher.model_type):
             self._layers = encoder_layers(teacher.model, teacher.family)
         self._states: dict[int, np.ndarray] = {}
         self._pooled: np.ndarray | None = None
@@ -189,7 +190,7 @@ class TeacherSignals:
             for rows in batches:
                 collated = batching.collate(encoded, rows, self.teacher.pad_id)
                 run_cut(model, model_inputs(model, collated, self.device))
-                mask = torch.from_numpy(collated["attention_mask"]).to(self.device).bool()
+                mask = real(collated, self.device)
                 found = capture.signals(mask.new_zeros(()), mask)
                 for layer, state in found.hidden.items():
                     states[layer][encoded.positions(rows)] = state[mask].half().cpu().numpy()

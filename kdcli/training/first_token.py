@@ -14,13 +14,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdcli import families
+from kdcli.families.family import FirstToken
+from kdcli.families.layer import Layer
+from kdcli.families.stack import encoder_layers
+from kdcli.input_names import MASK
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.families import FAMILIES, Layer, encoder_layers
 from kdcli.training.terms import Needs
-
-# Families whose layer is attention.self, attention.output, intermediate, output, and whose classifier reads the
-# first token of the last layer.
-_FAMILIES = ("bert", "roberta", "electra")
 
 
 @contextlib.contextmanager
@@ -34,34 +34,39 @@ def first_token_only(checkpoint: Checkpoint, needs: Needs) -> Iterator[bool]:
     Yields:
         Whether it was shortened.
     """
-    if checkpoint.model_type not in _FAMILIES:
+    family = families.encoders().get(checkpoint.model_type)
+    if family is None or family.first_token is None:
         yield False
         return
-    layer = encoder_layers(checkpoint.model, FAMILIES[checkpoint.model_type])[-1]
+    layer = encoder_layers(checkpoint.model, family)[-1]
     number = layer.index + 1
     if number in needs.hidden or number in needs.attention or not layer.heads or not layer.neurons:
         yield False
         return
     module: Any = layer.module
-    module.forward = _forward(layer)
+    module.forward = _forward(layer, family.first_token)
     try:
         yield True
     finally:
         del module.forward
 
 
-def _forward(layer: Layer) -> Any:
+def _forward(layer: Layer, parts: FirstToken) -> Any:
     module: Any = layer.module
-    attention = module.attention
+    dropout: Any = module.get_submodule(parts.dropout)
+    attention_output, ffn_in, ffn_out = (
+        module.get_submodule(path) for path in (parts.attention_output, parts.ffn_in, parts.ffn_out)
+    )
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, layer.head_size)).transpose(1, 2)
 
-    def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map (B, T, D) to the state of the first token, (B, 1, D)."""
         first = hidden_states[:, :1]
-        mask = None if attention_mask is None else attention_mask[:, :, :1]
-        dropped = attention.self.dropout.p if module.training else 0.0
+        whole = args[0] if args else kwargs.get(MASK)  # (B, 1, T, T), as a layer gets it
+        mask = None if whole is None else whole[:, :, :1]
+        dropped = dropout.p if module.training else 0.0
         mixed = F.scaled_dot_product_attention(
             heads(layer.query(first)),
             heads(layer.key(hidden_states)),
@@ -69,8 +74,8 @@ def _forward(layer: Layer) -> Any:
             attn_mask=mask,
             dropout_p=dropped,
         )
-        attended = attention.output(mixed.transpose(1, 2).flatten(2), first)
-        shortened: Tensor = module.output(module.intermediate(attended), attended)
+        attended = attention_output(mixed.transpose(1, 2).flatten(2), first)
+        shortened: Tensor = ffn_out(ffn_in(attended), attended)
         return shortened
 
     return forward

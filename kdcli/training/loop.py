@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdcli import interrupts, processes
 from kdcli.errors import InterruptedRun
 from kdcli.inputs import batching
-from kdcli.inputs.feeding import model_inputs
+from kdcli.inputs.feeding import model_inputs, real
 from kdcli.inputs.text import Encoded
 from kdcli.interrupts import Steps
 from kdcli.progress import Progress
@@ -263,7 +263,7 @@ class _Run:
         own, factor = distributed.share(rows)
         collated = batching.collate(train, own, self.pad_id)
         inputs = model_inputs(self.model, collated, self.device)
-        mask = torch.from_numpy(collated["attention_mask"]).to(self.device).bool()
+        mask = real(collated, self.device)
         value = factor * self.loss(self.model(**inputs), Batch(own, mask, at / steps))
         value.backward()
         stop = distributed.average(self.parameters, interrupt.signal is not None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdcli.inputs.feeding import accepted
+from kdcli.inputs.feeding import HandsOn, taken
 from kdcli.models.tokens import token_tables
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
@@ -22,7 +22,7 @@ class Outputs:
     every: list[Tensor]  # (B, C) of each member
 
 
-class Together(nn.Module):
+class Together(HandsOn):
     """Calls every member with the same batch.
 
     Args:
@@ -54,16 +54,7 @@ class Together(nn.Module):
         """Members with their relative learning rates."""
         return list(zip(self.members, self.rates, strict=True))
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-    ) -> Outputs:
-        """Token ids (B, T) to the answers of all members."""
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        every = []
-        for member in self.members:
-            names = accepted(member)
-            every.append(member(**{k: v for k, v in given.items() if k in names and v is not None}).logits)
+    def forward(self, **given: Tensor) -> Outputs:
+        """A batch of B rows to the answers of all members."""
+        every = [member(**taken(member, given)).logits for member in self.members]
         return Outputs(self.task.combined([every[i].float() for i in self.counted]), every)

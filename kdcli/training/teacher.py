@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcli import cache
+from kdcli import cache, families
 from kdcli.export import sessions
 from kdcli.inputs import batching, text
 from kdcli.inputs.feeding import torch_runner
@@ -154,7 +154,7 @@ def _store(
         running = sessions.running(graph, threads=torch.get_num_threads())
     size = max(1, _BATCH_TOKENS // max(1, int(encoded.lengths.mean())))
     # Texts of one length need no padding, which not every architecture ignores.
-    plain = teacher.model_type in checkpoints.supported_families()
+    plain = families.is_encoder(teacher.model_type)
     batches = (batching.inference_batches if plain else batching.equal_length_batches)(encoded.lengths, size)
     classes = int(teacher.config.num_labels)
     with (

@@ -16,6 +16,7 @@ from kdcli.export import onnx as exporter
 from kdcli.export.half import halve_graph
 from kdcli.export.int8 import Stored
 from kdcli.inputs.feeding import model_inputs
+from kdcli.inputs.text import TEXT
 from kdcli.models.integers import Integers
 from kdcli.stages.quantize.rounding import rtn
 from tests import tiny
@@ -139,9 +140,7 @@ def test_whole_models_answer_as_before(family: str, tmp_path: Path) -> None:
     batch = {k: v.numpy() for k, v in tiny.batch(family, 6).items()}
     batch["token_type_ids"] = np.zeros_like(batch["input_ids"])
     names = list(model_inputs(made.model, batch, "cpu"))
-    exporter.export(
-        made.model, exporter.example(made.config.vocab_size, names, "cpu"), tmp_path / "float.onnx"
-    )
+    exporter.export(made.model, TEXT.example(made.config.vocab_size, names, "cpu"), tmp_path / "float.onnx")
     fusion.fuse(tmp_path / "float.onnx", tmp_path / "fused.onnx", embeddings=False, attention="separate")
     detail = int8.quantise_graph(tmp_path / "fused.onnx", tmp_path / "small.onnx", integers, kernel="blocks")
     assert detail["float"] == []
@@ -164,9 +163,7 @@ def test_half_precision_stores_what_it_holds_exactly_and_nothing_else(tmp_path: 
             if parameter.ndim == 2 and "classifier" not in name:
                 parameter.copy_(parameter.half().float())
     names = ["input_ids", "attention_mask", "token_type_ids"]
-    exporter.export(
-        made.model, exporter.example(made.config.vocab_size, names, "cpu"), tmp_path / "float.onnx"
-    )
+    exporter.export(made.model, TEXT.example(made.config.vocab_size, names, "cpu"), tmp_path / "float.onnx")
     fusion.fuse(tmp_path / "float.onnx", tmp_path / "fused.onnx", embeddings=False)
     detail = halve_graph(tmp_path / "fused.onnx", tmp_path / "half.onnx")
     graph = onnx.load(str(tmp_path / "half.onnx")).graph

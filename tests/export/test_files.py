@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from kdcli.errors import InputError
 from kdcli.export import files, sessions
 from kdcli.export import onnx as exporter
+from kdcli.inputs.text import TEXT
 from tests import tiny
 
 NAMES = ["input_ids", "attention_mask", "token_type_ids"]
@@ -21,7 +22,7 @@ NAMES = ["input_ids", "attention_mask", "token_type_ids"]
 def exported(path: Path, family: str = "bert") -> Path:
     made = tiny.untrained(family)  # with equal weights among its own
     names = NAMES[: 2 if family in ("distilbert", "roberta", "mpnet") else 3]
-    exporter.export(made.model, exporter.example(made.config.vocab_size, names, "cpu"), path)
+    exporter.export(made.model, TEXT.example(made.config.vocab_size, names, "cpu"), path)
     return path
 
 

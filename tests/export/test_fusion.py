@@ -11,8 +11,9 @@ from onnx import numpy_helper
 
 from kdcli.export import attention, fusion, sessions
 from kdcli.export import onnx as exporter
+from kdcli.families.stack import encoder_linears
+from kdcli.inputs.text import TEXT
 from kdcli.models import transforms
-from kdcli.models.families import encoder_linears
 from tests import tiny
 
 
@@ -22,9 +23,7 @@ def test_large_graphs_fuse_as_small_ones_do(
 ) -> None:
     made = tiny.checkpoint("bert")
     names = ["input_ids", "attention_mask", "token_type_ids"]
-    exporter.export(
-        made.model, exporter.example(made.config.vocab_size, names, "cpu"), tmp_path / "plain.onnx"
-    )
+    exporter.export(made.model, TEXT.example(made.config.vocab_size, names, "cpu"), tmp_path / "plain.onnx")
     here = Path.cwd()
     counts = fusion.fuse(tmp_path / "plain.onnx", tmp_path / "small.onnx", attention=kind)
     monkeypatch.setattr(fusion, "_LARGE", 1)
@@ -44,9 +43,7 @@ def test_large_graphs_fuse_as_small_ones_do(
 def test_models_with_equal_weights_fuse(tmp_path: Path) -> None:
     made = tiny.untrained("bert")  # every bias is zero, every layer norm is one
     names = ["input_ids", "attention_mask"]
-    exporter.export(
-        made.model, exporter.example(made.config.vocab_size, names, "cpu"), tmp_path / "plain.onnx"
-    )
+    exporter.export(made.model, TEXT.example(made.config.vocab_size, names, "cpu"), tmp_path / "plain.onnx")
     counts = fusion.fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx")
     assert counts == {
         "EmbedLayerNormalization": 1,
@@ -63,7 +60,7 @@ def test_attention_between_factors_is_one_operator_too(family: str, tmp_path: Pa
     transforms.factorise_linears(made.model, [query], 4)  # the other layer stays whole
     names = ["input_ids", "attention_mask"]
     plain, fused = tmp_path / "plain.onnx", tmp_path / "fused.onnx"
-    exporter.export(made.model, exporter.example(made.config.vocab_size, names, "cpu"), plain)
+    exporter.export(made.model, TEXT.example(made.config.vocab_size, names, "cpu"), plain)
     counts = fusion.fuse(plain, fused)
     assert counts["MultiHeadAttention"] == counts["Attention"] == 1
     kinds = {node.op_type for node in onnx.load(str(fused)).graph.node}
@@ -78,7 +75,7 @@ def test_attention_between_factors_is_one_operator_too(family: str, tmp_path: Pa
 def test_other_attention_is_left_alone(tmp_path: Path) -> None:
     made = tiny.checkpoint("mpnet")  # adds a bias by position to its scores
     names = ["input_ids", "attention_mask"]
-    exporter.export(made.model, exporter.example(made.config.vocab_size, names, "cpu"), tmp_path / "a.onnx")
+    exporter.export(made.model, TEXT.example(made.config.vocab_size, names, "cpu"), tmp_path / "a.onnx")
     graph = onnx.load(str(tmp_path / "a.onnx")).graph
     before = graph.SerializeToString()
     assert attention.fuse(graph) == 0

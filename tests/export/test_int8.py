@@ -18,6 +18,7 @@ from kdcli.export import onnx as exporter
 from kdcli.export.int8 import Stored
 from kdcli.export.quiet import quiet
 from kdcli.inputs.feeding import model_inputs
+from kdcli.inputs.text import TEXT
 from kdcli.models import transforms
 from kdcli.models.transforms import Cut
 from kdcli.stages.quantize.rounding import rtn
@@ -66,7 +67,7 @@ def arrays(family: str, rows: int = 40, seed: int = 0) -> dict[str, np.ndarray]:
 
 def export(made, path: Path, route=None) -> None:
     names = list(model_inputs(made.model, arrays(made.model_type, 2), "cpu"))
-    exporter.export(made.model, exporter.example(made.config.vocab_size, names, "cpu"), path, route=route)
+    exporter.export(made.model, TEXT.example(made.config.vocab_size, names, "cpu"), path, route=route)
 
 
 def answers(path: Path, family: str, rows: int = 40) -> np.ndarray:

@@ -15,6 +15,7 @@ from kdcli.errors import ParityError
 from kdcli.export import fusion, parity, sessions
 from kdcli.export import onnx as exporter
 from kdcli.inputs.feeding import model_inputs
+from kdcli.inputs.text import TEXT
 from kdcli.models import transforms
 from kdcli.models.transforms import Cut
 from tests import tiny
@@ -38,7 +39,7 @@ def arrays(family: str, rows: int, seed: int, extra: int = 0) -> dict[str, np.nd
 
 def both(made, path: Path, route=None):
     names = list(model_inputs(made.model, arrays(made.model_type, 2, 0), "cpu"))
-    exporter.export(made.model, exporter.example(made.config.vocab_size, names, "cpu"), path, route=route)
+    exporter.export(made.model, TEXT.example(made.config.vocab_size, names, "cpu"), path, route=route)
 
     @torch.no_grad()
     def reference(batch):
@@ -104,7 +105,7 @@ def test_the_other_route_is_taken_when_torch_drops_the_legacy_one(
     monkeypatch.setattr(torch.onnx, "export", without)
     made = tiny.checkpoint("bert")
     names = list(model_inputs(made.model, arrays("bert", 2, 0), "cpu"))
-    inputs = exporter.example(made.config.vocab_size, names, "cpu")
+    inputs = TEXT.example(made.config.vocab_size, names, "cpu")
     assert exporter.export(made.model, inputs, tmp_path / "plain.onnx") == "dynamo"
 
 

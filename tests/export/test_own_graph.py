@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kdcli.errors import InputError, UsageError
 from kdcli.export import onnx as exporter
+from kdcli.inputs.text import TEXT
 from kdcli.progress import Progress
 from kdcli.report import facts, html, markdown
 from kdcli.report.schema import Report
@@ -40,7 +41,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def graph(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its graph, by torch alone: no names or metadata of kdcli's but those of inputs and output."""
     made, path = tiny.checkpoint(), tmp_path_factory.mktemp("graph") / "float.onnx"
-    exporter.export(made.model, exporter.example(made.config.vocab_size, NAMES, "cpu"), path)
+    exporter.export(made.model, TEXT.example(made.config.vocab_size, NAMES, "cpu"), path)
     return path
 
 
@@ -385,14 +386,12 @@ def test_a_graph_of_another_model_is_refused(plain: Path, data_dir: Path, tmp_pa
     with torch.no_grad():  # fewer token rows than the tokenizer has tokens, and three labels
         words = small.model.bert.embeddings.word_embeddings
         words.weight = torch.nn.Parameter(words.weight[:12].clone())
-    exporter.export(small.model, exporter.example(12, NAMES, "cpu"), place / "model.onnx")
+    exporter.export(small.model, TEXT.example(12, NAMES, "cpu"), place / "model.onnx")
     with pytest.raises(InputError, match="stops on"):
         judge(place, data=data_dir)
     three = tiny.checkpoint()
     three.model.classifier = torch.nn.Linear(32, 3)
-    exporter.export(
-        three.model, exporter.example(three.config.vocab_size, NAMES, "cpu"), place / "model.onnx"
-    )
+    exporter.export(three.model, TEXT.example(three.config.vocab_size, NAMES, "cpu"), place / "model.onnx")
     with pytest.raises(InputError, match="3 numbers a row, but its configuration names 2 labels"):
         judge(place, data=data_dir)
     (place / "model.onnx").write_bytes(b"\x08\x07" + b"garbage" * 50)

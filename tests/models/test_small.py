@@ -16,6 +16,7 @@ from kdcli.errors import InputError, UsageError
 from kdcli.export import fusion, sessions
 from kdcli.export import onnx as exporter
 from kdcli.inputs.feeding import model_inputs
+from kdcli.inputs.text import TEXT
 from kdcli.measure import compute
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import inspect, small, students
@@ -219,7 +220,7 @@ def test_the_graph_answers_as_the_model_at_every_shape(kind: str, tmp_path: Path
     names = list(model_inputs(one.model, numpy, "cpu"))
     assert names == ["input_ids", "attention_mask"]
     plain = tmp_path / "plain.onnx"
-    exporter.export(one.model, exporter.example(one.config.vocab_size, names, "cpu"), plain)
+    exporter.export(one.model, TEXT.example(one.config.vocab_size, names, "cpu"), plain)
     files = [plain]
     if fusion.fuse(plain, tmp_path / "fused.onnx"):
         files.append(tmp_path / "fused.onnx")

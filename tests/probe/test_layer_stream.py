@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kdcli.families.stack import encoder_layers, encoder_linears
 from kdcli.models import transforms
-from kdcli.models.families import encoder_layers, encoder_linears
 from kdcli.probe.layer_stream import PARTS, Moments, Pair, Stream
 from kdcli.stages.prune.sublayer_refit import cut, replaced
 from tests import tiny

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from kdcli.data.sources import Rows
+from kdcli.families.stack import encoder_layers
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.families import encoder_layers
 from kdcli.probe import definite
 from kdcli.stages.lowrank import stage as lowrank
 from kdcli.stages.lowrank.options import LowRankOptions

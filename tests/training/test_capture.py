@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kdcli.errors import UsageError
+from kdcli.families.stack import encoder_layers
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.families import encoder_layers
 from kdcli.models.transforms import TransformLog
 from kdcli.training.capture import Capture, run_cut, shape_of
 from kdcli.training.terms import Needs, Shape, Signals

@@ -18,11 +18,11 @@ import torch
 from kdcli import cache
 from kdcli.data import sources
 from kdcli.errors import UsageError
+from kdcli.families.stack import encoder_layers
 from kdcli.inputs import batching, text
 from kdcli.inputs.text import Encoded
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.families import encoder_layers
 from kdcli.progress import Progress
 from kdcli.training import features
 from kdcli.training.features import TeacherSignals, combined

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from kdcli import families
 from kdcli.context import Context
 from kdcli.inputs import text
 from kdcli.inputs.text import Encoded
@@ -65,8 +66,9 @@ def fit_options(context: Context, plan: DistillPlan, made: students.Student, row
 
 def default_rate(made: students.Student) -> float:
     """Peak learning rate of AdamW by kind and width; trained weights want a gentler one."""
-    if made.checkpoint.model_type == "kdcli-static":
-        return 3e-3
+    own = families.presumed(made.checkpoint.model_type).rate
+    if own is not None:
+        return own
     hidden = int(made.checkpoint.config.hidden_size)
     rate = 2e-3 if hidden <= 128 else 1e-3 if hidden <= 256 else 4e-4 if hidden <= 512 else 2e-4
     return rate / 2 if made.init in ("hub", "checkpoint") else rate

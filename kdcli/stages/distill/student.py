@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from kdcli import registry
+from kdcli import families, registry
 from kdcli.context import Context
 from kdcli.errors import UnavailableError, UsageError
+from kdcli.families import bert
 from kdcli.inputs import augment, text
 from kdcli.inputs.text import Encoded
 from kdcli.models import references, students
@@ -116,7 +117,7 @@ def make(
     options, offline = options_of(context), context.request.common.offline
 
     def published(preset: str) -> Path:
-        if teacher.model_type != "bert":
+        if teacher.model_type != bert.FAMILY.name:
             raise UnavailableError(f"the published miniatures are BERT, the teacher is {teacher.model_type}")
         return references.resolve_student(preset, offline=offline).path
 
@@ -142,11 +143,10 @@ def make(
 def set_dropout(student: Checkpoint, rate: float | None) -> None:
     """Set every dropout of a model; the configuration that is saved keeps the family's usual one.
 
-    By default an encoder has none: the teacher's answers to many texts regularise it enough. Students that see no
-    context overfit sooner.
+    By default it is what the family says.
     """
     if rate is None:
-        rate = 0.2 if student.model_type in ("kdcli-static", "kdcli-cnn", "kdcli-bilstm") else 0.0
+        rate = families.presumed(student.model_type).dropout
     for module in student.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = rate

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kdcli.inputs import kinds
 from kdcli.probe.moments import watching
 from kdcli.stages.lowrank.factors import narrow_by_outputs
 from kdcli.tasks.classification import CLASSIFICATION
@@ -51,7 +52,7 @@ def sensitivity(
     Args:
         model: In eval mode.
         layers: By name.
-        batches: Inputs of the model; tokens whose ``attention_mask`` (B, T) is 0 do not count.
+        batches: Inputs of the model; padding does not count.
         seed: Of the sampled noise.
         task: What an answer is.
     """
@@ -67,7 +68,7 @@ def sensitivity(
             gradients = torch.autograd.grad(
                 (logits * direction).sum(), list(outputs.values()), allow_unused=True
             )
-            real = batch["attention_mask"].bool()
+            real = kinds.mask(batch).bool()
             rows += len(logits)
             parts.append({})
             for name, gradient in zip(outputs, gradients, strict=True):
@@ -119,7 +120,7 @@ def fisher(
         outputs, logits = _watched(model, layers, batch, inputs)
         loss = task.loss(logits, targets, "sum")
         gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
-        real = batch["attention_mask"].unsqueeze(-1)
+        real = kinds.mask(batch).unsqueeze(-1)
         rows += len(logits)
         for name, gradient in zip(outputs, gradients, strict=True):
             g = torch.zeros_like(outputs[name]) if gradient is None else gradient * real
@@ -148,7 +149,7 @@ def _of_table(g: Tensor, ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 def _parts(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """The batch (B, T) in parts of whole rows with about :data:`TOKENS` tokens."""
-    rows, length = batch["attention_mask"].shape
+    rows, length = kinds.shape(batch)
     step = max(1, TOKENS // length)
     for at in range(0, rows, step):
         yield {key: value[at : at + step] for key, value in batch.items()}
@@ -160,7 +161,7 @@ def _labelled(
     for batch, targets in batches:
         at = 0
         for part in _parts(batch):
-            count = len(part["attention_mask"])
+            count = kinds.size(part)
             yield part, targets[at : at + count]
             at += count
 

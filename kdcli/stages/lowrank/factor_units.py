@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from kdcli.families.modules import LowRankLinear
 from kdcli.models import transforms
-from kdcli.models.layers import LowRankLinear
 from kdcli.stages.lowrank import factors
 from kdcli.stages.lowrank.factors import Factors
 

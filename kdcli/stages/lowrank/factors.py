@@ -238,7 +238,7 @@ def _tails(metric: Tensor, moved: Tensor, a: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(pair: nn.Module, factors: Factors, rank: int) -> None:
-    """Copy the leading ``rank`` directions into a :class:`kdcli.models.layers.LowRankLinear` of that rank."""
+    """Copy the leading ``rank`` directions into a :class:`kdcli.families.modules.LowRankLinear` of that rank."""
     left, right = factors.left[:, :rank], factors.right[:rank]
     pair.first.weight.copy_(right)  # type: ignore[union-attr, operator]
     pair.second.weight.copy_(left)  # type: ignore[union-attr, operator]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdcli import memory
 from kdcli.context import Context
 from kdcli.errors import UsageError
-from kdcli.inputs import sampling
+from kdcli.inputs import kinds, sampling
 from kdcli.inputs.text import Encoded
 from kdcli.models import mapped
 from kdcli.probe import from_layer, speedup
@@ -260,7 +260,7 @@ class Work:
                 self._dense()
                 task.advance()
         best = min(divergence, key=divergence.__getitem__)  # the first of equals, so the even one
-        rows = sum(len(batch["input_ids"]) for batch in trial)
+        rows = sum(kinds.size(batch) for batch in trial)
         detail["allocation"] = {"chosen": best, "held_rows": rows, "kl": divergence}
         return shares[best]
 

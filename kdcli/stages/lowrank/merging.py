@@ -9,9 +9,9 @@ from torch import nn
 
 from kdcli.context import Applied, Context
 from kdcli.errors import UsageError
+from kdcli.families.modules import LowRankLinear
 from kdcli.models import conv_factors, transforms
 from kdcli.models.conv_factors import FactorisedConv
-from kdcli.models.layers import LowRankLinear
 from kdcli.probe.product_clock import Clock, torch_milliseconds
 from kdcli.report.schema import Method, Warning_
 from kdcli.stages.lowrank import rank_budget

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.models.families import Family
+from kdcli.families.family import Encoder
+from kdcli.inputs import kinds
 from kdcli.probe.moments import Moments, watching
 from kdcli.stages.lowrank import factors
 from kdcli.stages.lowrank.factor_units import FactorUnit, install
@@ -32,7 +33,7 @@ class Sample:
 
     def of(self, unit: FactorUnit) -> tuple[Tensor, Tensor | None]:
         """Which tokens count for a unit, (B, T) bool, and how much each of them does."""
-        real = self.inputs["attention_mask"].bool()
+        real = kinds.mask(self.inputs).bool()
         parts = [self.weights[m] for m in unit.members if m in self.weights]
         if not parts:
             return real, None
@@ -83,7 +84,7 @@ class _Call:
         return _first(layer(hidden, *self.args, **self.kwargs))
 
 
-def _calls(model: nn.Module, family: Family, samples: Sequence[Sample]) -> tuple[list[_Call], list[Tensor]]:
+def _calls(model: nn.Module, family: Encoder, samples: Sequence[Sample]) -> tuple[list[_Call], list[Tensor]]:
     """How the first encoder layer is called, and its hidden state (B, T, D), batch by batch."""
     layers: Any = model.get_submodule(family.layers)
     made: list[_Call] = []
@@ -109,7 +110,7 @@ def _calls(model: nn.Module, family: Family, samples: Sequence[Sample]) -> tuple
 @torch.no_grad()
 def collect(
     model: nn.Module,
-    family: Family,
+    family: Encoder,
     units: Mapping[str, FactorUnit],
     samples: Sequence[Sample],
     *,
@@ -126,7 +127,7 @@ def collect(
         model: Dense, in eval mode; what is done to a layer that was given does not matter any more.
         family: Of the model.
         units: By name; tables are left out, their statistics are the tokens' own.
-        samples: Calibration rows; tokens whose ``attention_mask`` (B, T) is 0 do not count.
+        samples: Calibration rows; padding does not count.
         magnitudes: Whether the mean of |x| (I,) over the tokens is wanted.
         done: Called after every layer.
 
@@ -215,7 +216,7 @@ class Fit:
 @torch.no_grad()
 def replace_all(
     model: nn.Module,
-    family: Family,
+    family: Encoder,
     units: Mapping[str, FactorUnit],
     ranks: Mapping[str, int],
     found: Mapping[str, Factors],
@@ -334,7 +335,7 @@ def _answer(unit: FactorUnit, kept: Tensor, counted: Tensor) -> Tensor:
     return nn.functional.linear(kept[counted], unit.dense.weight, unit.dense.bias)
 
 
-def _groups(family: Family) -> list[tuple[str, ...]]:
+def _groups(family: Encoder) -> list[tuple[str, ...]]:
     return [
         (family.query, family.key, family.value),
         (family.attention_output,),
@@ -345,7 +346,7 @@ def _groups(family: Family) -> list[tuple[str, ...]]:
 
 def _moments(
     layer: nn.Module,
-    family: Family,
+    family: Encoder,
     group: tuple[str, ...],
     todo: Sequence[FactorUnit],
     prefix: str,

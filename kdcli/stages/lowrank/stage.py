@@ -11,7 +11,8 @@ from torch import nn
 from kdcli import processes, registry
 from kdcli.context import Applied, Context, Stage
 from kdcli.errors import UsageError
-from kdcli.models.families import Family, encoder_linears
+from kdcli.families.family import Encoder
+from kdcli.families.stack import encoder_linears
 from kdcli.models.transforms import Factorise
 from kdcli.probe import speedup
 from kdcli.report.schema import Method, Warning_
@@ -162,7 +163,7 @@ def settings_of(name: str, given: Mapping[str, str]) -> Any:
     return rule.configured(registry.share_out("lowrank", given, {name: rule})[1][name])
 
 
-def _units(model: nn.Module, family: Family, options: LowRankOptions, share: bool) -> dict[str, FactorUnit]:
+def _units(model: nn.Module, family: Encoder, options: LowRankOptions, share: bool) -> dict[str, FactorUnit]:
     """What the patterns leave, in the order in which the model runs it, by the name of its first layer.
 
     Raises:
@@ -170,7 +171,7 @@ def _units(model: nn.Module, family: Family, options: LowRankOptions, share: boo
     """
     layers: dict[str, nn.Module] = {**encoder_linears(model, family)}
     tables: dict[str, nn.Module] = {}
-    table = f"{family.base}.embeddings.word_embeddings"
+    table = family.tokens
     if EMBEDDINGS in options.include:
         if not isinstance(model.get_submodule(table), nn.Embedding):
             raise UsageError(f"--include {EMBEDDINGS}: the table of the tokens is factorised already")
@@ -184,7 +185,7 @@ def _units(model: nn.Module, family: Family, options: LowRankOptions, share: boo
     return units
 
 
-def _together(names: Sequence[str], family: Family) -> list[tuple[str, ...]]:
+def _together(names: Sequence[str], family: Encoder) -> list[tuple[str, ...]]:
     """Names, with query, key and value of one attention joined where all three are there."""
     paths = (family.query, family.key, family.value)
     joined: dict[str, tuple[str, ...]] = {}

@@ -19,9 +19,9 @@ import numpy as np
 from torch import nn
 
 from kdcli.errors import InputError, UsageError
+from kdcli.families.layer import Layer
+from kdcli.families.modules import LowRankLinear, Projection
 from kdcli.models import transforms
-from kdcli.models.families import Layer
-from kdcli.models.layers import LowRankLinear, Projection
 from kdcli.models.transforms import Cut
 from kdcli.stages.prune.criterion import UnitJob, Units, UnitsCut
 

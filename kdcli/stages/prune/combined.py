@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kdcli import registry
+from kdcli import families, registry
 from kdcli.context import Applied, Context
 from kdcli.errors import UsageError
-from kdcli.models.families import FAMILIES, Layer, encoder_layers
+from kdcli.families.layer import Layer
+from kdcli.families.stack import encoder_layers
 from kdcli.models.tokens import Vocabulary
 from kdcli.report.schema import Method, Warning_
 from kdcli.request import Gates, Request
@@ -263,5 +264,5 @@ def _cut_units(context: Context, part: Part, state: State) -> None:
 def _layers(context: Context) -> list[Layer]:
     """Encoder layers; none of a model that is no transformer, whose tokens can be dropped all the same."""
     checkpoint = context.checkpoint
-    known = checkpoint.model_type in FAMILIES
+    known = families.is_encoder(checkpoint.model_type)
     return encoder_layers(checkpoint.model, checkpoint.family) if known else []

@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 import numpy as np
 from torch import Tensor, nn
 
+from kdcli.families.family import Encoder
+from kdcli.families.layer import Layer
 from kdcli.inputs.feeding import Labelled
-from kdcli.models.families import Family, Layer
 from kdcli.models.transforms import Cut
 from kdcli.progress import Progress
 from kdcli.registry import Method
@@ -107,7 +108,7 @@ class LayerJob:
     """Whole encoder layers to drop from one model."""
 
     model: nn.Module  # in eval mode
-    family: Family
+    family: Encoder
     prices: np.ndarray  # (L,), what each layer costs
     remove: float  # in the unit of the prices; less than all layers cost
     batches: Sequence[Labelled]
@@ -120,7 +121,7 @@ class WidthJob:
     """Features of the residual stream to cut out of one model."""
 
     model: nn.Module  # in eval mode
-    family: Family
+    family: Encoder
     keep: int  # features, at least 1
     batches: Sequence[Labelled]
     progress: Progress = field(default_factory=Progress)

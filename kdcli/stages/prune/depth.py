@@ -8,8 +8,10 @@ import numpy as np
 
 from kdcli.context import Context
 from kdcli.errors import InputError, UsageError
+from kdcli.families import stack
+from kdcli.families.layer import Layer
 from kdcli.inputs.feeding import Labelled
-from kdcli.models import families, transforms
+from kdcli.models import transforms
 from kdcli.models.transforms import Layers, Width
 from kdcli.report.schema import Warning_
 from kdcli.stages.prune import rows_read
@@ -39,7 +41,7 @@ def _batches(context: Context, part: Part) -> list[Labelled]:
 def _drop_layers(context: Context, part: Part, state: State) -> None:
     checkpoint = context.checkpoint
     model, family = checkpoint.model, checkpoint.family
-    layers = families.encoder_layers(model, family)
+    layers = stack.encoder_layers(model, family)
     have = len(layers)
     prices, remove = np.ones(have), 0.0
     if (count := part.config.keep_layers) is not None:
@@ -87,10 +89,10 @@ def _drop_layers(context: Context, part: Part, state: State) -> None:
 def _narrow(context: Context, part: Part, state: State) -> None:
     checkpoint = context.checkpoint
     model, family = checkpoint.model, checkpoint.family
-    have = families.width_of(model, family)
+    have = stack.width_of(model, family)
     if have < STEP:
         raise InputError(f"the model's residual stream has {have} features, of which none can go")
-    keep = _width(part, state, families.encoder_layers(model, family), have)
+    keep = _width(part, state, stack.encoder_layers(model, family), have)
     batches = _batches(context, part)
     chosen = part.criterion.narrow(WidthJob(model, family, keep, batches, context.progress), part.config)
     if keep < have:
@@ -109,7 +111,7 @@ def _narrow(context: Context, part: Part, state: State) -> None:
     }
 
 
-def _width(part: Part, state: State, layers: list[families.Layer], have: int) -> int:
+def _width(part: Part, state: State, layers: list[Layer], have: int) -> int:
     """How many features stay."""
     if (width := part.config.width) is not None:
         if width > have:

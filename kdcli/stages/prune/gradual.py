@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.context import Context
+from kdcli.families.layer import Layer
+from kdcli.families.stack import encoder_layers
 from kdcli.inputs.feeding import Labelled
 from kdcli.inputs.text import Encoded
 from kdcli.models import transforms
-from kdcli.models.families import Layer, encoder_layers
 from kdcli.progress import Progress
 from kdcli.stages.prune import rows_read
 from kdcli.stages.prune.budget import cut_of

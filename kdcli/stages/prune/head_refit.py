@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcli.families import stack
+from kdcli.families.family import Encoder
 from kdcli.inputs.feeding import Labelled
-from kdcli.models.families import Family
 from kdcli.probe.layer_stream import Moments, Stream, add
 from kdcli.stages.prune import output_refit
 
@@ -31,14 +32,8 @@ class Head:
         batches: The rows that the head is fitted on.
     """
 
-    def __init__(self, model: nn.Module, family: Family, batches: Sequence[Labelled]) -> None:
-        linears = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-            and not name.startswith(family.layers + ".")
-            and "embeddings" not in name
-        }
+    def __init__(self, model: nn.Module, family: Encoder, batches: Sequence[Labelled]) -> None:
+        linears = stack.head_linears(model, family)
         self.order: list[nn.Linear] = []
         self.targets: list[list[Tensor]] = []
         hooks = [module.register_forward_hook(self._keep) for module in linears.values()]

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdcli.models.families import Layer
-from kdcli.models.layers import LowRankLinear, Projection
+from kdcli.families.layer import Layer
+from kdcli.families.modules import LowRankLinear, Projection
 from kdcli.stages.prune.criterion import Units
 
 Kind = tuple[str, ...]

@@ -10,9 +10,10 @@ from typing import Any
 from kdcli.context import Applied, Context
 from kdcli.devices import session_device
 from kdcli.errors import UsageError
+from kdcli.families.layer import Layer
+from kdcli.families.stack import encoder_layers
 from kdcli.measure import environment
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models.families import Layer, encoder_layers
 from kdcli.probe import layer_clock, speedup
 from kdcli.probe.layer_clock import Timer
 from kdcli.probe.speedup import Attempt, Chosen, Measure

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kdcli.models.families import Layer
+from kdcli.families.layer import Layer
 from kdcli.probe.layer_stream import Stream
 from kdcli.stages.prune.criterion import WeightJob
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcli.models.families import Layer
-from kdcli.models.layers import LowRankLinear
+from kdcli.families.layer import Layer
+from kdcli.families.modules import LowRankLinear
 from kdcli.probe.layer_stream import Moments
 from kdcli.stages.prune import output_refit
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdcli.context import Applied, Context
-from kdcli.models.families import encoder_layers
+from kdcli.families.stack import encoder_layers
 from kdcli.report.schema import Method, Warning_
 from kdcli.stages.prune import gradual, rows_read
 from kdcli.stages.prune.budget import costs, layer_macs, macs_to_remove, table_row

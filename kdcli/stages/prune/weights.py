@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kdcli.context import Applied, Context
 from kdcli.errors import InputError
-from kdcli.models.families import encoder_layers
-from kdcli.models.layers import projections
+from kdcli.families.modules import projections
+from kdcli.families.stack import encoder_layers
 from kdcli.models.transforms import Zero
 from kdcli.report.schema import Method, Warning_
 from kdcli.stages.prune import gradual, learned_masks, rows_read

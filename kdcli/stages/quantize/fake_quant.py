@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdcli.input_names import MASK
 from kdcli.stages.quantize.ranges import LEVELS, Affine, affine
 
 Rounding = Callable[[Tensor], Tensor]
@@ -38,7 +39,7 @@ class _Mask:
         self.value: Tensor | None = None  # (B, T) bool
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+        mask = kwargs.get(MASK)
         self.value = None if mask is None else mask.bool()
 
 

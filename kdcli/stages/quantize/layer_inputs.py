@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.context import Context
-from kdcli.inputs import batching, sampling
+from kdcli.families.modules import SmoothLinear
+from kdcli.inputs import batching, kinds, sampling
 from kdcli.inputs.feeding import model_inputs
-from kdcli.models.layers import SmoothLinear
 
 Layers = Mapping[str, nn.Module]
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def observe(
             for batch in calibration_batches(context, rows):
                 model(**model_inputs(model, batch, context.device))
                 added.clear()
-                task.advance(len(batch["input_ids"]))
+                task.advance(kinds.size(batch))
     finally:
         for handle in handles:
             handle.remove()

@@ -12,6 +12,7 @@ from torch import nn
 from kdcli import registry
 from kdcli.context import Context
 from kdcli.errors import UsageError
+from kdcli.families.stack import is_token_table
 from kdcli.stages.quantize.options import QuantizeOptions
 from kdcli.stages.quantize.scheme import Scheme, WeightRounding
 
@@ -173,7 +174,7 @@ def choose(
     """
     layers: dict[str, Layer] = {}
     for name, module in model.named_modules():
-        table = isinstance(module, nn.Embedding) and name.endswith("_embeddings")
+        table = isinstance(module, nn.Embedding) and is_token_table(name)
         convolution = isinstance(module, Convolution) and convolutions
         if isinstance(module, nn.Linear) or convolution or (table and tables):
             layers[name] = module

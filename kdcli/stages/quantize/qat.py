@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kdcli import families
 from kdcli.context import Applied, Context
 from kdcli.errors import UsageError
+from kdcli.families.stack import logits_layer
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models.families import FAMILIES
 from kdcli.models.integers import Integers
 from kdcli.stages.quantize import fake_quant, fixed_ranges, integer_weights
 from kdcli.stages.quantize.fake_quant import Rounding
@@ -109,11 +110,12 @@ def _trained(context: Context, plan: QuantizePlan) -> set[str]:
     checkpoint = context.checkpoint
     if training_of(plan).everywhere:
         return set(plan.matrices)
-    if checkpoint.model_type in FAMILIES:
+    if families.is_encoder(checkpoint.model_type):
         inside = f"{checkpoint.family.layers}."
         names = {name for name in plan.matrices if name.startswith(inside)}
     else:
-        names = {name for name in plan.matrices if name != "classifier"}
+        last = logits_layer(checkpoint.model, families.presumed(checkpoint.model_type))
+        names = {name for name, layer in plan.matrices.items() if layer is not last}
     if plan.config.tables:
         model: Any = checkpoint.model
         token = model.get_input_embeddings()

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kdcli import families
 from kdcli.inputs import sampling
 from kdcli.inputs.text import Encoded
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.families import FAMILIES
 from kdcli.progress import Progress
 from kdcli.stages.quantize.simulated import Answers, Simulation
 
@@ -154,7 +154,7 @@ def _outcome(kept: list[LayerGroup], drop: float, met: bool, tried: list[dict[st
 
 
 def _unit_of(checkpoint: Checkpoint, layer: str) -> str:
-    family = FAMILIES.get(checkpoint.model_type)
+    family = families.encoders().get(checkpoint.model_type)
     if family is None or not layer.startswith(f"{family.layers}."):
         return layer
     number, _, inside = layer.removeprefix(f"{family.layers}.").partition(".")

@@ -14,9 +14,9 @@ import torch
 from tokenizers import Tokenizer
 
 from kdcli.errors import UsageError
+from kdcli.families.modules import LowRankEmbedding
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.conv_factors import FactorisedConv
-from kdcli.models.layers import LowRankEmbedding
 from kdcli.models.transforms import FactoriseConv
 from kdcli.probe import layer_clock, speedup
 from kdcli.probe.speedup import Speed

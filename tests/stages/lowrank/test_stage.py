@@ -11,10 +11,10 @@ import torch
 from kdcli import memory, processes
 from kdcli.context import Context
 from kdcli.errors import UsageError
+from kdcli.families.modules import LowRankEmbedding, LowRankLinear
+from kdcli.families.stack import encoder_linears
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import mapped, transforms
-from kdcli.models.families import encoder_linears
-from kdcli.models.layers import LowRankEmbedding, LowRankLinear
 from kdcli.models.transforms import Cut, Factorise, Layers, Width
 from kdcli.probe import rows as calibration
 from kdcli.probe import speedup
@@ -392,7 +392,7 @@ def test_fitting_behind_the_factorised_layers_helps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_table_of_the_tokens(family: str, tmp_path: Path) -> None:
     made = tiny.checkpoint(family)
-    name = f"{made.family.base}.embeddings.word_embeddings"
+    name = made.family.tokens
     dense = logits(made, family)
     applied = contexts.applied(lowrank, context_of(made, tmp_path, rank=13, include=("embeddings", "*.1.*")))
     table = made.model.get_submodule(name)

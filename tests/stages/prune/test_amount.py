@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from kdcli import families
 from kdcli.errors import InputError, InterruptedRun, UsageError
+from kdcli.families.stack import encoder_layers
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models.families import encoder_layers, family_of
 from kdcli.models.transforms import Zero
 from kdcli.probe import layer_clock, speedup
 from kdcli.probe.speedup import Speed
@@ -39,7 +40,7 @@ def clock(stacks: Sequence[nn.Module], tokens: int, progress: Progress) -> list[
 
 
 def time_of(model: nn.Module) -> float:
-    layers = encoder_layers(model, family_of(str(model.config.model_type)))
+    layers = encoder_layers(model, families.of(str(model.config.model_type)))
     parts = [(x.heads, HEAD) for x in layers] + [(x.neurons, NEURON) for x in layers]
     return REST + sum(OVERHEAD + n * cost for n, cost in parts if n)
 

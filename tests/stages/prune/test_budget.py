@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcli.errors import InputError, UsageError
+from kdcli.families.stack import encoder_layers, encoder_linears
 from kdcli.models import transforms
-from kdcli.models.families import encoder_layers, encoder_linears
 from kdcli.stages.prune.budget import (
     choose,
     costs,

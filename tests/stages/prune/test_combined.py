@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdcli.errors import InputError, UsageError
+from kdcli.families import stack
 from kdcli.inputs.splits import Splits
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models import families
 from kdcli.models.checkpoint import Checkpoint, fresh
 from kdcli.models.small import StaticConfig
 from kdcli.models.transforms import TransformLog
@@ -74,7 +74,7 @@ def test_sparsity_of_layers_is_their_share(sparsity: float | None, left: int, tm
         prune, context_of(made, tmp_path, structure="layers", sparsity=sparsity, settings={"samples": "16"})
     )
     detail = applied.method.detail["parts"]["layers"]
-    assert detail["layers_after"] == left == len(families.encoder_layers(made.model, made.family))
+    assert detail["layers_after"] == left == len(stack.encoder_layers(made.model, made.family))
     assert applied.method.detail["encoder_macs_kept"] == pytest.approx(left / 6)
     assert torch.equal(logits(made.model, "bert"), before) == (left == 6)
     gone = [row["layer"] for row in applied.method.layers if not row["macs_after"]]
@@ -85,7 +85,7 @@ def test_sparsity_of_layers_is_their_share(sparsity: float | None, left: int, tm
 
 def test_budget_of_layers_counts_macs_of_uneven_layers(tmp_path: Path) -> None:
     made = tiny.checkpoint(layers=4)
-    families.encoder_layers(made.model, made.family)[1].keep_neurons(range(4))
+    stack.encoder_layers(made.model, made.family)[1].keep_neurons(range(4))
     detail = contexts.applied(prune, context_of(made, tmp_path, structure="layers", budget=0.6)).method.detail
     assert detail["encoder_macs_kept"] <= 0.6
     assert detail["parts"]["layers"]["layers_after"] >= 2
@@ -124,14 +124,14 @@ def test_layers_by_list_and_preset(tmp_path: Path) -> None:
 def test_width_is_cut_in_eights(options: dict, left: int, tmp_path: Path) -> None:
     made = tiny.checkpoint()
     applied = contexts.applied(prune, context_of(made, tmp_path, structure="width", **options))
-    assert families.width_of(made.model, made.family) == left
+    assert stack.width_of(made.model, made.family) == left
     assert applied.method.detail["parts"]["width"]["width_after"] == left
     assert [w.code for w in applied.warnings] == (["width-untrained"] if left < 32 else [])
 
 
 def test_budget_of_width_is_met_by_the_widest_that_fits(tmp_path: Path) -> None:
     made = tiny.checkpoint(hidden=64)
-    layers = families.encoder_layers(made.model, made.family)
+    layers = stack.encoder_layers(made.model, made.family)
     tokens = 7.5
     expected = {w: macs_at_width(layers, tokens, w) for w in (64, 40)}
     assert expected[64] == sum(layer_macs(x, tokens) for x in layers)
@@ -139,7 +139,7 @@ def test_budget_of_width_is_met_by_the_widest_that_fits(tmp_path: Path) -> None:
     assert expected[40] != expected[64]
     kept = applied.method.detail["encoder_macs_kept"]
     assert 0.7 - 8 / 64 < kept <= 0.7
-    families.keep_features(made.model, made.family, range(40))
+    stack.keep_features(made.model, made.family, range(40))
     assert sum(layer_macs(x, tokens) for x in layers) == pytest.approx(expected[40])
     with pytest.raises(UsageError, match="cannot be met by width"):
         contexts.applied(prune, context_of(tiny.checkpoint(), tmp_path, structure="width", budget=0.05))
@@ -230,9 +230,9 @@ def test_everything_at_once_under_one_budget(tmp_path: Path) -> None:
     assert method.name == "token-count+layer-kl+width-energy+taylor"
     assert list(method.detail["parts"]) == ["vocab", "layers", "width", "heads+neurons"]
     assert [t.op for t in applied.checkpoint.log.transforms] == ["vocab", "layers", "width", "cut"]
-    layers = families.encoder_layers(made.model, made.family)
+    layers = stack.encoder_layers(made.model, made.family)
     assert len(layers) == 3
-    assert families.width_of(made.model, made.family) == 24
+    assert stack.width_of(made.model, made.family) == 24
     # The budget is a share of the model as it came: one head is 2 % of it.
     assert 0.3 - 0.03 < method.detail["encoder_macs_kept"] <= 0.3
     assert method.detail["encoder_macs_after"] == pytest.approx(
@@ -261,7 +261,7 @@ def test_a_budget_that_layers_alone_have_met_takes_no_head(tmp_path: Path) -> No
         ),
     )
     assert [w.code for w in applied.warnings] == ["budget-met"]
-    assert all(x.heads == 4 and x.neurons == 48 for x in families.encoder_layers(made.model, made.family))
+    assert all(x.heads == 4 and x.neurons == 48 for x in stack.encoder_layers(made.model, made.family))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kdcli.models.families import encoder_layers
+from kdcli.families.stack import encoder_layers
 from kdcli.probe.layer_stream import Stream
 from kdcli.stages.prune.head_refit import Head
 from tests import tiny

@@ -7,7 +7,7 @@ import doctest
 import numpy as np
 import pytest
 
-from kdcli.models.families import encoder_layers
+from kdcli.families.stack import encoder_layers
 from kdcli.models.transforms import factorise
 from kdcli.stages.prune import latency as prune_latency
 from kdcli.stages.prune.latency import LatencyCurve, LatencyTable, kind_of, sizes

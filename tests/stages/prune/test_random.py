@@ -13,8 +13,9 @@ import torch
 
 from kdcli.data.sources import Rows
 from kdcli.export import graph as graphs
+from kdcli.families import stack
 from kdcli.inputs import text
-from kdcli.models import families, tokens, transforms
+from kdcli.models import tokens, transforms
 from kdcli.models.checkpoint import Checkpoint, load
 from kdcli.models.transforms import Cut, Layers, Vocab, Width
 from kdcli.progress import Progress
@@ -112,9 +113,7 @@ def test_random_pruning_reloads_exports_and_counts(family: str, seed: int, tmp_p
             operate(rng, made, sizes)
         expected = logits(made)
         assert sum(p.numel() for p in made.model.parameters()) == sizes.parameters()
-        assert [
-            (x.heads, x.neurons) for x in families.encoder_layers(made.model, made.family)
-        ] == sizes.layers
+        assert [(x.heads, x.neurons) for x in stack.encoder_layers(made.model, made.family)] == sizes.layers
         made = tiny.reload(made, tmp_path / str(stage))
         assert torch.equal(logits(made), expected)
         assert sum(p.numel() for p in made.model.parameters()) == sizes.parameters()

@@ -11,10 +11,10 @@ import torch
 
 from kdcli.context import Context
 from kdcli.errors import InputError, UsageError
+from kdcli.families.modules import projections
+from kdcli.families.stack import encoder_layers
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import transforms
-from kdcli.models.families import encoder_layers
-from kdcli.models.layers import projections
 from kdcli.stages.prune import stage as prune
 from kdcli.stages.prune.options import PruneOptions
 from tests import tiny

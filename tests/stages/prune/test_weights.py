@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from kdcli.errors import InterruptedRun, UsageError
+from kdcli.families.modules import projections
+from kdcli.families.stack import encoder_layers
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models.families import encoder_layers
-from kdcli.models.layers import projections
 from kdcli.models.transforms import Zero
 from kdcli.stages.lowrank import stage as lowrank
 from kdcli.stages.lowrank.options import LowRankOptions

@@ -14,6 +14,7 @@ from kdcli.errors import UsageError
 from kdcli.export import onnx as exporter
 from kdcli.inputs import batching
 from kdcli.inputs.feeding import model_inputs
+from kdcli.inputs.text import TEXT
 from kdcli.measure import environment
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.activations import round_fixed, round_rows
@@ -91,7 +92,7 @@ def test_the_simulation_gives_the_answers_of_the_graph(tmp_path: Path) -> None:
     applied = contexts.applied(quantize, context)
     exporter.export(
         made.model,
-        exporter.example(made.config.vocab_size, ["input_ids", "attention_mask"], "cpu"),
+        TEXT.example(made.config.vocab_size, ["input_ids", "attention_mask"], "cpu"),
         tmp_path / "float.onnx",
     )
     applied.rewrite_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx")

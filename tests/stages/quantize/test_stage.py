@@ -19,6 +19,7 @@ from kdcli.errors import UsageError
 from kdcli.export import fusion, sessions
 from kdcli.export import onnx as exporter
 from kdcli.inputs.feeding import model_inputs, torch_runner
+from kdcli.inputs.text import TEXT
 from kdcli.models import activations, transforms
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.transforms import Cut, Factorise, Quantise
@@ -103,7 +104,7 @@ def test_onnx_of_the_reloaded_checkpoint_holds_the_stored_integers(family: str, 
     ids = np.zeros((1, 2), dtype=np.int64)
     probe = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
     names = list(model_inputs(loaded.model, probe, "cpu"))
-    example = exporter.example(loaded.config.vocab_size, names, "cpu")
+    example = TEXT.example(loaded.config.vocab_size, names, "cpu")
     with activations.paused(loaded.model):
         exporter.export(loaded.model, example, tmp_path / "plain.onnx")
     fusion.fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", embeddings=False)
@@ -127,7 +128,7 @@ def test_the_reloaded_checkpoint_rounds_activations_as_the_graph_does(family: st
     batch = {k: v.numpy() for k, v in tiny.batch(family, 30).items()}
     batch["token_type_ids"] = np.zeros_like(batch["input_ids"])
     names = list(model_inputs(loaded.model, batch, "cpu"))
-    example = exporter.example(loaded.config.vocab_size, names, "cpu")
+    example = TEXT.example(loaded.config.vocab_size, names, "cpu")
     with activations.paused(loaded.model):
         exporter.export(loaded.model, example, tmp_path / "plain.onnx")
     applied.rewrite_onnx(tmp_path / "plain.onnx", tmp_path / "int8.onnx")

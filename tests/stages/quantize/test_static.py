@@ -18,10 +18,11 @@ from kdcli.context import Context
 from kdcli.errors import UsageError
 from kdcli.export import fusion, sessions
 from kdcli.export import onnx as exporter
+from kdcli.families.modules import SmoothLinear
 from kdcli.inputs.feeding import model_inputs
+from kdcli.inputs.text import TEXT
 from kdcli.models import activations, transforms
 from kdcli.models import checkpoint as checkpoints
-from kdcli.models.layers import SmoothLinear
 from kdcli.models.transforms import Cut
 from kdcli.stages.quantize import plan as plans
 from kdcli.stages.quantize import stage as quantize
@@ -55,7 +56,7 @@ def graphs(applied, made, work: Path) -> tuple[Path, Path, dict]:
     checkpoints.save(applied.checkpoint, out, integers=applied.integers)
     loaded = checkpoints.load(out)
     names = list(model_inputs(loaded.model, batch(made, 2), "cpu"))
-    example = exporter.example(loaded.config.vocab_size, names, "cpu")
+    example = TEXT.example(loaded.config.vocab_size, names, "cpu")
     with activations.paused(loaded.model):
         exporter.export(loaded.model, example, source := work / "float.onnx")
     if applied.fusion != "none" and fusion.possible(source):

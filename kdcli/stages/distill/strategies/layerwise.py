@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdcli import cache
+from kdcli import cache, families
 from kdcli.context import Applied, Context
 from kdcli.errors import UsageError
-from kdcli.inputs import batching, text
-from kdcli.inputs.feeding import accepted, model_inputs
+from kdcli.families.stack import encoder_layers
+from kdcli.inputs import batching, kinds, text
+from kdcli.inputs.feeding import HandsOn, model_inputs, real, taken
 from kdcli.inputs.text import Encoded
 from kdcli.models import ensemble
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.families import FAMILIES, encoder_layers
 from kdcli.models.students import Student
 from kdcli.models.transforms import TransformLog
 from kdcli.stages.distill import control, fitting, lesson
@@ -46,7 +46,7 @@ from kdcli.training.terms import Needs
 CLASSIFIER_RATE = 10.0  # times the layer's
 
 
-class LayerClassifier(nn.Module):
+class LayerClassifier(HandsOn):
     """An encoder up to one of its layers, with a classifier on the mean of that layer's real tokens.
 
     Args:
@@ -72,19 +72,12 @@ class LayerClassifier(nn.Module):
         """The layer has the rate of a fine-tuning; the classifier starts from nothing and needs a higher one."""
         return [(self.encoder, 1.0), (self.classifier, CLASSIFIER_RATE)]
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_type_ids: Tensor | None = None,
-    ) -> Outputs:
-        """Token ids (B, T) to logits (B, C)."""
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        names = accepted(self.encoder)
+    def forward(self, **given: Tensor) -> Outputs:
+        """A batch of B rows to logits (B, C)."""
         with contextlib.suppress(Cut):
-            self.encoder(**{k: v for k, v in given.items() if k in names and v is not None})
-        mask = attention_mask.bool()
-        states = self._capture.signals(attention_mask, mask).hidden[self.number]
+            self.encoder(**taken(self.encoder, given))
+        mask = kinds.mask(given).bool()
+        states = self._capture.signals(mask.new_zeros(()), mask).hidden[self.number]
         logits = self.classifier(self.dropout(mean_of(states, mask)))
         return Outputs(logits, [logits])
 
@@ -103,7 +96,7 @@ def run(context: Context, prepared: Prepared) -> Applied:
     """Tune the layers, train their students, mix them; the report has the score of each."""
     plan = prepared.plan
     teacher = context.checkpoint
-    if teacher.model_type not in FAMILIES:
+    if not families.is_encoder(teacher.model_type):
         raise UsageError(f"strategy 'layerwise' needs encoder layers, a '{teacher.model_type}' shows none")
     if teacher.task.kind != "one-of":
         raise UsageError(
@@ -111,7 +104,7 @@ def run(context: Context, prepared: Prepared) -> Applied:
             "use --strategy teacher-assisted",
         )
     made = students.make(context, plan, teacher, plan.options.student)
-    if made.checkpoint.model_type not in FAMILIES or made.checkpoint.log.transforms:
+    if not families.is_encoder(made.checkpoint.model_type) or made.checkpoint.log.transforms:
         raise UsageError(
             "strategy 'layerwise' makes ensembles of plain encoders only", "such as --student tiny"
         )
@@ -219,7 +212,7 @@ def _answers(context: Context, teacher: Checkpoint, heads: list[nn.Linear], rows
             for at in batches:
                 batch = batching.collate(rows, at, teacher.pad_id)
                 output = teacher.model(**model_inputs(teacher.model, batch, context.device))
-                mask = torch.from_numpy(batch["attention_mask"]).to(context.device).bool()
+                mask = real(batch, context.device)
                 hidden = capture.signals(output.logits, mask).hidden
                 answers = [head(mean_of(hidden[n], mask)) for n, head in enumerate(heads, start=1)]
                 made[at] = torch.stack(answers, 1).float().cpu().numpy()

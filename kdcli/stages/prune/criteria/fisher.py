@@ -42,8 +42,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from kdcli.families.modules import LowRankLinear, Projection
 from kdcli.inputs.feeding import Labelled
-from kdcli.models.layers import LowRankLinear, Projection
 from kdcli.probe import definite
 from kdcli.probe.layer_stream import PARTS, Moments, Pair
 from kdcli.stages.prune.budget import search

@@ -30,6 +30,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from kdcli.inputs import kinds
 from kdcli.inputs.feeding import Labelled
 from kdcli.probe.layer_stream import PARTS, Pair
 from kdcli.stages.prune import head_refit, sublayer_refit
@@ -105,7 +106,7 @@ def knowledge(job: UnitJob, batches: Sequence[Labelled], drawn: Sequence[Tensor]
     energy = _Energy(job)
     rows = 0
     for (inputs, _), answers in zip(batches, drawn, strict=True):
-        with torch.enable_grad(), gated(layers, len(answers)) as gates, energy.of(inputs["attention_mask"]):
+        with torch.enable_grad(), gated(layers, len(answers)) as gates, energy.of(kinds.mask(inputs)):
             logits = job.model(**inputs).logits.float()
             loss = t * t * job.task.loss(logits / t, answers, "sum")
             found = gradients(loss, gates)
@@ -114,10 +115,10 @@ def knowledge(job: UnitJob, batches: Sequence[Labelled], drawn: Sequence[Tensor]
                 at += 0.5 * grad.square().sum(0).cpu().double().numpy()
         rows += len(answers)
     power = energy.mean()
-    kinds = ((total.heads, power.heads), (total.neurons, power.neurons))
+    pairs = ((total.heads, power.heads), (total.neurons, power.neurons))
     merged = [
         [p / rows + config.representational * r for p, r in zip(own, theirs, strict=True)]
-        for own, theirs in kinds
+        for own, theirs in pairs
     ]
     return Units(merged[0], merged[1])
 

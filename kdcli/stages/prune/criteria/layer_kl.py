@@ -23,9 +23,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from kdcli.families import stack
+from kdcli.families.family import Encoder
 from kdcli.inputs.feeding import Labelled
-from kdcli.models import families
-from kdcli.models.families import Family
 from kdcli.stages.prune.criterion import Criterion, Kept, LayerJob
 from kdcli.tasks.task import Task
 
@@ -52,10 +52,10 @@ def divergence(task: Task, dense: Tensor, other: Tensor) -> float:
     return float(task.divergence(other, dense).mean())
 
 
-def without(model: nn.Module, family: Family, kept: Sequence[int], batches: Iterable[Labelled]) -> Tensor:
+def without(model: nn.Module, family: Encoder, kept: Sequence[int], batches: Iterable[Labelled]) -> Tensor:
     """Logits (N, C) of ``model`` with the given layers alone; the model is as before afterwards."""
     whole = model.get_submodule(family.layers)
-    families.keep_layers(model, family, kept)
+    stack.keep_layers(model, family, kept)
     try:
         return answers(model, batches)
     finally:

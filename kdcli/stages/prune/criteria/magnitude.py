@@ -31,8 +31,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from kdcli.models.families import Layer
-from kdcli.models.layers import LowRankLinear, Projection
+from kdcli.families.layer import Layer
+from kdcli.families.modules import LowRankLinear, Projection
 from kdcli.stages.prune.budget import search
 from kdcli.stages.prune.criterion import Criterion, Pattern, UnitJob, Units, UnitsCut, WeightJob
 from kdcli.stages.prune.masks import keep

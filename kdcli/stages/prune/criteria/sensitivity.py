@@ -33,7 +33,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from kdcli.models.families import Layer
+from kdcli.families.layer import Layer
 from kdcli.probe.layer_stream import FIRST_TOKEN, PARTS, Pair, Stream, add, rows, token_weights
 from kdcli.stages.prune import head_refit, output_refit, sublayer_refit
 from kdcli.stages.prune.budget import cut_of

@@ -31,8 +31,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from kdcli.families.layer import Layer
 from kdcli.inputs.feeding import Labelled
-from kdcli.models.families import Layer
 from kdcli.stages.prune.budget import search
 from kdcli.stages.prune.criterion import Criterion, UnitJob, Units, UnitsCut
 from kdcli.tasks.classification import CLASSIFICATION

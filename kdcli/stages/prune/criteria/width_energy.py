@@ -37,8 +37,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from kdcli.models import families, transforms
-from kdcli.models.layers import LowRankLinear, Projection
+from kdcli.families import stack
+from kdcli.families.family import Encoder
+from kdcli.families.modules import LowRankLinear, Projection
+from kdcli.inputs import kinds
+from kdcli.models import transforms
 from kdcli.models.transforms import Width
 from kdcli.probe import definite
 from kdcli.stages.prune.criterion import Criterion, Kept, WidthJob
@@ -87,16 +90,16 @@ class StreamMoments:
         return self.sums[:-1, :-1] / self.sums[-1, -1] - mean[:, None] * mean
 
 
-def sites(model: nn.Module, family: families.Family) -> list[Site]:
+def sites(model: nn.Module, family: Encoder) -> list[Site]:
     """All sites in the order of the forward pass: 1 + 2 L of them."""
-    layers = families.encoder_layers(model, family)
+    layers = stack.encoder_layers(model, family)
     found = []
-    writer = families.entrance(model, family)
+    writer = stack.entrance(model, family)
     for layer in layers:
         found.append(Site(writer, [layer.query, layer.key, layer.value] if layer.heads else [], False))
         found.append(Site(layer.attention_norm, [layer.ffn_in] if layer.neurons else [], False))
         writer = layer.ffn_norm
-    return [*found, Site(writer, [families.reader(model, family)], True)]
+    return [*found, Site(writer, [stack.reader(model, family)], True)]
 
 
 def regression(covariance: Tensor, mean: Tensor, kept: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -123,7 +126,7 @@ def regression(covariance: Tensor, mean: Tensor, kept: Tensor, ridge: float) -> 
 def narrow(job: WidthJob, config: Config) -> Kept:
     """Cut the stream to ``job.keep`` features, in place."""
     model, places = job.model, sites(job.model, job.family)
-    width = families.width_of(model, job.family)
+    width = stack.width_of(model, job.family)
     device = next(model.parameters()).device
     if job.keep >= width:
         return Kept(list(range(width)))
@@ -209,7 +212,7 @@ def _watch(
     """Run the sample and show ``take`` the inputs and outputs (N, D) of every writer at real tokens."""
     with torch.no_grad():
         for inputs, _ in job.batches:
-            mask = inputs["attention_mask"].bool()
+            mask = kinds.mask(inputs).bool()
             with _hooks(places, mask, take):
                 job.model(**inputs)
             advance()

@@ -26,10 +26,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from kdcli import families
 from kdcli.context import Context
+from kdcli.families.modules import SmoothLinear
+from kdcli.families.stack import encoder_layers
 from kdcli.models import transforms
-from kdcli.models.families import FAMILIES, encoder_layers
-from kdcli.models.layers import SmoothLinear
 from kdcli.models.transforms import Smooth
 from kdcli.registry import Method
 from kdcli.stages.quantize.layer_inputs import observe
@@ -142,7 +143,7 @@ def _fold_into_values(
 ) -> set[str]:
     """Divide rows of value projections by the factors of the attention outputs behind them; who was folded."""
     checkpoint = context.checkpoint
-    if checkpoint.model_type not in FAMILIES:
+    if not families.is_encoder(checkpoint.model_type):
         return set()
     names = {id(module): name for name, module in checkpoint.model.named_modules()}
     folded = set()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdcli.models.layers import LowRankLinear
+from kdcli.families.modules import LowRankLinear
 from kdcli.probe.moments import Moments
 from kdcli.stages.lowrank import factors
 from kdcli.stages.lowrank.factors import Factors, Problem

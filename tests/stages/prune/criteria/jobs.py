@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from kdcli.families.modules import projections
+from kdcli.families.stack import encoder_layers
 from kdcli.inputs.feeding import Labelled
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.families import encoder_layers
-from kdcli.models.layers import projections
 from kdcli.stages.prune.criterion import Pattern, WeightJob
 from tests import tiny
 

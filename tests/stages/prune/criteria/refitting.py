@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kdcli.families.stack import encoder_layers
 from kdcli.inputs.feeding import Labelled
 from kdcli.models import transforms
-from kdcli.models.families import encoder_layers
 from kdcli.stages.prune.budget import costs, layer_macs
 from kdcli.stages.prune.criteria import taylor
 from kdcli.stages.prune.criterion import UnitJob, UnitsCut

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from kdcli.families.stack import encoder_layers, encoder_linears
 from kdcli.models import transforms
-from kdcli.models.families import encoder_layers, encoder_linears
 from kdcli.models.transforms import Cut
 from kdcli.probe.layer_stream import Moments, Pair
 from kdcli.stages.prune.budget import choose, costs, layer_macs

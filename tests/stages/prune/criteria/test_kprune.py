@@ -98,7 +98,7 @@ def test_the_mean_square_is_the_second_derivative_of_the_divergence() -> None:
 
 
 def tiny_layers(made: Any) -> list[Any]:
-    from kdcli.models.families import encoder_layers
+    from kdcli.families.stack import encoder_layers
 
     return encoder_layers(made.model, made.family)
 

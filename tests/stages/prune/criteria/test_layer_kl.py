@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from kdcli.models import families
+from kdcli.families import stack
 from kdcli.stages.prune.criteria import layer_kl
 from kdcli.stages.prune.criterion import LayerJob
 from kdcli.tasks.classification import CLASSIFICATION
@@ -32,7 +32,7 @@ def batches(made, count: int = 3, extra: int = 0):
 
 
 def job_of(made, remove: float, prices=None, extra: int = 0) -> LayerJob:
-    layers = families.encoder_layers(made.model, made.family)
+    layers = stack.encoder_layers(made.model, made.family)
     prices = np.ones(len(layers)) if prices is None else np.array(prices, dtype=float)
     return LayerJob(made.model, made.family, prices, remove, batches(made, extra=extra))
 
@@ -47,7 +47,7 @@ def reference(made, kept: list[int], job: LayerJob) -> float:
     dense = probabilities()
     hooks = [
         layer.module.register_forward_hook(lambda _, args, output: args[0])
-        for layer in families.encoder_layers(made.model, made.family)
+        for layer in stack.encoder_layers(made.model, made.family)
         if layer.index not in kept
     ]
     sparse = probabilities()
@@ -87,7 +87,7 @@ def test_layers_go_greedily_and_the_trace_says_why() -> None:
 
 def test_a_layer_that_does_nothing_goes_first_and_costs_nothing() -> None:
     made = tiny.checkpoint(layers=3)
-    layer = families.encoder_layers(made.model, made.family)[1]
+    layer = stack.encoder_layers(made.model, made.family)[1]
     with torch.no_grad():  # norm(x) of what is normalised already is x
         for module in (layer.attention_output, layer.ffn_out):
             module.weight.zero_()
@@ -95,7 +95,7 @@ def test_a_layer_that_does_nothing_goes_first_and_costs_nothing() -> None:
         for norm in (
             layer.attention_norm,
             layer.ffn_norm,
-            families.encoder_layers(made.model, made.family)[0].ffn_norm,
+            stack.encoder_layers(made.model, made.family)[0].ffn_norm,
         ):
             norm.weight.fill_(1.0)
             norm.bias.zero_()

@@ -7,15 +7,15 @@ import pytest
 from pydantic import ValidationError
 from torch import nn
 
+from kdcli import families
 from kdcli.errors import UsageError
-from kdcli.models.families import FAMILIES
 from kdcli.stages.prune.criteria import layer_preset
 from kdcli.stages.prune.criteria.layer_preset import Config, preset
 from kdcli.stages.prune.criterion import LayerJob
 
 
 def job_of(prices: list[float], remove: float) -> LayerJob:
-    return LayerJob(nn.Identity(), FAMILIES["bert"], np.array(prices), remove, [])
+    return LayerJob(nn.Identity(), families.of("bert"), np.array(prices), remove, [])
 
 
 @pytest.mark.parametrize(

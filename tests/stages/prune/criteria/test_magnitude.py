@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from kdcli.families.stack import encoder_layers
 from kdcli.models import transforms
-from kdcli.models.families import encoder_layers
 from kdcli.stages.prune.budget import costs
 from kdcli.stages.prune.criteria import magnitude
 from kdcli.stages.prune.criteria.magnitude import Config

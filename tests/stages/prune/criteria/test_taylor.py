@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdcli.models.families import encoder_layers
-from kdcli.models.layers import keep_inputs, keep_outputs
+from kdcli.families.modules import keep_inputs, keep_outputs
+from kdcli.families.stack import encoder_layers
 from kdcli.stages.prune.criteria import taylor
 from tests import tiny
 

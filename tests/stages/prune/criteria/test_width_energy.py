@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli.models import families
+from kdcli.families import stack
 from kdcli.stages.prune.criteria import layer_kl, width_energy
 from kdcli.stages.prune.criteria.width_energy import Config
 from kdcli.stages.prune.criterion import WidthJob
@@ -36,9 +36,9 @@ def narrowed(family: str = "bert", keep: int = 24, extra: int = 0, seed: int = 0
 
 def activations(made) -> list[tuple[np.ndarray, np.ndarray]]:
     """Inputs and outputs (N, D) of every layer norm of the stream at real tokens, by hooks of our own."""
-    base = made.model.get_submodule(made.family.base)
+    base = made.model.base_model
     norms = [base.embeddings.LayerNorm]
-    for layer in families.encoder_layers(made.model, made.family):
+    for layer in stack.encoder_layers(made.model, made.family):
         norms += [layer.attention_norm, layer.ffn_norm]
     seen: list[tuple[list, list]] = [([], []) for _ in norms]
     mask = None
@@ -86,7 +86,7 @@ def test_norms_and_readers_are_the_least_squares_fits() -> None:
     plain = dense()
     kept, gone = found.keep, [i for i in range(32) if i not in found.keep]
     seen = activations(plain)
-    layers, new = (families.encoder_layers(m.model, m.family) for m in (plain, made))
+    layers, new = (stack.encoder_layers(m.model, m.family) for m in (plain, made))
     # The norm after the first attention, and the feed-forward layer that reads it.
     x, y = seen[1]
     part = x[:, kept]
@@ -104,7 +104,7 @@ def test_norms_and_readers_are_the_least_squares_fits() -> None:
     assert np.allclose(new[0].ffn_in.weight.detach().numpy(), expected, atol=1e-4)
     assert np.allclose(new[0].ffn_in.bias.detach().numpy(), bias, atol=1e-4)
     # The head reads first tokens alone: with fewer rows than features the ridge decides, here the shape.
-    assert families.reader(made.model, made.family).in_features == 24
+    assert stack.reader(made.model, made.family).in_features == 24
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

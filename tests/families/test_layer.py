@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdcli import families
 from kdcli.errors import InputError
-from kdcli.models import families, transforms
+from kdcli.families import stack
+from kdcli.families.stack import encoder_layers, encoder_linears
+from kdcli.models import transforms
 from kdcli.models.checkpoint import fresh
-from kdcli.models.families import encoder_layers, encoder_linears, family_of
 from kdcli.models.transforms import Cut
 from tests import tiny
 
@@ -129,7 +131,7 @@ def test_a_factorised_and_cut_layer_can_be_cut(family: str) -> None:
 
 def test_unknown_family_is_an_input_error() -> None:
     with pytest.raises(InputError, match="type 'xlnet'"):
-        family_of("xlnet")
+        families.of("xlnet")
 
 
 def test_a_log_of_another_model_is_an_input_error() -> None:
@@ -210,7 +212,7 @@ def test_layers_go_after_heads_too(family: str, tmp_path: Path) -> None:
 
 def narrow_by_zeros(made, kept: list[int]) -> None:
     """Zero what is cut, and let every layer norm see the kept features alone; shapes stay."""
-    width = families.width_of(made.model, made.family)
+    width = stack.width_of(made.model, made.family)
     mask = torch.zeros(width)
     mask[kept] = 1
     for module in made.model.modules():
@@ -225,7 +227,7 @@ def narrow_by_zeros(made, kept: list[int]) -> None:
                 return out
 
             module.register_forward_hook(over_kept)
-    entrance = families.entrance(made.model, made.family)
+    entrance = stack.entrance(made.model, made.family)
     if not isinstance(entrance, torch.nn.LayerNorm):
         entrance.register_forward_hook(lambda _, args, output: output * mask)
 
@@ -265,8 +267,8 @@ def test_narrowed_model_is_the_one_whose_norms_see_the_kept_features_alone(
         assert torch.allclose(got, expected, atol=TOLERANCE)
         again = tiny.reload(made, tmp_path / "out")
         assert torch.equal(again.model(**inputs).logits, got)
-    assert families.width_of(again.model, again.family) == len(kept)
-    assert families.head_size_of(again.model) == 8  # of 4 heads, as before
+    assert stack.width_of(again.model, again.family) == len(kept)
+    assert stack.head_size_of(again.model) == 8  # of 4 heads, as before
 
 
 @pytest.mark.parametrize(
