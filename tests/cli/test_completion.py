@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CASES = [
     ("kdcli ", set(COMMANDS)),
-    ("kdcli pr", {"prune"}),
+    ("kdcli pr", {"predict", "prune"}),
     ("kdcli prune --spars", {"--sparsity"}),
     ("kdcli prune model --method ", set(registry.names("prune"))),
     ("kdcli distill --method ", set(registry.names("distill"))),
