@@ -46,7 +46,7 @@ def methods() -> dict[str, str]:
     from kdcli import registry
 
     index = [
-        f"# Methods\n\nOne page a stage, with formula, source and settings of each method. {_SETTINGS}\n"
+        f"# Methods\n\nOne page per stage, with formula, source and settings of each method. {_SETTINGS}\n"
     ]
     made = {}
     for stage in registry.STAGES:

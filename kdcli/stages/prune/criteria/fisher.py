@@ -69,7 +69,7 @@ class Config(BaseModel):
     tune: bool = Field(True, description="scale the units that stay so that every part gives what it gave")
     damp: float = Field(1.0, gt=0, description="how strongly tuned masks are held at 1")
     limit: float = Field(10.0, gt=1, description="largest size of a tuned mask; beyond it the damping rises")
-    batch_size: int = Field(32, ge=1, description="rows a batch; changes speed and memory, not the scores")
+    batch_size: int = Field(32, ge=1, description="rows per batch; changes speed and memory, not the scores")
 
 
 def allocate(scores: Units, cost: Units, budget: float) -> Units:

@@ -47,7 +47,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     samples: int = Field(2048, ge=1, description="training rows whose activations are fitted")
     scored: int = Field(256, ge=1, description="of these rows, those on which knowledge is measured")
-    batch_size: int = Field(256, ge=1, description="rows a batch; changes speed and memory only")
+    batch_size: int = Field(256, ge=1, description="rows per batch; changes speed and memory only")
     temperature: float = Field(2.0, gt=0, description="softens the answers whose knowledge is measured")
     representational: float = Field(2.5e-4, ge=0, description="weight of the representational knowledge")
     ridge: float = Field(

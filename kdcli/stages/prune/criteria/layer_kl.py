@@ -40,7 +40,7 @@ class Config(BaseModel):
         None, ge=1, description="layers that stay; by default from --sparsity or --budget"
     )
     samples: int = Field(512, ge=1, description="training rows that the divergence is estimated on")
-    batch_size: int = Field(32, ge=1, description="rows a batch; changes speed and memory, not the result")
+    batch_size: int = Field(32, ge=1, description="rows per batch; changes speed and memory, not the result")
 
 
 def answers(model: nn.Module, batches: Iterable[Labelled]) -> Tensor:

@@ -55,7 +55,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     samples: int = Field(2048, ge=1, description="training rows whose activations are fitted")
     probes: int = Field(128, ge=1, description="of these rows, those on which the answers are compared")
-    batch_size: int = Field(256, ge=1, description="rows a batch; changes speed and memory only")
+    batch_size: int = Field(256, ge=1, description="rows per batch; changes speed and memory only")
     ridge: float = Field(
         1e-3, gt=0, description="pull towards the dense weights, a share of the mean variance"
     )

@@ -40,7 +40,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     samples: int = Field(1024, ge=1, description="training rows that the inputs of the layers are taken from")
-    batch_size: int = Field(32, ge=1, description="rows a batch; changes speed and memory, not the weights")
+    batch_size: int = Field(32, ge=1, description="rows per batch; changes speed and memory, not the weights")
     damping: float = Field(0.01, ge=0, description="added to the Hessian's diagonal, as a share of its mean")
     block: int = Field(128, ge=1, description="columns whose weights are chosen together")
 

@@ -49,7 +49,7 @@ class Config(BaseModel):
     samples: int = Field(1024, ge=1, description="training rows that the importance is estimated on")
     steps: int = Field(8, ge=1, description="estimates of the iterative schedule, each followed by a cut")
     score: Score = Field("squared", description="what is summed over the rows: |gradient| or its square")
-    batch_size: int = Field(32, ge=1, description="rows a batch; changes speed and memory, not the scores")
+    batch_size: int = Field(32, ge=1, description="rows per batch; changes speed and memory, not the scores")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     samples: int = Field(1024, ge=1, description="training rows that the norms of the inputs are taken on")
-    batch_size: int = Field(32, ge=1, description="rows a batch; changes speed and memory, not the scores")
+    batch_size: int = Field(32, ge=1, description="rows per batch; changes speed and memory, not the scores")
 
 
 def scores(weight: Tensor, squares: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Config(BaseModel):
     refit: bool = Field(True, description="fit layer norms and readers to the dense model's activations")
     ridge: float = Field(1e-4, ge=0, description="of the fit of the readers, relative to the mean variance")
     samples: int = Field(512, ge=1, description="training rows that the energy is estimated on")
-    batch_size: int = Field(32, ge=1, description="rows a batch; changes speed and memory, not the result")
+    batch_size: int = Field(32, ge=1, description="rows per batch; changes speed and memory, not the result")
 
 
 @dataclass
