@@ -146,9 +146,9 @@ def tables() -> dict[str, str]:
 
 _STUB = """# Made by tools/gen.py from the options of the stages; for editors and type checkers.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import overload
+from typing import Literal, overload
 
 from kdcli.progress import Progress
 from kdcli.report.schema import Report
@@ -176,8 +176,22 @@ def stub() -> str:
         else:
             arguments = [f"    {name}: {_REF}," for name in first]
             parts.append("\n".join([f"def {stage}(", *arguments, *named, ") -> Report: ...", ""]))
+    parts.append(_PREDICT)
     return "".join(parts)
 
+
+_PREDICT = """def predict(
+    model: str | PathLike[str],
+    texts: Iterable[str] | Iterable[Sequence[str]],
+    *,
+    top: int | None = None,
+    batch_size: int = 32,
+    runtime: Literal["onnx", "torch"] = "onnx",
+    device: str = "auto",
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> list[dict[str, object]]: ...
+"""
 
 _REF = "str | PathLike[str]"
 _HINTS = {

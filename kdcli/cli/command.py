@@ -25,6 +25,7 @@ COMMANDS = {
     "lowrank": "Replace weight matrices by products of two thin ones.",
     "quantize": "Store weights as small integers and compute with them.",
     "evaluate": "Measure models on the same rows, compare them, judge gates.",
+    "predict": "Answer texts with a model, one JSON object per row.",
     "inspect": "Show what is in a model directory.",
     "list": "Show the names that options take.",
     "run": "Run the stages of a recipe.",

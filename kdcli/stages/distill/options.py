@@ -24,7 +24,13 @@ STUDENT_PRESETS: dict[str, tuple[int, int]] = {
 }
 """Student name -> (layers, hidden size); ``LxH`` by hand is allowed too."""
 
-STRATEGIES: tuple[str, ...] = ("teacher-assisted", "layerwise", "online", "assistant-chain", "self")
+STRATEGIES: dict[str, str] = {
+    "teacher-assisted": "one student, one teacher or the mean of several",
+    "layerwise": "every layer of the teacher teaches a small student; their ensemble is the result",
+    "online": "students teach each other, or a teacher learns along with its student",
+    "assistant-chain": "students of middling size between teacher and student",
+    "self": "a student teaches the next one of its own size",
+}
 
 INITS: tuple[str, ...] = ("auto", "teacher", "hub", "random")
 
