@@ -89,7 +89,7 @@ def offer(names: list[str]) -> Callable[[str], list[str]]:
     return complete
 
 
-# --- for the commands that are no stages ---------------------------------------------------------
+# --- for the commands that are not stages ---------------------------------------------------------
 
 _PRUNE = {entry["field"]: entry for entry in entries("prune")}
 _EVALUATE = {entry["field"]: entry for entry in entries("evaluate")}
