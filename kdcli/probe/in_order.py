@@ -19,10 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.models import mapped
-
-
-class _Stop(Exception):
-    """The rest of the model is not needed."""
+from kdcli.probe.hooks import Enough, reading
 
 
 @dataclass
@@ -169,20 +166,17 @@ class Walk:
         layer = layers[group.names[0]]
         total: Tensor | None = None
 
-        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def see(name: str, given: Tensor) -> None:
             nonlocal total
-            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            x = given.reshape(-1, given.shape[-1]).float()
             if total is None:
                 total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             total.addmm_(x.T, x)
             if group.once:
-                raise _Stop
+                raise Enough
 
-        handle = layer.register_forward_pre_hook(see)
-        try:
+        with reading({group.names[0]: layer}, see):
             self._run(lambda at, state: None, until=group.block + 1 if group.once else None)
-        finally:
-            handle.remove()
         assert total is not None, "a group is of layers that ran"
         return total
 
@@ -214,11 +208,11 @@ class Walk:
         now: int = 0
 
         def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-            raise _Stop
+            raise Enough
 
         def show(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             see(now, output if isinstance(output, Tensor) else output[0])
-            raise _Stop
+            raise Enough
 
         with ExitStack() as hooks:
             if self.states:
@@ -228,7 +222,7 @@ class Walk:
             if after is not None:
                 hooks.callback(blocks[after].module.register_forward_hook(show).remove)
             for now, batch in enumerate(self.batches()):  # noqa: B007  # the hooks read it
-                with suppress(_Stop):
+                with suppress(Enough):
                     self.model(**batch)
 
 

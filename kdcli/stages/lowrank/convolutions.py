@@ -18,7 +18,7 @@ from kdcli.models.transforms import FactoriseConv
 from kdcli.probe import rows as calibration
 from kdcli.probe import speedup
 from kdcli.probe.bisection import JUDGED_ROWS, search
-from kdcli.probe.moments import watching
+from kdcli.probe.hooks import watching
 from kdcli.probe.product_clock import torch_milliseconds
 from kdcli.probe.speedup import Speed
 from kdcli.report.schema import Method, Warning_

@@ -29,7 +29,7 @@ from kdcli.stages.lowrank.factor_units import FactorUnit
 from kdcli.stages.lowrank.factors import Factors, Problem
 from kdcli.stages.lowrank.rank_budget import Choices, LayerSize, Ranks
 from kdcli.stages.lowrank.rule import LinearRule
-from kdcli.stages.lowrank.sequential import Fit, Sample
+from kdcli.stages.lowrank.sequential import Fit, Replacement, Sample
 
 _HELD = 4  # one row in four of the calibration rows judges the shares of a budget
 _ALONE_ROWS = 64  # held rows on which each layer is factorised alone
@@ -359,19 +359,9 @@ class Work:
                 task.advance()
                 self._give_back()
 
-            return sequential.replace_all(
-                self.model,
-                family,
-                self.units,
-                ranks,
-                self.found,
-                self._last_problem if last else self.problem,
-                self.solve,
-                self.samples,
-                fit,
-                spend=last,
-                done=done,
-            )
+            problem = self._last_problem if last else self.problem
+            job = Replacement(self.units, ranks, self.found, problem, self.solve, fit, spend=last)
+            return sequential.replace_all(self.model, family, job, self.samples, done=done)
 
     def _install(self, ranks: Ranks) -> None:
         for name, rank in ranks.items():
