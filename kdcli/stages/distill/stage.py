@@ -20,7 +20,6 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models import references
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.schema import Warning_
-from kdcli.stages.distill.fitting import options_of
 from kdcli.stages.distill.plan import DistillPlan, check
 from kdcli.stages.distill.prepared import Prepared
 from kdcli.stages.distill.student import precheck
@@ -36,7 +35,7 @@ _MODULES = {"assistant-chain": "succession", "self": "succession"}
 def prepare(context: Context) -> Prepared:
     """Give every teacher a head for the task, and apply the label budget."""
     plan = check(context.request)
-    options = options_of(context)
+    options = plan.options
     precheck(context, plan)
     train, validation = context.encoded["train"], context.encoded["validation"]
     assert train.labels is not None
@@ -140,15 +139,7 @@ def _with_head(
         seed=context.seed,
         rate_option="--set teacher_lr=RATE",
     )
-    return teachers.fine_tuned(
-        teacher,
-        context.encoded,
-        options,
-        device=context.device,
-        progress=context.progress,
-        resume_dir=context.resume_dir,
-        resuming=context.request.common.resume,
-    )
+    return teachers.fine_tuned(context, teacher, options)
 
 
 def _budget(train: Encoded, labels: int, seed: int, task: Task, outputs: int) -> Encoded:

@@ -17,8 +17,8 @@ from kdcli.inputs.text import Encoded
 from kdcli.models import references, students
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.schema import Warning_
-from kdcli.stages.distill.fitting import augmented, options_of
-from kdcli.stages.distill.options import STUDENT_PRESETS
+from kdcli.stages.distill.fitting import augmented
+from kdcli.stages.distill.options import STUDENT_PRESETS, DistillOptions
 from kdcli.stages.distill.plan import DistillPlan
 from kdcli.training import layer_map, vocabulary
 from kdcli.training.capture import shape_of
@@ -114,7 +114,7 @@ def make(
     context: Context, plan: DistillPlan, teacher: Checkpoint, name: str, *, seed: int | None = None
 ) -> students.Student:
     """The student called ``name``, with its first weights, on the device."""
-    options, offline = options_of(context), context.request.common.offline
+    options, offline = context.request.options_as(DistillOptions), context.request.common.offline
 
     def published(preset: str) -> Path:
         if teacher.model_type != bert.FAMILY.name:

@@ -37,8 +37,7 @@ def chosen(context: Context, rule: ConvolutionRule, amount: Mapping[str, Any]) -
     Raises:
         UsageError: The model has none, a pattern matches none, or the budget cannot be met.
     """
-    options = context.request.options
-    assert isinstance(options, LowRankOptions)
+    options = context.request.options_as(LowRankOptions)
     inside = {
         f"{name}.{part}"
         for name, found in context.checkpoint.model.named_modules()
@@ -66,8 +65,7 @@ def apply(
     context: Context, rule: ConvolutionRule, config: Any, amount: Mapping[str, Any], params: dict[str, Any]
 ) -> Applied:
     """Factorise the convolutions of ``context`` in place, then train it back for ``--epochs``."""
-    options = context.request.options
-    assert isinstance(options, LowRankOptions)
+    options = context.request.options_as(LowRankOptions)
     kind, model, log = options.method, context.checkpoint.model, context.checkpoint.log
     layers = chosen(context, rule, amount)
     rows = calibration.sample(context, _SAMPLES)

@@ -113,8 +113,7 @@ STAGE = Stage(prepare, apply)
 
 
 def _plan(context: Context) -> LowRankPlan:
-    options = context.request.options
-    assert isinstance(options, LowRankOptions)
+    options = context.request.options_as(LowRankOptions)
     rule = rule_of(options.method)
     registry.need_answers({options.method: rule}, context.checkpoint.task)
     said = (options.budget, options.energy, options.rank, options.target_speedup)

@@ -17,8 +17,7 @@ from kdcli.training.recovery import zero_shares
 
 def prepare(context: Context) -> QuantizePlan | AutoPlan:
     """Refuse bad options before anything is measured."""
-    options = context.request.options
-    assert isinstance(options, QuantizeOptions)
+    options = context.request.options_as(QuantizeOptions)
     if options.scheme == auto.SCHEME:
         return auto.plan_of(context)
     plan = plans.of(context)
@@ -51,8 +50,7 @@ def foreseen(request: Request) -> tuple[dict[str, Any], str | None]:
     Raises:
         UsageError: A bad option.
     """
-    options = request.options
-    assert isinstance(options, QuantizeOptions)
+    options = request.options_as(QuantizeOptions)
     if options.scheme == auto.SCHEME:
         auto.configured(request.common.settings)
         return {"scheme": options.scheme, "embeddings": options.embeddings or "int8"}, None
