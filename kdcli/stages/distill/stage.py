@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,14 +21,15 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models import references
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.schema import Warning_
-from kdcli.stages.distill.plan import DistillPlan, check
+from kdcli.request import Request
+from kdcli.stages.distill.foresight import foreseen
+from kdcli.stages.distill.options import DistillOptions
+from kdcli.stages.distill.plan import DistillPlan, check, teacher_epochs
 from kdcli.stages.distill.prepared import Prepared
 from kdcli.stages.distill.student import precheck
 from kdcli.tasks.task import Task
 from kdcli.training import teacher as teachers
 from kdcli.training.loop import FitOptions
-
-__all__ = ["STAGE", "check", "teacher_epochs"]
 
 _MODULES = {"assistant-chain": "succession", "self": "succession"}
 
@@ -91,7 +93,14 @@ def apply(context: Context, prepared: Prepared) -> Applied:
     return applied
 
 
-STAGE = Stage(prepare, apply)
+def chosen(request: Request, detail: Mapping[str, Any]) -> list[str]:
+    """What the validation rows chose."""
+    options = request.options_as(DistillOptions)
+    found = ["the epoch", "whether there is a first phase"] if options.epochs != 1 else ["the training"]
+    return found + (["the teacher's epoch"] if detail.get("teacher", {}).get("fine_tuned") else [])
+
+
+STAGE = Stage(prepare, apply, foreseen, chosen)
 
 
 def _saw_more(labels: int, teachers: Sequence[str]) -> Warning_:
@@ -110,15 +119,6 @@ def choosing(labels: int, train: int, validation: int, classes: int) -> int:
     more to choose an epoch with.
     """
     return min(validation, labels, max(classes, round(validation * labels / train)))
-
-
-def teacher_epochs(rows: int, labels: int, batch_size: int) -> int:
-    """Epochs that give a fine-tuned teacher enough steps: 180, and 10 more for every label.
-
-    Two labels and 7,000 rows make one epoch, 150 labels and 15,000 rows four; never more than ten.
-    """
-    steps = 180 + 10 * labels
-    return min(10, max(1, round(steps * batch_size / rows)))
 
 
 def _with_head(
