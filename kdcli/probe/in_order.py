@@ -35,7 +35,7 @@ class _Block:
 
 
 @dataclass
-class Group:
+class Readers:
     """Layers that read the very same tensors, and when that is.
 
     Attributes:
@@ -53,7 +53,7 @@ class Group:
 class Order:
     """The groups of a model in the order in which they run, and its stack of blocks, which may be empty."""
 
-    groups: list[Group] = field(default_factory=list)
+    groups: list[Readers] = field(default_factory=list)
     blocks: list[_Block] = field(default_factory=list)
 
 
@@ -110,10 +110,10 @@ def order_of(model: nn.Module, layers: Mapping[str, nn.Module], batch: Mapping[s
             _Block(member, None if isinstance(call[2], Tensor) else len(call[2]) - 1)
             for member, call in zip(stacks[stack], calls[stack], strict=True)
         ]
-    groups: dict[tuple[int, ...], Group] = {}
+    groups: dict[tuple[int, ...], Readers] = {}
     for name, tensors in read.items():
         if (key := tuple(id(tensor) for tensor in tensors)) not in groups:
-            groups[key] = Group([])
+            groups[key] = Readers([])
             order.groups.append(groups[key])
         groups[key].names.append(name)
         groups[key].once = groups[key].once and len(tensors) == 1
@@ -157,7 +157,7 @@ class Walk:
         self.states: list[Tensor] = []  # what it reads (B, T, D), of every batch; none for the first block
 
     @torch.no_grad()
-    def products(self, group: Group, layers: Mapping[str, nn.Module]) -> Tensor:
+    def products(self, group: Readers, layers: Mapping[str, nn.Module]) -> Tensor:
         """X^T X (I, I) of what a group reads, over all rows and all its runs; X is (N, I)."""
         if group.block < self.block:
             self.block, self.states = 0, []

@@ -23,7 +23,7 @@ from kdcli.stages.distill.plan import DistillPlan
 from kdcli.training import layer_map, vocabulary
 from kdcli.training.capture import shape_of
 from kdcli.training.loop import FitOptions, FitResult
-from kdcli.training.terms import Setting, Shape
+from kdcli.training.terms import LossSetting, Shape
 
 NEIGHBOURS = 8  # tokens that may stand for a token
 
@@ -63,7 +63,7 @@ def precheck(context: Context, plan: DistillPlan) -> None:
     )
     reads = False
     for one in plan.chosen:
-        setting = Setting(one.config, student, teacher, pairs)
+        setting = LossSetting(one.config, student, teacher, pairs)
         one.method.check(setting)
         needs = one.method.needs(setting)[0]
         reads = reads or bool(needs.hidden or needs.attention)
