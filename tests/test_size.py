@@ -18,6 +18,7 @@ LONGER = {
     "data/sources.py load": 77,
     "export/graph.py build": 110,
     "export/int8.py": 453,
+    "inputs/text.py encode": 71,
     "stages/lowrank/convolutions.py _decide": 93,
     "stages/quantize/integer_weights.py finish": 80,
     "training/loop.py": 471,

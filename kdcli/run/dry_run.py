@@ -6,18 +6,20 @@ No weights are loaded: sizes come from config.json and the safetensors headers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from kdcli import families
+from kdcli import families, tasks
 from kdcli.data import sources
 from kdcli.foresight import RUNNING, Sizes, flops_a_row
 from kdcli.inputs import sampling
-from kdcli.models import safety
+from kdcli.models import foreign, safety
 from kdcli.models.aliases import SMALL_STUDENTS
 from kdcli.progress import Progress
 from kdcli.report import gates
 from kdcli.request import Request
 from kdcli.run import life, preflight
+from kdcli.tasks.task import Task
 
 _TOKENS_A_WORD = 1.4
 _FIXED_SECONDS = 15.0
@@ -87,10 +89,13 @@ def plan(request: Request, progress: Progress) -> DryRun:
     weights = sum(p.stat().st_size for p in files.weights)
     layers, hidden = _depth(config)
     cost = flops_a_row(layers, hidden, tokens)
+    task = _task(first, files.config, dataset, common.metric)
     facts: dict[str, Any] = {
         "model": " ".join(names),
         "from": [f"{f.source}: {f.path}" for f in found],
         "family": config.get("model_type"),
+        "task": task.name,
+        "metric": task.primary,
         "data": ref,
         "rows": [f"{split} {count}" for split, count in rows.items()],
         "labels": len(dataset.label_names),
@@ -113,6 +118,17 @@ def plan(request: Request, progress: Progress) -> DryRun:
     else:
         written = 0
     return DryRun(request.stage, facts, int(memory), int(written), seconds, notes)
+
+
+def _task(model: Path, config: dict[str, Any], dataset: sources.Dataset, metric: str | None) -> Task:
+    """The model's own, or of one without a head what the data are for."""
+    names = foreign.labels_of(config, "config.json")
+    known = None
+    if foreign.task_of(model) is not None:
+        known = tasks.recorded(
+            foreign.with_outputs(config, None if names is None else len(names)), metric=metric
+        )
+    return known or tasks.of_kind(dataset.kind, metric)
 
 
 def _depth(config: dict[str, Any]) -> tuple[int, int]:
