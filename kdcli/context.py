@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from kdcli.foresight import Foreseen, Sizes
 from kdcli.progress import Progress
 from kdcli.report.schema import Method, Warning_
 from kdcli.request import Request
@@ -63,10 +64,16 @@ Plan = TypeVar("Plan")
 class Stage(Generic[Plan]):
     """One stage that makes a model, as ``stages/<name>/stage.py`` declares it in ``STAGE``.
 
-    Both are called once: ``prepare`` before the input is measured, ``apply`` after it with what ``prepare`` gave.
+    ``prepare`` and ``apply`` are called once: the first before the input is measured, the second after it with what
+    that gave.
     """
 
     #: Refuses bad options and models, does what has to happen before the input is measured, and makes the plan.
     prepare: Callable[[Context], Plan]
     #: Works on the model of the context in place.
     apply: Callable[[Context, Plan], Applied]
+    #: What it needs, for --dry-run; refuses bad options. Nothing is loaded.
+    foreseen: Callable[[Request, Sizes], Foreseen]
+    #: What it let the rows of the validation split choose, in words: of the request and the method's detail in the
+    #: report, where a search leaves its tries.
+    chosen: Callable[[Request, Mapping[str, Any]], list[str]]

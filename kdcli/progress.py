@@ -23,12 +23,12 @@ class Progress:
         """Something the user should know before trusting the result."""
 
     @contextmanager
-    def task(self, title: str, total: int) -> Iterator[Task]:
+    def task(self, title: str, total: int) -> Iterator[ProgressTask]:
         """Count ``total`` steps of one long piece of work."""
-        yield Task()
+        yield ProgressTask()
 
 
-class Task:
+class ProgressTask:
     """One counted piece of work; see :meth:`Progress.task`."""
 
     def advance(self, steps: int = 1, detail: str = "") -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
@@ -184,6 +184,9 @@ class Recovery(Dense):
     )
 
 
+OptionsT = TypeVar("OptionsT", bound=StageOptions)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One run of one stage."""
@@ -196,6 +199,11 @@ class Request:
     #: Option -> flag|environment|file|recipe|argument|model|default.
     origins: Mapping[str, str] = field(default_factory=dict)
     recorded: Recorded | None = None  # the data, where the model's own report names them
+
+    def options_as(self, kind: type[OptionsT]) -> OptionsT:
+        """The stage's options as what they are."""
+        assert isinstance(self.options, kind), f"the options of {self.stage} are no {kind.__name__}"
+        return self.options
 
     @property
     def dequantize(self) -> bool:

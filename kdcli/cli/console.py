@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kdcli import interrupts
-from kdcli.progress import Progress, Task
+from kdcli.progress import Progress, ProgressTask
 from kdcli.report.redact import redact
 
 EVERY_SECONDS = 5.0
@@ -79,7 +79,7 @@ class Console(Progress):
         self.line(f"  {self.paint('33', 'warning')}: {clean(redact(text))}")
 
     @contextlib.contextmanager
-    def task(self, title: str, total: int) -> Iterator[Task]:
+    def task(self, title: str, total: int) -> Iterator[ProgressTask]:
         """A line every few seconds, none for a task that is done before."""
         task = _Lines(self, title, total)
         yield task
@@ -91,7 +91,7 @@ class Console(Progress):
             print(text, file=self.stream, flush=True)
 
 
-class _Lines(Task):
+class _Lines(ProgressTask):
     """Plain progress with the time that is left."""
 
     def __init__(self, console: Console, title: str, total: int) -> None:
@@ -135,10 +135,10 @@ class Bars(Console):
         self._bars: Any = None
 
     @contextlib.contextmanager
-    def task(self, title: str, total: int) -> Iterator[Task]:
+    def task(self, title: str, total: int) -> Iterator[ProgressTask]:
         """One bar; tasks inside a task share its display."""
         if self.quiet:
-            yield Task()
+            yield ProgressTask()
             return
         outer = self._bars
         if outer is None:
@@ -165,7 +165,7 @@ class Bars(Console):
             self._bars.console.print(Text.from_ansi(text), soft_wrap=True)
 
 
-class _Bar(Task):
+class _Bar(ProgressTask):
     def __init__(self, bars: Any, number: Any) -> None:
         self.bars, self.number = bars, number
 

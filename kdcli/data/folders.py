@@ -25,7 +25,7 @@ _SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(?:-[0-9a-f]{8,40})?")
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderLayout:
     """The files of each split; several for one split are its parts in order."""
 
     files: dict[str, list[Path]]
@@ -34,7 +34,7 @@ class Layout:
     notes: list[str] = field(default_factory=list)
 
 
-def layout(path: Path) -> Layout:
+def layout(path: Path) -> FolderLayout:
     """Find the files of the splits: in the folder, in its ``data`` folder, or in the one folder that has them.
 
     Raises:
@@ -44,7 +44,7 @@ def layout(path: Path) -> Layout:
     for place in (path, path / "data"):
         if files := _splits_in(place):
             sharded = any(_SHARD.fullmatch(stem_of(f)) for group in files.values() for f in group)
-            return Layout(files, sharded or place != path, _left_out(place, files))
+            return FolderLayout(files, sharded or place != path, _left_out(place, files))
     roots = [root for root in (path, path / "data") if root.is_dir()]
     inner = [sub for root in roots for sub in sorted(root.iterdir()) if sub.is_dir() and sub.name[:1] != "."]
     found = {sub: files for sub in inner if (files := _splits_in(sub))}
@@ -54,8 +54,8 @@ def layout(path: Path) -> Layout:
             f"data directory '{path}' has several data sets: {names}", f"give one: {next(iter(found))}"
         )
     for place, files in found.items():
-        return Layout(files, True, _left_out(place, files))
-    return Layout({})
+        return FolderLayout(files, True, _left_out(place, files))
+    return FolderLayout({})
 
 
 def _splits_in(folder: Path) -> dict[str, list[Path]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.families.family import Encoder
+from kdcli.probe.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,10 @@ def states_of(model: nn.Module, family: Encoder, batches: Sequence[Mapping[str, 
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(note(at), with_kwargs=True) for at, layer in enumerate(layers)]
-    try:
+    with hooked(
+        layer.register_forward_pre_hook(note(at), with_kwargs=True) for at, layer in enumerate(layers)
+    ):
         logits = [model(**batch).logits for batch in batches]
-    finally:
-        for handle in handles:
-            handle.remove()
     return States(logits, found)
 
 

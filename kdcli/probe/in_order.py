@@ -19,10 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.models import mapped
-
-
-class _Stop(Exception):
-    """The rest of the model is not needed."""
+from kdcli.probe.hooks import Enough, reading
 
 
 @dataclass
@@ -38,7 +35,7 @@ class _Block:
 
 
 @dataclass
-class Group:
+class Readers:
     """Layers that read the very same tensors, and when that is.
 
     Attributes:
@@ -56,7 +53,7 @@ class Group:
 class Order:
     """The groups of a model in the order in which they run, and its stack of blocks, which may be empty."""
 
-    groups: list[Group] = field(default_factory=list)
+    groups: list[Readers] = field(default_factory=list)
     blocks: list[_Block] = field(default_factory=list)
 
 
@@ -113,10 +110,10 @@ def order_of(model: nn.Module, layers: Mapping[str, nn.Module], batch: Mapping[s
             _Block(member, None if isinstance(call[2], Tensor) else len(call[2]) - 1)
             for member, call in zip(stacks[stack], calls[stack], strict=True)
         ]
-    groups: dict[tuple[int, ...], Group] = {}
+    groups: dict[tuple[int, ...], Readers] = {}
     for name, tensors in read.items():
         if (key := tuple(id(tensor) for tensor in tensors)) not in groups:
-            groups[key] = Group([])
+            groups[key] = Readers([])
             order.groups.append(groups[key])
         groups[key].names.append(name)
         groups[key].once = groups[key].once and len(tensors) == 1
@@ -160,7 +157,7 @@ class Walk:
         self.states: list[Tensor] = []  # what it reads (B, T, D), of every batch; none for the first block
 
     @torch.no_grad()
-    def products(self, group: Group, layers: Mapping[str, nn.Module]) -> Tensor:
+    def products(self, group: Readers, layers: Mapping[str, nn.Module]) -> Tensor:
         """X^T X (I, I) of what a group reads, over all rows and all its runs; X is (N, I)."""
         if group.block < self.block:
             self.block, self.states = 0, []
@@ -169,20 +166,17 @@ class Walk:
         layer = layers[group.names[0]]
         total: Tensor | None = None
 
-        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def see(name: str, given: Tensor) -> None:
             nonlocal total
-            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            x = given.reshape(-1, given.shape[-1]).float()
             if total is None:
                 total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             total.addmm_(x.T, x)
             if group.once:
-                raise _Stop
+                raise Enough
 
-        handle = layer.register_forward_pre_hook(see)
-        try:
+        with reading({group.names[0]: layer}, see):
             self._run(lambda at, state: None, until=group.block + 1 if group.once else None)
-        finally:
-            handle.remove()
         assert total is not None, "a group is of layers that ran"
         return total
 
@@ -214,11 +208,11 @@ class Walk:
         now: int = 0
 
         def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-            raise _Stop
+            raise Enough
 
         def show(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             see(now, output if isinstance(output, Tensor) else output[0])
-            raise _Stop
+            raise Enough
 
         with ExitStack() as hooks:
             if self.states:
@@ -228,7 +222,7 @@ class Walk:
             if after is not None:
                 hooks.callback(blocks[after].module.register_forward_hook(show).remove)
             for now, batch in enumerate(self.batches()):  # noqa: B007  # the hooks read it
-                with suppress(_Stop):
+                with suppress(Enough):
                     self.model(**batch)
 
 

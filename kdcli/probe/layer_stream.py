@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +26,15 @@ from kdcli.families.family import Encoder
 from kdcli.families.layer import Layer
 from kdcli.inputs import kinds
 from kdcli.inputs.feeding import Labelled
-from kdcli.probe import definite
 from kdcli.probe.from_layer import starting_at
+from kdcli.probe.hooks import Enough, first_of, hooked
+from kdcli.probe.layer_calls import calls_of
+from kdcli.probe.raw_moments import RawMoments, add
 
 PARTS = ("heads", "neurons")
 """The sub-layers of one layer, in their order."""
 
 FIRST_TOKEN = 0.1
-
-
-class _Stop(Exception):
-    """Ends a forward pass early."""
 
 
 @dataclass(frozen=True)
@@ -45,37 +44,6 @@ class Probe:
     features: Tensor  # (B, T, U), the input of the output projection; U = 0 where nothing is left
     residual: Tensor  # (B, T, D)
     total: Tensor  # (B, T, D), residual and output together, before the LayerNorm
-
-
-@dataclass
-class Moments:
-    """Second moments of a sub-layer's features h and targets t over real tokens, in float64 on the CPU.
-
-    The sums are of h h^T (U, U), h t^T (U, D), t^T t, h (U,), t (D,) and 1.
-    """
-
-    hh: Tensor
-    ht: Tensor
-    tt: float
-    h: Tensor
-    t: Tensor
-    count: float
-
-    def centred(self) -> tuple[Tensor, Tensor, float]:
-        """Covariance of h (U, U), of h with t (U, D), and the summed variance of t."""
-        h, t = self.h / self.count, self.t / self.count
-        spread = self.tt / self.count - float(t @ t)
-        return self.hh / self.count - torch.outer(h, h), self.ht / self.count - torch.outer(h, t), spread
-
-    def scale(self) -> float:
-        """The mean variance of the features, see :func:`kdcli.probe.definite.scale_of`."""
-        return definite.scale_of(self.centred()[0], self.h / self.count)
-
-    def through(self, first: Tensor) -> Moments:
-        """The moments of the features ``first`` h, (R, U)."""
-        return Moments(
-            first @ self.hh @ first.T, first @ self.ht, self.tt, first @ self.h, self.t, self.count
-        )
 
 
 class Stream:
@@ -92,36 +60,17 @@ class Stream:
         self, model: nn.Module, family: Encoder, layers: Sequence[Layer], batches: Sequence[Labelled]
     ):
         self.model, self.family, self.layers = model, family, list(layers)
-        self.states: list[Tensor] = []
         self.masks = [kinds.mask(inputs).bool() for inputs, _ in batches]
         self._inputs = [inputs for inputs, _ in batches]
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        hook = layers[0].module.register_forward_pre_hook(self._keep, with_kwargs=True)
-        try:
-            for inputs in self._inputs:
-                _run(model, inputs)
-        finally:
-            hook.remove()
+        self._calls, self.states = calls_of(model, layers[0].module, self._inputs)
 
     def __len__(self) -> int:
         return len(self.states)
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args:
-            self.states.append(args[0])
-            self._calls.append((args[1:], dict(kwargs)))
-        else:
-            rest = dict(kwargs)
-            self.states.append(rest.pop("hidden_states"))
-            self._calls.append(((), rest))
-        raise _Stop
-
     @torch.no_grad()
     def call(self, layer: Layer, number: int) -> Tensor:
         """Output (B, T, D) of a layer for the states of one batch."""
-        args, kwargs = self._calls[number]
-        output = layer.module(self.states[number], *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return self._calls[number](layer.module, self.states[number])
 
     def advance(self, layer: Layer) -> None:
         """Take the states past a layer."""
@@ -138,13 +87,8 @@ class Stream:
         found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
         hooks = [hook for part in parts for hook in self._watch(layer, part, found[part], part == parts[-1])]
         output = None
-        try:
+        with hooked(hooks), suppress(Enough):
             output = self.call(layer, number)
-        except _Stop:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
         if "heads" in found:
             found["heads"]["residual"] = self.states[number]
         return {part: _probe(layer, part, own) for part, own in found.items()}, output
@@ -155,11 +99,11 @@ class Stream:
         ends = attention and last
 
         def keep_output(_: nn.Module, args: tuple[Tensor, ...], result: Any) -> None:
-            found["output"] = result[0] if isinstance(result, tuple) else result
+            found["output"] = first_of(result)
             if not empty:
                 found["features"] = args[0]
             if ends:
-                raise _Stop
+                raise Enough
 
         def keep_residual(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             found["residual"] = args[0]
@@ -221,9 +165,9 @@ class Pair:
                 self._totals[part].append(found[part].total)
         self.dense.states = outputs
 
-    def moments(self, index: int, part: str) -> Moments:
+    def moments(self, index: int, part: str) -> RawMoments:
         """Of the pruned sub-layer's features, with what the dense one would have them give."""
-        found: Moments | None = None
+        found: RawMoments | None = None
         for number, mask in enumerate(self.pruned.masks):
             own = self.pruned.visit(self.layers[index], number, (part,))[0][part]
             target = self._totals[part][number] - own.residual
@@ -262,47 +206,3 @@ def rows(features: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tens
 def _probe(layer: Layer, part: str, found: Mapping[str, Tensor]) -> Probe:
     residual = found["residual"]
     return Probe(found.get("features", residual[..., :0]), residual, residual + found["output"])
-
-
-def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    except _Stop:
-        return
-
-
-def add(sums: Moments | None, h: Tensor, t: Tensor, root: Tensor) -> Moments:
-    """Add the weighted tokens h (N, U) and t (N, D); products in float32, sums in float64.
-
-    Products are taken of what is left without the batch's mean: next to a large mean float32 would lose what varies.
-    """
-
-    def lift(x: Tensor) -> Tensor:
-        return x.cpu().double()
-
-    count = float(lift(root).square().sum())
-    least = count or 1.0
-    centre_h, centre_t = (
-        h.T @ root / least,
-        t.T @ root / least,
-    )  # (U, 1) and (D, 1), rounded: any centre will do
-    own_h, own_t = h - root @ centre_h.T, t - root @ centre_t.T
-    c, d = lift(centre_h)[:, 0], lift(centre_t)[:, 0]
-    over_h, over_t = lift(own_h.T @ root)[:, 0], lift(own_t.T @ root)[:, 0]
-    parts = (
-        lift(own_h.T @ own_h) + torch.outer(c, over_h) + torch.outer(over_h + count * c, c),
-        lift(own_h.T @ own_t) + torch.outer(c, over_t) + torch.outer(over_h + count * c, d),
-        float(lift(own_t).square().sum() + 2 * (d @ over_t) + count * (d @ d)),
-    )
-    firsts = (over_h + count * c, over_t + count * d, count)
-    if sums is None:
-        return Moments(*parts, *firsts)
-    return Moments(
-        sums.hh + parts[0],
-        sums.ht + parts[1],
-        sums.tt + parts[2],
-        sums.h + firsts[0],
-        sums.t + firsts[1],
-        sums.count + firsts[2],
-    )

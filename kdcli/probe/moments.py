@@ -5,12 +5,8 @@ Letters: N vectors, D features of a vector, E features of its target; O outputs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Moments:
@@ -75,18 +71,3 @@ class Moments:
     def cross(self) -> Tensor:
         """Covariance (E, D) of targets and vectors."""
         return self._cross / (self.weight or 1.0)
-
-
-@contextmanager
-def watching(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call ``see(name, input, output)`` whenever one of the layers runs."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        return lambda module, inputs, output: see(name, inputs[0], output)
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

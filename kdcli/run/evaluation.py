@@ -36,8 +36,7 @@ def run(request: Request, found: Sequence[Resolved], out: Path | None, progress:
         out: The output directory, if one is wanted.
         progress: Observer.
     """
-    options = request.options
-    assert isinstance(options, EvaluateOptions)
+    options = request.options_as(EvaluateOptions)
     timings = Timings()
     first = found[-1] if options.baseline is not None else None
     models = found[: len(found) - (first is not None)]

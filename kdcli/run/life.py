@@ -223,7 +223,7 @@ class _Life:
                 metric=None,
                 value=None,
                 params=applied.method.params,
-                chosen=lineage.chosen(context.request, applied.method.detail),
+                chosen=self.stage.chosen(context.request, applied.method.detail),
                 chosen_on=picked_rows.pick(context.dataset, "validation", None).sha256,
             )
             applied.checkpoint.log.lineage = self._lineage()

@@ -9,14 +9,6 @@ from kdcli.models.checkpoint import Checkpoint
 from kdcli.report import io
 from kdcli.report.redact import redact
 from kdcli.report.schema import LineageEntry, Measurement, Warning_
-from kdcli.request import Request
-from kdcli.stages.distill.options import DistillOptions
-from kdcli.stages.lowrank.options import LowRankOptions
-from kdcli.stages.prune.options import PruneOptions
-from kdcli.stages.quantize.options import QuantizeOptions
-
-_KEPT_LAST = ("movement",)  # methods of prune whose training ends where it ends
-_FLOAT = "the layers that stay in float"
 
 
 def outcome_of(measurement: Measurement) -> dict[str, Any]:
@@ -48,34 +40,6 @@ def lineage_of(checkpoint: Checkpoint, source: str, before: Measurement) -> list
         update = {"report_sha256": io.sha256_of(report), **outcome_of(before)}
         entries[-1] = entries[-1].model_copy(update=update)
     return entries
-
-
-def chosen(request: Request, detail: dict[str, Any]) -> list[str]:
-    """What a stage let the rows of the validation split choose, in words.
-
-    Args:
-        request: What was asked for.
-        detail: Of the method, in the report: a search leaves its tries there, distill how its teacher got a head.
-    """
-    options = request.options
-    found = []
-    if isinstance(options, DistillOptions):
-        found = ["the epoch", "whether there is a first phase"] if options.epochs != 1 else ["the training"]
-        found += ["the teacher's epoch"] if detail.get("teacher", {}).get("fine_tuned") else []
-    elif isinstance(options, PruneOptions):
-        found = ["how much was removed"] if "search" in detail else []
-        found += ["the tokens that stay"] if "vocab" in options.structure.split("+") else []
-        last = options.schedule == "gradual" or options.method in _KEPT_LAST
-        found += ["the epoch"] if options.epochs > 1 and not last else []
-    elif isinstance(options, LowRankOptions):
-        found = ["the budget"] if "search" in detail else []
-        found += ["the epoch"] if options.epochs > 1 else []
-    elif isinstance(options, QuantizeOptions):
-        search = detail.get("search")
-        found = ["the scheme"] if options.scheme == "auto" else []
-        found += [_FLOAT] if isinstance(search, dict) and search.get("kept") else []
-        found += ["the epoch"] if options.epochs > 1 else []
-    return found
 
 
 def selected(lineage: Sequence[LineageEntry], split: str, rows_sha256: str) -> list[Warning_]:

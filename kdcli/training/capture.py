@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -15,11 +16,8 @@ from kdcli.families import stack
 from kdcli.families.layer import Layer
 from kdcli.families.stack import encoder_layers, width_of
 from kdcli.models.checkpoint import Checkpoint
+from kdcli.probe.hooks import Enough, first_of
 from kdcli.training.terms import Needs, Shape, Signals
-
-
-class Cut(Exception):
-    """Ends a forward pass at the highest layer that anybody reads."""
 
 
 def shape_of(checkpoint: Checkpoint) -> Shape:
@@ -65,7 +63,7 @@ class Capture:
     Args:
         checkpoint: The model.
         needs: What to keep.
-        cut: End the forward pass after the highest layer that is needed, by raising :class:`Cut`.
+        cut: End the forward pass after the highest layer that is needed, by raising :class:`Enough`.
 
     Raises:
         UsageError: The model has no such inside that kdcli knows.
@@ -137,7 +135,7 @@ class Capture:
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._hidden[0] = args[0] if args else kwargs["hidden_states"]
         if self._ends_at_input:
-            raise Cut
+            raise Enough
 
     def _keep_pooled(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._pooled = args[0]
@@ -150,21 +148,19 @@ class Capture:
 
     def _keep_output(self, number: int, hidden: bool, pooled: bool, ends: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            state = output[0] if isinstance(output, tuple) else output
+            state = first_of(output)
             if hidden:
                 self._hidden[number] = state
             if pooled:
                 self._pooled = state[:, 0]
             if ends:
-                raise Cut
+                raise Enough
 
         return hook
 
 
 def run_cut(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     """Run a model under a :class:`Capture` with ``cut``; there is no output, the capture has the signals."""
-    try:
-        with torch.no_grad():  # not inference mode: the losses save these tensors for their gradients
-            model(**inputs)
-    except Cut:
-        return
+    # Not inference mode: the losses save these tensors for their gradients.
+    with suppress(Enough), torch.no_grad():
+        model(**inputs)

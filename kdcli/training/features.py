@@ -40,7 +40,7 @@ _SPARE_DISK = 2 << 30  # bytes that a cache leaves free
 
 
 @dataclass(frozen=True)
-class Stored:
+class StatesPlace:
     """Where the teacher's hidden states come from, for the report."""
 
     how: str  # "not read", "on disk" or "recomputed"
@@ -79,7 +79,7 @@ class TeacherSignals:
         self._states: dict[int, np.ndarray] = {}
         self._pooled: np.ndarray | None = None
         self._live: Capture | None = None
-        self.stored = Stored("not read", 0)
+        self.stored = StatesPlace("not read", 0)
         if needs:
             self._prepare(budget, progress)
 
@@ -161,11 +161,11 @@ class TeacherSignals:
             shown = f"{size / 2**30:.1f} GiB of hidden states do not fit the budget"
             progress.note(f"{shown}: the teacher runs at every step, up to the highest layer used")
             self._live = Capture(self.teacher, self.needs, cut=True)
-            self.stored = Stored("recomputed", 0)
+            self.stored = StatesPlace("recomputed", 0)
             return
         self._states = {n: values for n, values in known.items() if values is not None}
         self._pooled = vectors
-        self.stored = Stored("on disk", size)
+        self.stored = StatesPlace("on disk", size)
 
     def _store(
         self,

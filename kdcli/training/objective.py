@@ -20,7 +20,7 @@ from kdcli.training.capture import Capture
 from kdcli.training.features import TeacherSignals
 from kdcli.training.label_loss import hard
 from kdcli.training.loop import Batch
-from kdcli.training.terms import Loss, Needs, Setting, Shape, Step
+from kdcli.training.terms import Loss, LossSetting, Needs, Shape, Step
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Term:
     """A chosen method, bound to a student and a teacher."""
 
     chosen: ChosenLoss
-    setting: Setting
+    setting: LossSetting
 
 
 def bind(
@@ -59,7 +59,7 @@ def bind(
     """
     terms, notes = [], []
     for number, one in enumerate(chosen):
-        setting = Setting(one.config, student, teacher, pairs)
+        setting = LossSetting(one.config, student, teacher, pairs)
         note = one.method.check(setting)
         if note:
             notes.append(note)

@@ -13,14 +13,14 @@ from kdcli.inputs.splits import Splits
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.transforms import Zero
-from kdcli.training import objective
+from kdcli.training import objective, resumable
 from kdcli.training import teacher as teachers
 from kdcli.training.capture import Capture, shape_of
 from kdcli.training.features import TeacherSignals
-from kdcli.training.loop import FitOptions, fit
+from kdcli.training.loop import FitOptions
 from kdcli.training.losses import response
 from kdcli.training.objective import ChosenLoss, Objective
-from kdcli.training.resume import ResumePoint
+from kdcli.training.resumable import TrainingId
 from kdcli.training.terms import Needs
 
 ALPHA = 0.9  # the dense model knows more about the removed parts than the labels do
@@ -85,12 +85,12 @@ def recover(
         lr: Peak rate; by default from the width.
         batch_size: :data:`BATCH_SIZE` by default.
         after_step: Called after every step.
-        more: Further arguments of :func:`kdcli.training.loop.fit`; ``keep`` of its options.
+        more: Further arguments of :func:`kdcli.training.resumable.run`; ``keep`` of the options.
 
     Returns:
         What was done, for the report.
     """
-    request, student, train = context.request, context.checkpoint, context.encoded["train"]
+    student, train, task = context.checkpoint, context.encoded["train"], context.checkpoint.task
     dense = checkpoints.load(student.path, device=context.device)
     # Each reads the rows in its own tokens: some of the teacher's may have been dropped from the student.
     same = len(dense.tokenizer) == len(student.tokenizer)
@@ -103,22 +103,13 @@ def recover(
         lr=lr or default_rate(int(student.config.hidden_size)),
         seed=context.seed,
     )
-    task = student.task
-    labels = train.labels if train.labels is not None else task.unlabelled(len(train), len(student.labels))
     chosen = ChosenLoss("response", response.METHOD, response.Config(temperature=TEMPERATURE), ALPHA)
     terms, _ = objective.bind([chosen], shape_of(student), shape_of(dense), [], context.seed, context.device)
     signals = TeacherSignals(
         dense, read, targets, Needs(), budget=0, device=context.device, progress=context.progress
     )
+    labels = resumable.labels_of(train, student)
     loss = Objective(terms, 1 - ALPHA, labels, Capture(student, Needs()), signals, context.device, task)
-    identity = {
-        "stage": request.stage,
-        "model": checkpoints.weights_digest(student.path),
-        "options": str(request.options),
-        "settings": dict(request.common.settings),
-        "seed": context.seed,
-        "data": context.dataset.fingerprint,
-    }
     hold = hold_zeros(student)
 
     def end_step() -> None:
@@ -126,22 +117,9 @@ def recover(
             if act is not None:
                 act()
 
-    result = fit(
-        student.model,
-        train,
-        context.encoded["validation"],
-        loss,
-        options,
-        pad_id=student.pad_id,
-        device=context.device,
-        progress=context.progress,
-        title="recovery",
-        resume=ResumePoint(context.resume_dir / "recovery", identity),
-        resuming=request.common.resume,
-        after_step=end_step if hold or after_step else None,
-        task=task,
-        **more,
-    )
+    training = TrainingId(title="recovery", place="recovery", identity=resumable.identity_of(context))
+    ends = end_step if hold or after_step else None
+    result = resumable.run(context, training, student, train, loss, options, after_step=ends, **more)
     return {
         "alpha": ALPHA,
         "temperature": TEMPERATURE,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kdcli import cache, families
+from kdcli.context import Context
 from kdcli.export import sessions
 from kdcli.inputs import batching, text
 from kdcli.inputs.feeding import torch_runner
@@ -20,11 +21,11 @@ from kdcli.inputs.text import Encoded
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
-from kdcli.training import distributed
+from kdcli.training import distributed, resumable
 from kdcli.training.first_token import first_token_only
 from kdcli.training.label_loss import label_loss
-from kdcli.training.loop import FitOptions, fit
-from kdcli.training.resume import ResumePoint
+from kdcli.training.loop import FitOptions
+from kdcli.training.resumable import TrainingId
 from kdcli.training.terms import Needs
 
 _FORMAT = 3  # raise it when the same inputs would give other cached content
@@ -32,14 +33,7 @@ _BATCH_TOKENS = 4096
 
 
 def fine_tuned(
-    teacher: Checkpoint,
-    encoded: Mapping[str, Encoded],
-    options: FitOptions,
-    *,
-    device: torch.device,
-    progress: Progress,
-    resume_dir: Path,
-    resuming: bool,
+    context: Context, teacher: Checkpoint, options: FitOptions
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """Fine-tune a teacher that has no head for the task, or take it from the cache.
 
@@ -47,13 +41,14 @@ def fine_tuned(
     the options, so that nothing else can be mistaken for it.
 
     Args:
+        context: Whose ``train`` and ``validation`` rows are used; rows without a label take no part.
         teacher: Its head is new; ``labels`` are the task's. It is trained in place.
-        encoded: ``train`` and ``validation``; rows without a label take no part.
         options: How to train.
 
     Returns:
         The fine-tuned teacher, loaded from the cache, and what was done, for the report.
     """
+    encoded, device, progress = context.encoded, context.device, context.progress
     name = cache.key(
         format=_FORMAT,
         model=checkpoints.weights_digest(teacher.path),
@@ -75,20 +70,9 @@ def fine_tuned(
     train = train.take(np.flatnonzero(teacher.task.known(train.labels)))
     assert train.labels is not None
     with first_token_only(teacher, Needs()):
-        result = fit(
-            teacher.model,
-            train,
-            encoded["validation"],
-            label_loss(teacher.task, train.labels, device),
-            options,
-            pad_id=teacher.pad_id,
-            device=device,
-            progress=progress,
-            title="fine-tuning the teacher",
-            resume=ResumePoint(resume_dir / "teacher", {"teacher": name}),
-            resuming=resuming,
-            task=teacher.task,
-        )
+        training = TrainingId(title="fine-tuning the teacher", place="teacher", identity={"teacher": name})
+        loss = label_loss(teacher.task, train.labels, device)
+        result = resumable.run(context, training, teacher, train, loss, options)
     teacher.has_head = True
     detail = {"fine_tuned": True, "key": name, **result.detail()}
     with distributed.first_then_others():

@@ -62,7 +62,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Setting:
+class LossSetting:
     """What is fixed during one training."""
 
     config: Any  # the method's Config
@@ -81,11 +81,11 @@ class Step:
     task: Task = CLASSIFICATION
 
 
-def _logits_alone(setting: Setting) -> tuple[Needs, Needs]:
+def _logits_alone(setting: LossSetting) -> tuple[Needs, Needs]:
     return Needs(), Needs()
 
 
-def _nothing(setting: Setting) -> None:
+def _nothing(setting: LossSetting) -> None:
     return None
 
 
@@ -96,11 +96,11 @@ class Loss(Method):
     kind: Literal["response", "feature", "relation", "adversarial"]  # weighted by alpha, beta, gamma, its own
     weight: float  # when neither ``--weight`` nor the option of its kind says another
     #: Picks from the signals of student and teacher what the loss wants, and calls it.
-    term: Callable[[Signals, Signals, Setting, Step], Tensor]
+    term: Callable[[Signals, Signals, LossSetting, Step], Tensor]
     #: What it reads of the student and of the teacher.
-    needs: Callable[[Setting], tuple[Needs, Needs]] = _logits_alone
+    needs: Callable[[LossSetting], tuple[Needs, Needs]] = _logits_alone
     #: Raises a UsageError for a setting in which it means nothing: why, and what to use. Returns a sentence for
     #: the user when it falls back to something else.
-    check: Callable[[Setting], str | None] = _nothing
+    check: Callable[[LossSetting], str | None] = _nothing
     #: Further parameters that are trained with the student and thrown away, such as projections.
-    trained: Callable[[Setting], nn.Module | None] = _nothing
+    trained: Callable[[LossSetting], nn.Module | None] = _nothing

@@ -7,7 +7,8 @@ import torch
 
 from kdcli.families.stack import encoder_layers, encoder_linears
 from kdcli.models import transforms
-from kdcli.probe.layer_stream import PARTS, Moments, Pair, Stream
+from kdcli.probe.layer_stream import PARTS, Pair, Stream
+from kdcli.probe.raw_moments import RawMoments
 from kdcli.stages.prune.sublayer_refit import cut, replaced
 from tests import tiny
 
@@ -71,7 +72,7 @@ def test_a_probe_has_what_the_layer_norm_gets(family: str, state: str) -> None:
         stream.advance(layer)
 
 
-def gathered(pair: Pair, index: int, part: str) -> Moments:
+def gathered(pair: Pair, index: int, part: str) -> RawMoments:
     for before in range(index):
         pair.enter(before)
         pair.leave(before)

@@ -130,7 +130,7 @@ def test_what_a_stage_lets_the_rows_choose() -> None:
     def of(options, detail: dict | None = None) -> list[str]:
         stage = {DistillOptions: "distill", PruneOptions: "prune", LowRankOptions: "lowrank"}
         request = Request(stage=stage.get(type(options), "quantize"), model="m", options=options)
-        return lineage.chosen(request, detail or {})
+        return life.stage_of(request).chosen(request, detail or {})
 
     assert of(DistillOptions(teachers=("t",), student="tiny"))
     assert "the teacher's epoch" in of(

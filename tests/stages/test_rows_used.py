@@ -17,14 +17,14 @@ from kdcli.inputs.picked import pick
 from kdcli.inputs.splits import Splits
 from kdcli.measure import environment
 from kdcli.models import checkpoint as checkpoints
-from kdcli.probe import layer_clock, speedup
+from kdcli.probe import bisection, layer_clock, speedup
 from kdcli.probe.speedup import Speed
 from kdcli.progress import Progress
 from kdcli.request import Common, Gates, Request
 from kdcli.stages.distill import lesson
 from kdcli.stages.distill import stage as distill
 from kdcli.stages.distill.options import DistillOptions
-from kdcli.stages.lowrank import convolutions, matrices, rank_budget
+from kdcli.stages.lowrank import convolutions, matrices, rank_budget, search
 from kdcli.stages.lowrank import stage as lowrank
 from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.prune import stage as prune
@@ -42,13 +42,12 @@ from tests.stages.lowrank.test_convolutions import random_cnn
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a search looks at is less than the tiny splits have."""
-    monkeypatch.setattr(matrices, "JUDGED_ROWS", 8)
-    monkeypatch.setattr(convolutions, "JUDGED_ROWS", 8)
+    monkeypatch.setattr(search, "JUDGED_ROWS", 8)
     monkeypatch.setattr(matrices, "_ALONE_ROWS", 2)
     monkeypatch.setattr(rank_budget, "GRADIENT_ROWS", 4)
     monkeypatch.setattr(convolutions, "_SAMPLES", 12)
     monkeypatch.setattr(lesson, "TRIAL_ROWS", 16)
-    monkeypatch.setattr(single_layers, "SEARCH_ROWS", 12)
+    monkeypatch.setattr(bisection, "JUDGED_ROWS", 12)
     monkeypatch.setattr(single_layers, "SENSITIVITY_ROWS", 6)
     monkeypatch.setattr(dynamic_int8, "ROWS", 8)
 

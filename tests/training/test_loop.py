@@ -15,7 +15,7 @@ import torch
 from kdcli.data import sources
 from kdcli.errors import ExitCode, InputError, InterruptedRun, UsageError
 from kdcli.inputs import text
-from kdcli.progress import Progress, Task
+from kdcli.progress import Progress, ProgressTask
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.training import loop
 from kdcli.training.label_loss import hard, label_loss
@@ -68,7 +68,7 @@ class Notes(Progress):
 
     @contextmanager
     def task(self, title: str, total: int):
-        task = Task()
+        task = ProgressTask()
         task.advance = lambda steps=1, detail="": self.at_reading(detail)
         yield task
 

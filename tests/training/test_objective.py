@@ -28,7 +28,7 @@ from kdcli.training.features import TeacherSignals
 from kdcli.training.loop import Batch, FitOptions, FitResult, fit
 from kdcli.training.objective import ChosenLoss, Objective, bind, weights
 from kdcli.training.resume import ResumePoint
-from kdcli.training.terms import Loss, Needs, Setting, Shape, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Needs, Shape, Signals, Step
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -112,7 +112,7 @@ def test_a_batch_without_labels_is_finite_and_trains(alpha: float) -> None:
 def test_terms_get_labels_progress_and_their_weight() -> None:
     seen: list[Step] = []
 
-    def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+    def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
         seen.append(step)
         return (student.logits - teacher.logits).sum() * setting.config
 
@@ -188,7 +188,7 @@ def test_weights_of_nothing_are_refused(names: list[str], more: dict[str, Any], 
 def test_notes_of_methods_are_passed_on_and_refusals_raised() -> None:
     binary = Shape(2, 32, 4, 2, 32)
     terms, notes = bind([chosen("response", 1.0), chosen("dist", 1.0)], binary, binary, [], 0, CPU)
-    own = registry.load("distill", "dist", Loss).check(Setting(terms[1].chosen.config, binary, binary))
+    own = registry.load("distill", "dist", Loss).check(LossSetting(terms[1].chosen.config, binary, binary))
     assert notes == [own]
     assert len(terms) == 2
     _, notes = bind([chosen("response", 1.0), chosen("dist", 1.0)], SHAPE, SHAPE, [], 0, CPU)

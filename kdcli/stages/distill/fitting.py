@@ -16,8 +16,9 @@ from kdcli.models import students
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.stages.distill.options import DistillOptions
 from kdcli.stages.distill.plan import DistillPlan
-from kdcli.training.loop import BatchLoss, FitOptions, FitResult, fit
-from kdcli.training.resume import ResumePoint
+from kdcli.training import resumable
+from kdcli.training.loop import BatchLoss, FitOptions, FitResult
+from kdcli.training.resumable import TrainingId
 
 BATCH_SIZE = 128
 # Without --augment and --epochs the work is bounded in tokens, because that is what it costs. Measured for a
@@ -27,13 +28,6 @@ FURTHER_TOKENS = 850_000  # of the further texts, for the teacher to read
 SEEN_TOKENS = 4_800_000  # that the student reads in training
 MOST_VERSIONS = 16  # of one row
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
-
-
-def options_of(context: Context) -> DistillOptions:
-    """The request's options, typed."""
-    options = context.request.options
-    assert isinstance(options, DistillOptions)
-    return options
 
 
 def augmented(plan: DistillPlan, tokens: float) -> int:
@@ -106,24 +100,12 @@ def run_fit(
         "training rows": text.fingerprint(rows),
         "validation rows": text.fingerprint(context.encoded["validation"]),
     }
-    chosen = options_of(context).model_dump() | {f"--set {k}": v for k, v in request.common.settings.items()}
+    own = request.options_as(DistillOptions)
+    chosen = own.model_dump() | {f"--set {k}": v for k, v in request.common.settings.items()}
     identity |= {f"option {key}": value for key, value in chosen.items()}
-    identity["file student"] = _digest_of(options_of(context).student)
-    return fit(
-        trained.model if model is None else model,
-        rows,
-        context.encoded["validation"],
-        loss,
-        options,
-        pad_id=trained.pad_id,
-        device=context.device,
-        progress=context.progress,
-        title=f"training the {title}",
-        resume=ResumePoint(context.resume_dir / title.replace(" ", "-"), identity),
-        resuming=request.common.resume,
-        extra=extra,
-        task=trained.task,
-    )
+    identity["file student"] = _digest_of(own.student)
+    training = TrainingId(title=f"training the {title}", place=title.replace(" ", "-"), identity=identity)
+    return resumable.run(context, training, trained, rows, loss, options, model=model, extra=extra)
 
 
 def _digest_of(student: str) -> str | None:

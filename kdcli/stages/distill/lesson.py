@@ -23,7 +23,7 @@ from kdcli.stages.distill.student import Taught
 from kdcli.training import features, layer_map, objective
 from kdcli.training import teacher as teachers
 from kdcli.training.capture import Capture, shape_of
-from kdcli.training.features import Stored, TeacherSignals
+from kdcli.training.features import StatesPlace, TeacherSignals
 from kdcli.training.first_token import first_token_only
 from kdcli.training.loop import FitOptions, FitResult
 from kdcli.training.losses import pooled
@@ -144,7 +144,7 @@ class _Lesson:
         )
         self.pairs_read: list[list[int]] = []
         self.notes: list[str] = []
-        self.stored = Stored("not read", 0)
+        self.stored = StatesPlace("not read", 0)
         self.seconds = 0.0  # spent on the teacher
 
     def answers(self, options: FitOptions, title: str, rows: np.ndarray | None = None) -> FitResult:

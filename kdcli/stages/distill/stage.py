@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,15 +21,15 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models import references
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.schema import Warning_
-from kdcli.stages.distill.fitting import options_of
-from kdcli.stages.distill.plan import DistillPlan, check
+from kdcli.request import Request
+from kdcli.stages.distill.foresight import foreseen
+from kdcli.stages.distill.options import DistillOptions
+from kdcli.stages.distill.plan import DistillPlan, check, teacher_epochs
 from kdcli.stages.distill.prepared import Prepared
 from kdcli.stages.distill.student import precheck
 from kdcli.tasks.task import Task
 from kdcli.training import teacher as teachers
 from kdcli.training.loop import FitOptions
-
-__all__ = ["STAGE", "check", "teacher_epochs"]
 
 _MODULES = {"assistant-chain": "succession", "self": "succession"}
 
@@ -36,7 +37,7 @@ _MODULES = {"assistant-chain": "succession", "self": "succession"}
 def prepare(context: Context) -> Prepared:
     """Give every teacher a head for the task, and apply the label budget."""
     plan = check(context.request)
-    options = options_of(context)
+    options = plan.options
     precheck(context, plan)
     train, validation = context.encoded["train"], context.encoded["validation"]
     assert train.labels is not None
@@ -92,7 +93,14 @@ def apply(context: Context, prepared: Prepared) -> Applied:
     return applied
 
 
-STAGE = Stage(prepare, apply)
+def chosen(request: Request, detail: Mapping[str, Any]) -> list[str]:
+    """What the validation rows chose."""
+    options = request.options_as(DistillOptions)
+    found = ["the epoch", "whether there is a first phase"] if options.epochs != 1 else ["the training"]
+    return found + (["the teacher's epoch"] if detail.get("teacher", {}).get("fine_tuned") else [])
+
+
+STAGE = Stage(prepare, apply, foreseen, chosen)
 
 
 def _saw_more(labels: int, teachers: Sequence[str]) -> Warning_:
@@ -113,15 +121,6 @@ def choosing(labels: int, train: int, validation: int, classes: int) -> int:
     return min(validation, labels, max(classes, round(validation * labels / train)))
 
 
-def teacher_epochs(rows: int, labels: int, batch_size: int) -> int:
-    """Epochs that give a fine-tuned teacher enough steps: 180, and 10 more for every label.
-
-    Two labels and 7,000 rows make one epoch, 150 labels and 15,000 rows four; never more than ten.
-    """
-    steps = 180 + 10 * labels
-    return min(10, max(1, round(steps * batch_size / rows)))
-
-
 def _with_head(
     context: Context, plan: DistillPlan, teacher: Checkpoint
 ) -> tuple[Checkpoint, dict[str, object]]:
@@ -140,15 +139,7 @@ def _with_head(
         seed=context.seed,
         rate_option="--set teacher_lr=RATE",
     )
-    return teachers.fine_tuned(
-        teacher,
-        context.encoded,
-        options,
-        device=context.device,
-        progress=context.progress,
-        resume_dir=context.resume_dir,
-        resuming=context.request.common.resume,
-    )
+    return teachers.fine_tuned(context, teacher, options)
 
 
 def _budget(train: Encoded, labels: int, seed: int, task: Task, outputs: int) -> Encoded:

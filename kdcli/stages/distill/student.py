@@ -17,13 +17,13 @@ from kdcli.inputs.text import Encoded
 from kdcli.models import references, students
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.schema import Warning_
-from kdcli.stages.distill.fitting import augmented, options_of
-from kdcli.stages.distill.options import STUDENT_PRESETS
+from kdcli.stages.distill.fitting import augmented
+from kdcli.stages.distill.options import STUDENT_PRESETS, DistillOptions
 from kdcli.stages.distill.plan import DistillPlan
 from kdcli.training import layer_map, vocabulary
 from kdcli.training.capture import shape_of
 from kdcli.training.loop import FitOptions, FitResult
-from kdcli.training.terms import Setting, Shape
+from kdcli.training.terms import LossSetting, Shape
 
 NEIGHBOURS = 8  # tokens that may stand for a token
 
@@ -63,7 +63,7 @@ def precheck(context: Context, plan: DistillPlan) -> None:
     )
     reads = False
     for one in plan.chosen:
-        setting = Setting(one.config, student, teacher, pairs)
+        setting = LossSetting(one.config, student, teacher, pairs)
         one.method.check(setting)
         needs = one.method.needs(setting)[0]
         reads = reads or bool(needs.hidden or needs.attention)
@@ -114,7 +114,7 @@ def make(
     context: Context, plan: DistillPlan, teacher: Checkpoint, name: str, *, seed: int | None = None
 ) -> students.Student:
     """The student called ``name``, with its first weights, on the device."""
-    options, offline = options_of(context), context.request.common.offline
+    options, offline = context.request.options_as(DistillOptions), context.request.common.offline
 
     def published(preset: str) -> Path:
         if teacher.model_type != bert.FAMILY.name:

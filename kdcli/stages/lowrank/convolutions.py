@@ -11,18 +11,16 @@ from torch import Tensor, nn
 
 from kdcli.context import Applied, Context
 from kdcli.errors import UsageError
-from kdcli.inputs import sampling
 from kdcli.models import conv_factors
 from kdcli.models.conv_factors import FactorisedConv
 from kdcli.models.transforms import FactoriseConv
 from kdcli.probe import rows as calibration
 from kdcli.probe import speedup
-from kdcli.probe.bisection import JUDGED_ROWS, search
-from kdcli.probe.moments import watching
+from kdcli.probe.hooks import watching
 from kdcli.probe.product_clock import torch_milliseconds
 from kdcli.probe.speedup import Speed
 from kdcli.report.schema import Method, Warning_
-from kdcli.stages.lowrank import rank_budget, speed
+from kdcli.stages.lowrank import rank_budget, search, speed
 from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.lowrank.patterns import patterns_leave
 from kdcli.stages.lowrank.rank_budget import Choices
@@ -39,8 +37,7 @@ def chosen(context: Context, rule: ConvolutionRule, amount: Mapping[str, Any]) -
     Raises:
         UsageError: The model has none, a pattern matches none, or the budget cannot be met.
     """
-    options = context.request.options
-    assert isinstance(options, LowRankOptions)
+    options = context.request.options_as(LowRankOptions)
     inside = {
         f"{name}.{part}"
         for name, found in context.checkpoint.model.named_modules()
@@ -68,8 +65,7 @@ def apply(
     context: Context, rule: ConvolutionRule, config: Any, amount: Mapping[str, Any], params: dict[str, Any]
 ) -> Applied:
     """Factorise the convolutions of ``context`` in place, then train it back for ``--epochs``."""
-    options = context.request.options
-    assert isinstance(options, LowRankOptions)
+    options = context.request.options_as(LowRankOptions)
     kind, model, log = options.method, context.checkpoint.model, context.checkpoint.log
     layers = chosen(context, rule, amount)
     rows = calibration.sample(context, _SAMPLES)
@@ -207,29 +203,19 @@ def _decide(
 
     if "budget" in amount:
         return shared(amount["budget"], detail)
-    validation = context.encoded["validation"]
-    judged = sampling.sample(validation, JUDGED_ROWS, sampling.JUDGING_SEED, context.checkpoint.task)
-    full, best, latest = calibration.score(context, judged), none, none
 
-    def attempt(budget: float) -> float | None:
-        nonlocal latest
-        try:
-            latest = shared(budget, {})
-        except UsageError:
-            return None
-        _put(model, {n: factors(n, r) for n, r in latest.items() if r is not None})
-        found = calibration.score(context, judged)
-        _put(model, layers)
-        return found
+    def put(ranks: Mapping[str, ConvRanks | None]) -> None:
+        _put(model, {n: factors(n, r) for n, r in ranks.items() if r is not None})
 
-    def keep() -> None:
-        nonlocal best
-        best = latest
-
-    metric = context.checkpoint.task.primary
-    tried = search(attempt, full - amount["max_drop"], keep, metric)
-    detail["search"] = {"rows": len(judged), metric: full, "max_drop": amount["max_drop"], "steps": tried}
-    return best
+    best = search.smallest(
+        context,
+        amount["max_drop"],
+        lambda budget: shared(budget, {}),
+        put,
+        lambda: _put(model, layers),
+        detail,
+    )
+    return none if best is None else best
 
 
 def _even(

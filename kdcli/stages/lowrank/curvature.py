@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.inputs import kinds
-from kdcli.probe.moments import watching
+from kdcli.probe.hooks import watching
 from kdcli.stages.lowrank.factors import narrow_by_outputs
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task

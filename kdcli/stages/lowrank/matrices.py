@@ -13,23 +13,30 @@ from torch import Tensor, nn
 
 from kdcli import memory
 from kdcli.context import Context
-from kdcli.errors import UsageError
-from kdcli.inputs import kinds, sampling
+from kdcli.inputs import kinds
 from kdcli.inputs.text import Encoded
 from kdcli.models import mapped
 from kdcli.probe import from_layer, speedup
 from kdcli.probe import rows as calibration
-from kdcli.probe.bisection import JUDGED_ROWS, search
 from kdcli.probe.moments import Moments
 from kdcli.probe.product_clock import Clock
 from kdcli.probe.speedup import Speed
-from kdcli.stages.lowrank import curvature, evbmf, factor_units, factors, rank_budget, sequential, speed
+from kdcli.stages.lowrank import (
+    curvature,
+    evbmf,
+    factor_units,
+    factors,
+    rank_budget,
+    search,
+    sequential,
+    speed,
+)
 from kdcli.stages.lowrank.curvature import OutputSensitivity
 from kdcli.stages.lowrank.factor_units import FactorUnit
 from kdcli.stages.lowrank.factors import Factors, Problem
 from kdcli.stages.lowrank.rank_budget import Choices, LayerSize, Ranks
 from kdcli.stages.lowrank.rule import LinearRule
-from kdcli.stages.lowrank.sequential import Fit, Sample
+from kdcli.stages.lowrank.sequential import Fit, Replacement, Sample
 
 _HELD = 4  # one row in four of the calibration rows judges the shares of a budget
 _ALONE_ROWS = 64  # held rows on which each layer is factorised alone
@@ -306,35 +313,15 @@ class Work:
         detail: dict[str, Any],
     ) -> Ranks:
         """The smallest budget that loses at most ``max_drop`` of the primary metric on validation rows."""
-        validation = self.context.encoded["validation"]
-        judged = sampling.sample(validation, JUDGED_ROWS, sampling.JUDGING_SEED, self.task)
-        full = calibration.score(self.context, judged)
-        best: Ranks = dict.fromkeys(self.units)
-        latest = best
 
-        def attempt(budget: float) -> float | None:
-            nonlocal latest
-            try:
-                latest = self._shared(damage, budget, dense, trial, {})
-            except UsageError:  # rank 1 everywhere is more than that
-                return None
-            self.replace({n: r for n, r in latest.items() if r is not None})
-            found = calibration.score(self.context, judged)
-            self._dense()
-            return found
+        def shared(budget: float) -> Ranks:
+            return self._shared(damage, budget, dense, trial, {})
 
-        def keep() -> None:
-            nonlocal best
-            best = latest
+        def put(ranks: Ranks) -> None:
+            self.replace({n: r for n, r in ranks.items() if r is not None})
 
-        steps = search(attempt, full - max_drop, keep, self.task.primary)
-        detail["search"] = {
-            "rows": len(judged),
-            self.task.primary: full,
-            "max_drop": max_drop,
-            "steps": steps,
-        }
-        return best
+        found = search.smallest(self.context, max_drop, shared, put, self._dense, detail)
+        return dict.fromkeys(self.units) if found is None else found
 
     # --- putting factors in -----------------------------------------------------------------------
 
@@ -359,19 +346,9 @@ class Work:
                 task.advance()
                 self._give_back()
 
-            return sequential.replace_all(
-                self.model,
-                family,
-                self.units,
-                ranks,
-                self.found,
-                self._last_problem if last else self.problem,
-                self.solve,
-                self.samples,
-                fit,
-                spend=last,
-                done=done,
-            )
+            problem = self._last_problem if last else self.problem
+            job = Replacement(self.units, ranks, self.found, problem, self.solve, fit, spend=last)
+            return sequential.replace_all(self.model, family, job, self.samples, done=done)
 
     def _install(self, ranks: Ranks) -> None:
         for name, rank in ranks.items():

@@ -32,8 +32,7 @@ def apply(context: Context, params: dict[str, Any]) -> Applied:
         UsageError: The model has no factors.
     """
     checkpoint = context.checkpoint
-    options = context.request.options
-    assert isinstance(options, LowRankOptions)
+    options = context.request.options_as(LowRankOptions)
     model = checkpoint.model
     pairs: dict[str, nn.Module] = {
         n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear | FactorisedConv)

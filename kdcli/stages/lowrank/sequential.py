@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from kdcli.families.family import Encoder
 from kdcli.inputs import kinds
-from kdcli.probe.moments import Moments, watching
+from kdcli.probe.hooks import Enough, reading, watching
+from kdcli.probe.layer_calls import LayerCall, calls_of
+from kdcli.probe.moments import Moments
 from kdcli.stages.lowrank import factors
 from kdcli.stages.lowrank.factor_units import FactorUnit, install
 from kdcli.stages.lowrank.factors import Factors, Problem, narrow_by_outputs
@@ -65,48 +67,6 @@ def table_moments(table: nn.Embedding, counts: Tensor) -> Moments:
     return made
 
 
-class _Stop(Exception):
-    """The rest of the layer is not needed."""
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-@dataclass
-class _Call:
-    """How one batch calls an encoder layer: the hidden state comes first, the rest is the same for all layers."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        return _first(layer(hidden, *self.args, **self.kwargs))
-
-
-def _calls(model: nn.Module, family: Encoder, samples: Sequence[Sample]) -> tuple[list[_Call], list[Tensor]]:
-    """How the first encoder layer is called, and its hidden state (B, T, D), batch by batch."""
-    layers: Any = model.get_submodule(family.layers)
-    made: list[_Call] = []
-    states: list[Tensor] = []
-
-    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        made.append(_Call(args[1:], kwargs))
-        states.append(hidden)
-        raise _Stop
-
-    handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        for sample in samples:
-            with suppress(_Stop):
-                model(**sample.inputs)
-    finally:
-        handle.remove()
-    return made, states
-
-
 @torch.no_grad()
 def collect(
     model: nn.Module,
@@ -134,8 +94,8 @@ def collect(
     Yields:
         Name -> moments, and name -> mean of |x|.
     """
-    calls, states = _calls(model, family, samples)
     layers: Any = model.get_submodule(family.layers)
+    calls, states = calls_of(model, layers[0], [sample.inputs for sample in samples])
     for index, layer in enumerate(layers):
         prefix = f"{family.layers}.{index}."
         watched = {u.members[0].removeprefix(prefix): u for n, u in units.items() if n.startswith(prefix)}
@@ -166,33 +126,24 @@ def collect(
 
 
 def _reaching(
-    layer: nn.Module, call: _Call, hidden: Tensor, path: str, also: str | None
+    layer: nn.Module, call: LayerCall, hidden: Tensor, path: str, also: str | None
 ) -> dict[str, Tensor]:
     """Run ``layer`` until its part ``path`` is reached; the inputs of it and of ``also``."""
     found: dict[str, Tensor] = {}
 
-    def note(key: str, stop: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            found[key] = args[0]
-            if stop:
-                raise _Stop
+    def see(key: str, given: Tensor) -> None:
+        found[key] = given
+        if key == path:
+            raise Enough
 
-        return hook
-
-    handles = [layer.get_submodule(path).register_forward_pre_hook(note(path, True))]
-    if also is not None:
-        handles.append(layer.get_submodule(also).register_forward_pre_hook(note(also, False)))
-    try:
-        with suppress(_Stop):
-            call(layer, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
+    parts = {key: layer.get_submodule(key) for key in (path, also) if key is not None}
+    with reading(parts, see), suppress(Enough):
+        call(layer, hidden)
     return found
 
 
 def _watched(
-    layer: nn.Module, paths: Iterable[str], call: _Call, hidden: Tensor
+    layer: nn.Module, paths: Iterable[str], call: LayerCall, hidden: Tensor
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Run ``layer``; its output, and inputs and outputs of its parts ``paths``."""
     inputs: dict[str, Tensor] = {}
@@ -213,101 +164,181 @@ class Fit:
     ridge: float
 
 
-@torch.no_grad()
-def replace_all(
-    model: nn.Module,
-    family: Encoder,
-    units: Mapping[str, FactorUnit],
-    ranks: Mapping[str, int],
-    found: Mapping[str, Factors],
-    problem: Callable[[FactorUnit, Moments], Problem],
-    solve: Callable[[Problem, int], Factors],
-    samples: Sequence[Sample],
-    fit: Fit,
-    *,
-    spend: bool = False,
-    done: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Install every unit of ``ranks`` in the order in which the model runs them.
+@dataclass(frozen=True)
+class Replacement:
+    """Which units of a model are replaced, and how.
 
     With ``targets`` a unit's factors are solved again for the inputs that it now gets, against what the dense
     layer gives on the dense model's inputs; the projections that end in the residual stream also make up
     for what the stream has lost so far. With ``inputs`` only the inputs are new. With ``off`` ``found`` is used.
 
-    Args:
-        model: Dense; changed in place.
-        family: Of the model.
+    Attributes:
         units: All by name.
         ranks: Name -> rank of those to replace.
         found: Factors from the dense model's own inputs.
         problem: Makes the problem of a unit from moments (with what else is known about it).
         solve: Solves a problem up to a rank.
-        samples: Calibration rows.
         fit: The mode.
         spend: Whether the memory of dense layers is given up once they are replaced; the units are of no use then.
+    """
+
+    units: Mapping[str, FactorUnit]
+    ranks: Mapping[str, int]
+    found: Mapping[str, Factors]
+    problem: Callable[[FactorUnit, Moments], Problem]
+    solve: Callable[[Problem, int], Factors]
+    fit: Fit
+    spend: bool = False
+
+    def of_layer(self, prefix: str) -> dict[str, FactorUnit]:
+        """Path inside an encoder layer -> the unit that it belongs to, of those to replace."""
+        members = {member: self.units[name] for name in self.ranks for member in self.units[name].members}
+        return {m.removeprefix(prefix): unit for m, unit in members.items() if m.startswith(prefix)}
+
+
+@torch.no_grad()
+def replace_all(
+    model: nn.Module,
+    family: Encoder,
+    job: Replacement,
+    samples: Sequence[Sample],
+    *,
+    done: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Install every unit of ``job.ranks`` in the order in which the model runs them.
+
+    Args:
+        model: Dense; changed in place.
+        family: Of the model.
+        job: What to replace.
+        samples: Calibration rows.
         done: Called once an encoder layer.
 
     Returns:
         Name -> E |y' - y|^2 / E |y - mean y|^2 over the tokens that count: y what the unit gives in the dense model,
-        y' what it gives in the model where everything of ``ranks`` is replaced.
+        y' what it gives in the model where everything of ``job.ranks`` is replaced.
     """
-    wanted = {member: units[name] for name in ranks for member in units[name].members}
-    calls, exact = _calls(model, family, samples)
+    layers: Any = model.get_submodule(family.layers)
+    inputs = [sample.inputs for sample in samples]
+    calls, exact = calls_of(model, layers[0], inputs)
     errors: dict[str, float] = {}
-    for name in [name for name in ranks if units[name].table]:
-        install(model, units[name], found[name], ranks[name])
-        errors[name] = float(found[name].errors[ranks[name]])
-    given = _calls(model, family, samples)[1] if errors else exact
-    modules: Any = model.get_submodule(family.layers)
-    for index, layer in enumerate(modules):
+    for name in [name for name in job.ranks if job.units[name].table]:
+        install(model, job.units[name], job.found[name], job.ranks[name])
+        errors[name] = float(job.found[name].errors[job.ranks[name]])
+    given = calls_of(model, layers[0], inputs)[1] if errors else exact
+    for index, layer in enumerate(layers):
         prefix = f"{family.layers}.{index}."
-        own = {m.removeprefix(prefix): u for m, u in wanted.items() if m.startswith(prefix)}
-        if not own:
+        if own := job.of_layer(prefix):
+            if given is exact:
+                given = list(exact)
+            part = _ReplacedLayer(job, family, layer, prefix, own, calls, samples, exact, given)
+            part.replace(model)
+            errors |= part.advance()
+            exact = part.after
+            if job.spend:
+                for unit in own.values():
+                    unit.dense.to("meta")
+        else:
             changed = given is not exact
             for at, call in enumerate(calls):
                 if changed:
                     given[at] = call(layer, given[at])
                 exact[at] = call(layer, exact[at])
-            done()
-            continue
-        if given is exact:
-            given = list(exact)
-        # The dense layer runs once; what says how its parts answer is kept until the layer is done.
-        kept: list[dict[str, Tensor]] = []
-        middle: list[Tensor] = []
-        after: list[Tensor] = []
-        for call, right in zip(calls, exact, strict=True):
-            output, inputs, outputs = _watched(layer, {*own, family.ffn_in}, call, right)
-            after.append(output)
-            middle.append(inputs[family.ffn_in])
-            kept.append({p: (outputs if narrow_by_outputs(u.dense) else inputs)[p] for p, u in own.items()})
-            del inputs, outputs
-        for group in _groups(family):
-            todo = list({own[path].name: own[path] for path in group if path in own}.values())
-            new = {unit.name: found[unit.name] for unit in todo}
-            if todo and fit.mode != "off":
-                moments = _moments(
-                    layer, family, group, todo, prefix, calls, exact, given, kept, middle, samples, fit
-                )
-                for unit in todo:
-                    here = problem(unit, moments[unit.name])
-                    if fit.mode == "targets":
-                        here = factors.refit(here, moments[unit.name], ridge=fit.ridge)
-                    new[unit.name] = solve(here, ranks[unit.name])
-            for unit in todo:
-                install(model, unit, new[unit.name], ranks[unit.name])
-        sums = {unit.name: torch.zeros(2, dtype=torch.float64) for unit in own.values()}
-        for at, call in enumerate(calls):
-            given[at], _, outputs = _watched(layer, own, call, given[at])
-            for name in sums:
-                sums[name] += _difference(units[name], prefix, found[name], kept[at], outputs, samples[at])
-        exact = after
-        errors |= {n: float(wrong / spread) if spread else 0.0 for n, (wrong, spread) in sums.items()}
-        if spend:
-            for unit in own.values():
-                unit.dense.to("meta")
         done()
     return errors
+
+
+class _ReplacedLayer:
+    """One encoder layer that is replaced, with the hidden states in front of it.
+
+    The dense layer runs once; what says how its parts answer is kept until the layer is done.
+
+    Args:
+        job: What to replace.
+        family: Of the model.
+        layer: Dense yet.
+        prefix: Of its parts' names in the model.
+        own: Path inside the layer -> unit to replace.
+        calls: How every batch calls a layer.
+        samples: The batches.
+        exact: What the layer is given in the dense model (B, T, D), batch by batch.
+        given: What it is given now; :meth:`advance` puts there what it gives.
+    """
+
+    def __init__(
+        self,
+        job: Replacement,
+        family: Encoder,
+        layer: nn.Module,
+        prefix: str,
+        own: Mapping[str, FactorUnit],
+        calls: Sequence[LayerCall],
+        samples: Sequence[Sample],
+        exact: Sequence[Tensor],
+        given: list[Tensor],
+    ) -> None:
+        self.job, self.family, self.layer, self.prefix, self.own = job, family, layer, prefix, own
+        self.calls, self.samples, self.exact, self.given = calls, samples, exact, given
+        self.kept: list[dict[str, Tensor]] = []  # the narrower side of every unit of the dense layer
+        self.middle: list[Tensor] = []  # what the first product behind the attention gets in the dense model
+        self.after: list[Tensor] = []  # what the dense layer gives
+        for call, right in zip(calls, exact, strict=True):
+            output, inputs, outputs = _watched(layer, {*own, family.ffn_in}, call, right)
+            self.after.append(output)
+            self.middle.append(inputs[family.ffn_in])
+            narrow = {p: (outputs if narrow_by_outputs(u.dense) else inputs)[p] for p, u in own.items()}
+            self.kept.append(narrow)
+            del inputs, outputs
+
+    def replace(self, model: nn.Module) -> None:
+        """Install the layer's units, group by group."""
+        job = self.job
+        for group in _groups(self.family):
+            todo = list({self.own[path].name: self.own[path] for path in group if path in self.own}.values())
+            new = {unit.name: job.found[unit.name] for unit in todo}
+            if todo and job.fit.mode != "off":
+                moments = self._moments(group, todo)
+                for unit in todo:
+                    here = job.problem(unit, moments[unit.name])
+                    if job.fit.mode == "targets":
+                        here = factors.refit(here, moments[unit.name], ridge=job.fit.ridge)
+                    new[unit.name] = job.solve(here, job.ranks[unit.name])
+            for unit in todo:
+                install(model, unit, new[unit.name], job.ranks[unit.name])
+
+    def advance(self) -> dict[str, float]:
+        """Take the states of now past the replaced layer; the error that every unit leaves, see :func:`replace_all`."""
+        sums = {unit.name: torch.zeros(2, dtype=torch.float64) for unit in self.own.values()}
+        for at, call in enumerate(self.calls):
+            self.given[at], _, outputs = _watched(self.layer, self.own, call, self.given[at])
+            for name, total in sums.items():
+                unit, found = self.job.units[name], self.job.found[name]
+                total += _difference(unit, self.prefix, found, self.kept[at], outputs, self.samples[at])
+        return {name: float(wrong / spread) if spread else 0.0 for name, (wrong, spread) in sums.items()}
+
+    def _moments(self, group: tuple[str, ...], todo: Sequence[FactorUnit]) -> dict[str, Moments]:
+        """Moments of the units of one group, which all read the same tensor, on the inputs they get now."""
+        first = todo[0].members[0].removeprefix(self.prefix)
+        # What the residual stream carries past the group has an error already; its projection can take it back.
+        past = self.family.ffn_in if group == (self.family.ffn_out,) else None
+        moments: dict[str, Moments] = {}
+        for at, (sample, call) in enumerate(zip(self.samples, self.calls, strict=True)):
+            new = _reaching(self.layer, call, self.given[at], first, past)
+            for unit in todo:
+                u = _inner(unit, new[first])
+                counted, weights = sample.of(unit)
+                targets = None
+                if self.job.fit.mode == "targets":
+                    targets = _answer(unit, self.kept[at][first], counted)
+                    if group == (self.family.attention_output,):
+                        targets = targets + (self.exact[at] - self.given[at])[counted]
+                    elif past is not None:
+                        targets = targets + (self.middle[at] - new[past])[counted]
+                if unit.name not in moments:
+                    size = 0 if targets is None else targets.shape[1]
+                    moments[unit.name] = Moments(u.shape[-1], u.device, size)
+                moments[unit.name].add(u[counted], targets, weights)
+        return moments
 
 
 def _difference(
@@ -342,46 +373,3 @@ def _groups(family: Encoder) -> list[tuple[str, ...]]:
         (family.ffn_in,),
         (family.ffn_out,),
     ]
-
-
-def _moments(
-    layer: nn.Module,
-    family: Encoder,
-    group: tuple[str, ...],
-    todo: Sequence[FactorUnit],
-    prefix: str,
-    calls: Sequence[_Call],
-    exact: Sequence[Tensor],
-    given: Sequence[Tensor],
-    kept: Sequence[Mapping[str, Tensor]],
-    middle: Sequence[Tensor],
-    samples: Sequence[Sample],
-    fit: Fit,
-) -> dict[str, Moments]:
-    """Moments of the units of one group, which all read the same tensor, on the inputs they get now.
-
-    ``exact`` and ``given`` are the inputs of the layer in the dense model and now, ``kept`` the narrower side of
-    the dense units, ``middle`` what the first product behind the attention gets in the dense model.
-    """
-    first = todo[0].members[0].removeprefix(prefix)
-    # What the residual stream carries past the group has an error already; its projection can take it back.
-    past = family.ffn_in if group == (family.ffn_out,) else None
-    moments: dict[str, Moments] = {}
-    together = zip(samples, calls, exact, given, kept, middle, strict=True)
-    for sample, call, right, ours, old, between in together:
-        new = _reaching(layer, call, ours, first, past)
-        for unit in todo:
-            u = _inner(unit, new[first])
-            counted, weights = sample.of(unit)
-            targets = None
-            if fit.mode == "targets":
-                targets = _answer(unit, old[first], counted)
-                if group == (family.attention_output,):
-                    targets = targets + (right - ours)[counted]
-                elif past is not None:
-                    targets = targets + (between - new[past])[counted]
-            if unit.name not in moments:
-                size = 0 if targets is None else targets.shape[1]
-                moments[unit.name] = Moments(u.shape[-1], u.device, size)
-            moments[unit.name].add(u[counted], targets, weights)
-    return moments

@@ -13,9 +13,11 @@ from kdcli.context import Applied, Context, Stage
 from kdcli.errors import UsageError
 from kdcli.families.family import Encoder
 from kdcli.families.stack import encoder_linears
+from kdcli.foresight import STATISTICS_ROWS, Foreseen, Sizes
 from kdcli.models.transforms import Factorise
 from kdcli.probe import speedup
 from kdcli.report.schema import Method, Warning_
+from kdcli.request import Request
 from kdcli.stages.lowrank import convolutions, merging, rank_budget
 from kdcli.stages.lowrank.factor_units import FactorUnit, unit_of
 from kdcli.stages.lowrank.matrices import Work
@@ -109,12 +111,30 @@ def apply(context: Context, plan: LowRankPlan) -> Applied:
     return Applied(checkpoint, method, warnings=warnings)
 
 
-STAGE = Stage(prepare, apply)
+def foreseen(request: Request, sizes: Sizes) -> Foreseen:
+    """Statistics, and the recovery.
+
+    Raises:
+        UsageError: A bad setting.
+    """
+    options = request.options_as(LowRankOptions)
+    settings_of(options.method, request.common.settings)
+    seconds = sizes.learning(STATISTICS_ROWS) + sizes.learning(options.epochs * sizes.rows["train"])
+    return Foreseen({"method": options.method}, seconds)
+
+
+def chosen(request: Request, detail: Mapping[str, Any]) -> list[str]:
+    """What the validation rows chose."""
+    options = request.options_as(LowRankOptions)
+    found = ["the budget"] if "search" in detail else []
+    return found + (["the epoch"] if options.epochs > 1 else [])
+
+
+STAGE = Stage(prepare, apply, foreseen, chosen)
 
 
 def _plan(context: Context) -> LowRankPlan:
-    options = context.request.options
-    assert isinstance(options, LowRankOptions)
+    options = context.request.options_as(LowRankOptions)
     rule = rule_of(options.method)
     registry.need_answers({options.method: rule}, context.checkpoint.task)
     said = (options.budget, options.energy, options.rank, options.target_speedup)

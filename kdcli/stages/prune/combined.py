@@ -72,8 +72,8 @@ class State:
 
 def is_combined(request: Request) -> bool:
     """Whether this module prunes what is asked for, rather than heads and neurons, or weights, alone."""
-    assert isinstance(request.options, PruneOptions)
-    return any(part in ("vocab", "layers", "width") for part in request.options.structure.split("+"))
+    structure = request.options_as(PruneOptions).structure
+    return any(part in ("vocab", "layers", "width") for part in structure.split("+"))
 
 
 def check_model(context: Context) -> None:
@@ -82,8 +82,7 @@ def check_model(context: Context) -> None:
     Raises:
         InputError: It is of an unknown architecture, or its tokenizer of an unknown algorithm.
     """
-    assert isinstance(context.request.options, PruneOptions)
-    structures = parts_of(context.request.options.structure)
+    structures = parts_of(context.request.options_as(PruneOptions).structure)
     if structures != ("vocab",):
         assert context.checkpoint.family
     if "vocab" in structures:
@@ -96,8 +95,7 @@ def check(request: Request) -> CombinedPlan:
     Raises:
         UsageError: Says which option is wrong and what is allowed.
     """
-    options = request.options
-    assert isinstance(options, PruneOptions)
+    options = request.options_as(PruneOptions)
     structures = parts_of(options.structure)
     chosen = _chosen(structures, options.method)
     _, settings = registry.share_out("prune", request.common.settings, dict(chosen.values()))
@@ -186,8 +184,7 @@ def _share_out(options: PruneOptions, parts: list[Part]) -> list[Part]:
 
 def _alone(request: Request, part: Part, budget: float | None = None) -> Request:
     """The request for this part by itself, without training and without gates."""
-    assert isinstance(request.options, PruneOptions)
-    options = request.options.model_copy(
+    options = request.options_as(PruneOptions).model_copy(
         update={
             "structure": part.structure,
             "method": part.name,

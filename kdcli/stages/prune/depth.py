@@ -97,8 +97,7 @@ def _narrow(context: Context, part: Part, state: State) -> None:
     chosen = part.criterion.narrow(WidthJob(model, family, keep, batches, context.progress), part.config)
     if keep < have:
         checkpoint.log.transforms.append(Width(keep=chosen.keep))
-        options = context.request.options
-        assert isinstance(options, PruneOptions)
+        options = context.request.options_as(PruneOptions)
         if not options.epochs:
             text = "a narrower residual stream changes every layer; train it with --epochs before judging it"
             state.warnings.append(Warning_(code="width-untrained", message=text))

@@ -11,7 +11,6 @@ section 3.4). Differs: the paper leaves the head as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,9 @@ from torch import Tensor, nn
 from kdcli.families import stack
 from kdcli.families.family import Encoder
 from kdcli.inputs.feeding import Labelled
-from kdcli.probe.layer_stream import Moments, Stream, add
+from kdcli.probe.hooks import reading, watching
+from kdcli.probe.layer_stream import Stream
+from kdcli.probe.raw_moments import RawMoments, add
 from kdcli.stages.prune import output_refit
 
 
@@ -36,16 +37,11 @@ class Head:
         linears = stack.head_linears(model, family)
         self.order: list[nn.Linear] = []
         self.targets: list[list[Tensor]] = []
-        hooks = [module.register_forward_hook(self._keep) for module in linears.values()]
-        try:
-            with torch.no_grad():
-                for inputs, _ in batches:
-                    model(**inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with torch.no_grad(), watching({module: module for module in linears.values()}, self._keep):
+            for inputs, _ in batches:
+                model(**inputs)
 
-    def _keep(self, module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def _keep(self, module: nn.Linear, given: Tensor, output: Tensor) -> None:
         if module not in self.order:
             self.order.append(module)
             self.targets.append([])
@@ -60,15 +56,8 @@ class Head:
             ridge: Pull towards the layer's own weights, a share of its inputs' mean variance.
         """
         for module, targets in zip(self.order, self.targets, strict=True):
-            seen: list[Tensor] = []
-            hook = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-            try:
-                for _ in states.logits(len(states.layers)):
-                    pass
-            finally:
-                hook.remove()
-            moments: Moments | None = None
-            for x, t in zip(seen, targets, strict=True):
+            moments: RawMoments | None = None
+            for x, t in zip(_read_by(module, states), targets, strict=True):
                 moments = add(moments, x.float(), t.float(), x.new_ones(len(x), 1))
             assert moments is not None
             before = module.weight.double().cpu()
@@ -76,3 +65,12 @@ class Head:
             module.weight.copy_(weight)
             if module.bias is not None:
                 module.bias.copy_(bias)
+
+
+def _read_by(module: nn.Module, states: Stream) -> list[Tensor]:
+    """What a layer behind the encoder gets now, batch by batch."""
+    seen: list[Tensor] = []
+    with reading({"head": module}, lambda _, given: seen.append(given)):
+        for _ in states.logits(len(states.layers)):
+            pass
+    return seen

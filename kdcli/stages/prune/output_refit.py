@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kdcli.probe import definite
-from kdcli.probe.layer_stream import Moments
+from kdcli.probe.raw_moments import RawMoments
 
 STEP = 1 / 64  # share of the remaining groups that goes at once
 
@@ -107,7 +107,7 @@ def group_costs(inverse: Tensor, weight: Tensor, width: int) -> Tensor:
 
 
 def refit(
-    moments: Moments, kept: Sequence[int], weight: Tensor, width: int, *, ridge: float
+    moments: RawMoments, kept: Sequence[int], weight: Tensor, width: int, *, ridge: float
 ) -> tuple[Tensor, Tensor]:
     """Weights (D, kept U) and bias (D,) that give the targets best from the groups that stay.
 
@@ -133,7 +133,7 @@ def refit(
     return found, t - found @ h
 
 
-def residual_error(moments: Moments, kept: Sequence[int], weight: Tensor, width: int) -> float:
+def residual_error(moments: RawMoments, kept: Sequence[int], weight: Tensor, width: int) -> float:
     """Summed squared error per token, as a share of the targets' variance, of centred ``weight`` (D, kept U)."""
     covariance, cross, spread = moments.centred()
     at = features(kept, width)

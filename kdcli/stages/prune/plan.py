@@ -48,8 +48,7 @@ def check(request: Request) -> PrunePlan:
     Raises:
         UsageError: Says which option is wrong and what is allowed.
     """
-    options = request.options
-    assert isinstance(options, PruneOptions)
+    options = request.options_as(PruneOptions)
     pattern = _n_of_m(options)
     structure = "n:m" if pattern else options.structure
     if structure not in STRUCTURES or options.structure == "n:m":

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from kdcli import registry
 from kdcli.context import Applied, Context, Stage
+from kdcli.request import Request
 from kdcli.stages.prune import combined, search, speed, units, weights
 from kdcli.stages.prune import plan as plans
 from kdcli.stages.prune.combined import CombinedPlan
+from kdcli.stages.prune.foresight import foreseen
+from kdcli.stages.prune.options import PruneOptions
 from kdcli.stages.prune.plan import PrunePlan
+
+_KEPT_LAST = ("movement",)  # methods whose training ends where it ends
 
 
 def prepare(context: Context) -> PrunePlan | CombinedPlan:
@@ -60,4 +67,13 @@ def apply(context: Context, plan: PrunePlan | CombinedPlan) -> Applied:
     return kind.apply(context, plan)
 
 
-STAGE = Stage(prepare, apply)
+def chosen(request: Request, detail: Mapping[str, Any]) -> list[str]:
+    """What the validation rows chose."""
+    options = request.options_as(PruneOptions)
+    found = ["how much was removed"] if "search" in detail else []
+    found += ["the tokens that stay"] if "vocab" in options.structure.split("+") else []
+    last = options.schedule == "gradual" or options.method in _KEPT_LAST
+    return found + (["the epoch"] if options.epochs > 1 and not last else [])
+
+
+STAGE = Stage(prepare, apply, foreseen, chosen)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.families.layer import Layer
+from kdcli.probe.hooks import Enough, reading
 from kdcli.probe.layer_stream import Stream
 from kdcli.stages.prune.criterion import WeightJob
 
@@ -77,37 +78,23 @@ def sequentially(job: WeightJob, statistic: Statistic, decide: Decide) -> None:
             task.advance()
 
 
-class _Seen(Exception):
-    """Ends the pass of one batch early."""
-
-
 def _watch(stream: Stream, layer: Layer, reader: nn.Linear, found: SecondMoment) -> None:
     """Add what ``reader`` is given of the real tokens of all batches; what comes after it does not run."""
     number = 0
 
-    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.add(args[0][stream.masks[number]])
-        raise _Seen
+    def see(name: str, given: Tensor) -> None:
+        found.add(given[stream.masks[number]])
+        raise Enough
 
-    hook = reader.register_forward_pre_hook(see)
-    try:
+    with reading({"reader": reader}, see):
         for number in range(len(stream)):
-            with suppress(_Seen):
+            with suppress(Enough):
                 stream.call(layer, number)
-    finally:
-        hook.remove()
 
 
 def _readers(stream: Stream, layer: Layer, matrices: dict[str, nn.Linear]) -> list[Sequence[str]]:
     """The matrices of a layer in the order in which they run, those together that read one tensor."""
     ran: list[tuple[Tensor, str]] = []  # the tensors are kept, so that no identity is used twice
-    hooks = [
-        matrix.register_forward_pre_hook(lambda _, args, name=name: ran.append((args[0], name)))
-        for name, matrix in matrices.items()
-    ]
-    try:
+    with reading(matrices, lambda name, given: ran.append((given, name))):
         stream.call(layer, 0)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [[name for _, name in group] for _, group in groupby(ran, key=lambda pair: id(pair[0]))]

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from kdcli.families.layer import Layer
 from kdcli.families.modules import LowRankLinear
-from kdcli.probe.layer_stream import Moments
+from kdcli.probe.raw_moments import RawMoments
 from kdcli.stages.prune import output_refit
 
 
-def cut(layer: Layer, part: str, stay: Sequence[int], moments: Moments, ridge: float) -> float:
+def cut(layer: Layer, part: str, stay: Sequence[int], moments: RawMoments, ridge: float) -> float:
     """Keep only some units of a sub-layer, in place, and fit its output projection.
 
     Args:
@@ -63,7 +63,9 @@ def replaced(layer: Layer, part: str, weight: Tensor, bias: Tensor) -> Iterator[
 
 
 @torch.no_grad()
-def _write(layer: Layer, part: str, moments: Moments, stay: Sequence[int], width: int, ridge: float) -> float:
+def _write(
+    layer: Layer, part: str, moments: RawMoments, stay: Sequence[int], width: int, ridge: float
+) -> float:
     """Refit the output projection of a sub-layer that has only the units ``stay`` left; the error that is left."""
     path = layer.family.attention_output if part == "heads" else layer.family.ffn_out
     found: Any = layer.module.get_submodule(path)

@@ -147,8 +147,7 @@ def plan_of(context: Context) -> AutoPlan:
     Raises:
         UsageError: A bad option, or one that the choice has no use for.
     """
-    options = context.request.options
-    assert isinstance(options, QuantizeOptions)
+    options = context.request.options_as(QuantizeOptions)
     config = configured(context.request.common.settings)
     embeddings = plans.tables_of(SCHEME, EMBEDDINGS, options, "int8")
     plans.choose(context.checkpoint.model, options.keep_fp32, tables=embeddings != "fp32")
@@ -216,8 +215,7 @@ def _takes(candidate: Candidate, options: QuantizeOptions) -> bool:
 
 def _carry_out(context: Context, candidate: Candidate) -> Applied:
     """One candidate, on the checkpoint of ``context``."""
-    options = context.request.options
-    assert isinstance(options, QuantizeOptions)
+    options = context.request.options_as(QuantizeOptions)
     options = options.model_copy(
         update={"scheme": candidate.scheme, "embeddings": candidate.embeddings or options.embeddings}
     )

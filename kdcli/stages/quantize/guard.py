@@ -8,6 +8,7 @@ import torch
 
 from kdcli.context import Applied, Context
 from kdcli.inputs import sampling
+from kdcli.probe import bisection
 from kdcli.stages.quantize import plan as plans
 from kdcli.stages.quantize import single_layers
 from kdcli.stages.quantize.plan import QuantizePlan
@@ -35,7 +36,7 @@ def apply(context: Context, plan: QuantizePlan) -> Applied:
     if rounds is None or (limit is None and not asked):
         return _with(carry_out(context, plan), detail)
     checkpoint, validation = context.checkpoint, context.encoded["validation"]
-    count = min(single_layers.SEARCH_ROWS, context.request.common.limit or single_layers.SEARCH_ROWS)
+    count = min(bisection.JUDGED_ROWS, context.request.common.limit or bisection.JUDGED_ROWS)
     rows = sampling.sample(validation, count, sampling.JUDGING_SEED, checkpoint.task)
     dense = {f"{name}.weight": layer.weight.detach().clone() for name, layer in plan.layers.items()}
     base = answer(checkpoint, rows)
@@ -50,7 +51,7 @@ def apply(context: Context, plan: QuantizePlan) -> Applied:
     ) as simulation:
         first = simulation.answers(simulation.layers, rows)
         drop = base.score - first.score
-        missed = limit is not None and drop > limit + 1e-12
+        missed = limit is not None and not bisection.keeps(drop, limit)
         if asked or missed:
             measured = single_layers.measure(simulation, checkpoint, rows, context.progress)
             detail["sensitivity"] = single_layers.table(measured)

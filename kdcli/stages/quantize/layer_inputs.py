@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from kdcli.context import Context
 from kdcli.families.modules import SmoothLinear
 from kdcli.inputs import batching, kinds, sampling
 from kdcli.inputs.feeding import model_inputs
+from kdcli.probe.hooks import watching
 
 Layers = Mapping[str, nn.Module]
 T = TypeVar("T")
@@ -59,9 +60,10 @@ def observe(
     # Tensors are kept until the batch is over, so that no identity is used twice.
     added: dict[int, tuple[Tensor, T]] = {}
 
-    def see(name: str, module: nn.Module, values: Tensor) -> None:
+    def see(name: str, given: Tensor, output: Tensor) -> None:
+        values = output if outputs else given
         if id(values) not in added:
-            collector = found[name] if name in found else make()
+            module, collector = layers[name], found[name] if name in found else make()
             shown = values
             if isinstance(module, SmoothLinear) and not outputs:
                 shown = values * module.smooth
@@ -69,17 +71,10 @@ def observe(
             added[id(values)] = (values, collector)
         found[name] = added[id(values)][1]
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        return lambda module, inputs, output: see(name, module, output if outputs else inputs[0])
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        with context.progress.task(title, min(rows, len(context.encoded["train"]))) as task:
-            for batch in calibration_batches(context, rows):
-                model(**model_inputs(model, batch, context.device))
-                added.clear()
-                task.advance(kinds.size(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
+    steps = min(rows, len(context.encoded["train"]))
+    with watching(layers, see), context.progress.task(title, steps) as task:
+        for batch in calibration_batches(context, rows):
+            model(**model_inputs(model, batch, context.device))
+            added.clear()
+            task.advance(kinds.size(batch))
     return found

@@ -75,8 +75,7 @@ def of(
     Raises:
         UsageError: A bad option, or patterns that match nothing or leave nothing.
     """
-    options = context.request.options
-    assert isinstance(options, QuantizeOptions)
+    options = context.request.options_as(QuantizeOptions)
     name = scheme or options.scheme
     settings = context.request.common.settings if settings is None else settings
     found = settle(name, settings)

@@ -19,15 +19,14 @@ from kdcli.stages.quantize.plan import QuantizePlan
 from kdcli.stages.quantize.ranges import Affine
 from kdcli.stages.quantize.rounding import rtn
 from kdcli.stages.quantize.scheme import Training
-from kdcli.training import objective
+from kdcli.training import objective, resumable
 from kdcli.training import teacher as teachers
 from kdcli.training.capture import Capture, shape_of
 from kdcli.training.features import TeacherSignals
-from kdcli.training.loop import FitOptions, fit
+from kdcli.training.loop import FitOptions
 from kdcli.training.losses import response, tinybert
 from kdcli.training.objective import ChosenLoss, Objective
 from kdcli.training.recovery import hold_zeros
-from kdcli.training.resume import ResumePoint
 
 BATCH_SIZE = 32
 _SAFE = (
@@ -141,7 +140,7 @@ def _rounding(plan: QuantizePlan, *, table: bool) -> Rounding:
 
 def _distil(context: Context, plan: QuantizePlan) -> dict[str, Any]:
     """Train the model of ``context``, whose layers round already; what was done, for the report."""
-    request, student, train = context.request, context.checkpoint, context.encoded["train"]
+    student, train = context.checkpoint, context.encoded["train"]
     config = plan.config
     dense = checkpoints.load(student.path, device=context.device)
     targets = teachers.outputs(dense, train, device=context.device, progress=context.progress)
@@ -163,30 +162,12 @@ def _distil(context: Context, plan: QuantizePlan) -> dict[str, Any]:
     signals = TeacherSignals(
         dense, train, targets, theirs, budget=_CACHE, device=context.device, progress=context.progress
     )
-    task = student.task
-    labels = train.labels if train.labels is not None else task.unlabelled(len(train), len(student.labels))
-    identity = {
-        "stage": request.stage,
-        "model": checkpoints.weights_digest(student.path),
-        "options": str(request.options),
-        "settings": dict(request.common.settings),
-        "seed": context.seed,
-        "data": context.dataset.fingerprint,
-    }
+    labels = resumable.labels_of(train, student)
+    training = resumable.TrainingId(
+        title=plan.name, place="quantize", identity=resumable.identity_of(context)
+    )
+    hold = hold_zeros(student, but=_without_zero(context, plan))
     with closing(signals), Capture(student, mine) as capture:
-        result = fit(
-            student.model,
-            train,
-            context.encoded["validation"],
-            Objective(terms, 1 - config.alpha, labels, capture, signals, context.device, task),
-            options,
-            pad_id=student.pad_id,
-            device=context.device,
-            progress=context.progress,
-            title=plan.name,
-            resume=ResumePoint(context.resume_dir / "quantize", identity),
-            resuming=request.common.resume,
-            after_step=hold_zeros(student, but=_without_zero(context, plan)),
-            task=task,
-        )
+        loss = Objective(terms, 1 - config.alpha, labels, capture, signals, context.device, student.task)
+        result = resumable.run(context, training, student, train, loss, options, after_step=hold)
     return {"training": {"methods": [c.name for c in chosen], "batch_size": BATCH_SIZE} | result.detail()}

@@ -56,7 +56,7 @@ class WeightRounding(Method):
     of_inputs: OfInputs | None = None
 
 
-class Quantise(Protocol):
+class QuantiseMatrix(Protocol):
     """Rounds a weight while a model trains."""
 
     def __call__(self, weight: Tensor, config: Any, *, table: bool = False) -> Integers:
@@ -68,7 +68,7 @@ class Quantise(Protocol):
 class Training:
     """How a model is trained with rounded weights; see :mod:`kdcli.stages.quantize.qat`."""
 
-    quantise: Quantise
+    quantise: QuantiseMatrix
     epochs: int  # where --epochs says nothing
     everywhere: bool  # every matrix; else those of the encoder and, where asked, the token table
     ranges: bool  # what matrices read is rounded to 8 bits, with ranges that the training finds

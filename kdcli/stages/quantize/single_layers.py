@@ -10,13 +10,12 @@ from kdcli import families
 from kdcli.inputs import sampling
 from kdcli.inputs.text import Encoded
 from kdcli.models.checkpoint import Checkpoint
+from kdcli.probe.bisection import keeps
 from kdcli.progress import Progress
 from kdcli.stages.quantize.simulated import Answers, Simulation
 
-# The divergence of probabilities is told apart with few rows; accuracy needs many.
+# The divergence of probabilities is told apart with few rows; a search by accuracy needs more.
 SENSITIVITY_ROWS = 256
-SEARCH_ROWS = 2000
-_SLACK = 1e-12  # as in the gates: a drop of exactly the limit is allowed
 
 
 @dataclass
@@ -101,7 +100,8 @@ def search(
 
     Units are kept in the order of what that gains, and in the order of what they lose alone: where little is left
     of a model, keeping one unit gains nothing. The smallest number that will do is found by halving, then each
-    kept unit is given up again if the rest will do. At least one unit is quantised.
+    kept unit is given up again if the rest will do. At least one unit is quantised. Unlike
+    :func:`kdcli.probe.bisection.search` it looks for a number of units, in two orders, and may come back to one.
 
     Args:
         simulation: The model.
@@ -114,7 +114,6 @@ def search(
     everything = set(simulation.layers)
     tried: list[dict[str, Any]] = []
     known: dict[frozenset[str], float] = {frozenset(): base.score - first.score}
-    limit = max_drop + _SLACK
 
     def drop(kept: list[LayerGroup]) -> float:
         names = frozenset(unit.name for unit in kept)
@@ -129,7 +128,7 @@ def search(
         good = None
         while low <= high:
             middle = (low + high) // 2
-            if drop(order[:middle]) <= limit:
+            if keeps(drop(order[:middle]), max_drop):
                 good, high = order[:middle], middle - 1
             else:
                 low = middle + 1
@@ -143,7 +142,7 @@ def search(
     good = min(will_do, key=len)
     for unit in reversed(list(good)):
         rest = [one for one in good if one is not unit]
-        if rest and drop(rest) <= limit:
+        if rest and keeps(drop(rest), max_drop):
             good = rest
     return _outcome(good, drop(good), True, tried)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from kdcli.context import Applied, Context, Stage
+from kdcli.foresight import Foreseen, Sizes
 from kdcli.report.schema import Warning_
 from kdcli.request import Request
 from kdcli.stages.quantize import auto, guard, oldest_runtime
@@ -17,8 +19,7 @@ from kdcli.training.recovery import zero_shares
 
 def prepare(context: Context) -> QuantizePlan | AutoPlan:
     """Refuse bad options before anything is measured."""
-    options = context.request.options
-    assert isinstance(options, QuantizeOptions)
+    options = context.request.options_as(QuantizeOptions)
     if options.scheme == auto.SCHEME:
         return auto.plan_of(context)
     plan = plans.of(context)
@@ -42,21 +43,31 @@ def apply(context: Context, plan: QuantizePlan | AutoPlan) -> Applied:
     return applied
 
 
-STAGE = Stage(prepare, apply)
+def chosen(request: Request, detail: Mapping[str, Any]) -> list[str]:
+    """What the validation rows chose."""
+    options = request.options_as(QuantizeOptions)
+    search = detail.get("search")
+    found = ["the scheme"] if options.scheme == auto.SCHEME else []
+    found += ["the layers that stay in float"] if isinstance(search, Mapping) and search.get("kept") else []
+    return found + (["the epoch"] if options.epochs > 1 else [])
 
 
-def foreseen(request: Request) -> tuple[dict[str, Any], str | None]:
-    """What can be said of a quantisation before a model is loaded: facts, and the onnxruntime that its graph needs.
+def foreseen(request: Request, sizes: Sizes) -> Foreseen:
+    """Scheme, tables, and the onnxruntime that the graph needs.
 
     Raises:
         UsageError: A bad option.
     """
-    options = request.options
-    assert isinstance(options, QuantizeOptions)
+    options = request.options_as(QuantizeOptions)
     if options.scheme == auto.SCHEME:
         auto.configured(request.common.settings)
-        return {"scheme": options.scheme, "embeddings": options.embeddings or "int8"}, None
+        facts = {"scheme": options.scheme, "embeddings": options.embeddings or "int8"}
+        return Foreseen(facts | {"onnxruntime": "as the chosen scheme needs"}, written=sizes.weights // 2)
     found = plans.settle(options.scheme, request.common.settings)
     tables = plans.tables_of(options.scheme, found.scheme.tables, options, found.scheme.embeddings)
     needed = oldest_runtime.of_scheme(found.scheme, found.config, tables)
-    return {"scheme": options.scheme, "embeddings": tables}, needed
+    facts = {"scheme": options.scheme, "embeddings": tables}
+    return Foreseen(facts | {"onnxruntime": f"{needed} or newer for model.onnx"}, written=sizes.weights // 2)
+
+
+STAGE = Stage(prepare, apply, foreseen, chosen)

@@ -38,7 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from kdcli.training.terms import Loss, Needs, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Needs, Signals, Step
 
 
 class Config(BaseModel):
@@ -175,26 +175,26 @@ class Game(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def needs(setting: Setting) -> tuple[Needs, Needs]:
+def needs(setting: LossSetting) -> tuple[Needs, Needs]:
     """The pooled vectors of both, unless the logits are compared."""
     pooled = setting.config.on == "pooled"
     return Needs(pooled=pooled), Needs(pooled=pooled)
 
 
-def adversary(setting: Setting) -> Adversary:
+def adversary(setting: LossSetting) -> Adversary:
     """A new discriminator for the teacher's width."""
     teacher = setting.teacher
     return Adversary(teacher.pooled if setting.config.on == "pooled" else teacher.classes, setting.config)
 
 
-def trained(setting: Setting) -> nn.Module:
+def trained(setting: LossSetting) -> nn.Module:
     """The projection D' -> D of pooled vectors, where the widths differ, with the adversary behind it."""
     own, theirs = setting.student.pooled, setting.teacher.pooled
     projects = setting.config.on == "pooled" and own != theirs
     return Game(nn.Linear(own, theirs) if projects else None, adversary(setting))
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """Let the discriminator learn one step, then return the student's loss; 0 during the warm-up."""
     game = setting.trained
     assert isinstance(game, Game)

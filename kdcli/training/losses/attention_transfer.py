@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from kdcli.training.layer_map import need_layers
-from kdcli.training.terms import Loss, Needs, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Needs, Signals, Step
 
 
 class Config(BaseModel):
@@ -67,13 +67,13 @@ def loss(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
     return (own - theirs).square().sum(-1).mean()
 
 
-def needs(setting: Setting) -> tuple[Needs, Needs]:
+def needs(setting: LossSetting) -> tuple[Needs, Needs]:
     """Queries and keys of the mapped layers."""
     own, theirs = zip(*setting.pairs, strict=True)
     return Needs(attention=frozenset(own)), Needs(attention=frozenset(theirs))
 
 
-def check(setting: Setting) -> None:
+def check(setting: LossSetting) -> None:
     """Both models must have encoder layers.
 
     Raises:
@@ -82,7 +82,7 @@ def check(setting: Setting) -> None:
     need_layers("attention-transfer", setting.student.layers, setting.teacher.layers)
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """The mean over the mapped pairs."""
     values = [
         loss(

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from kdcli.training.terms import Loss, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Signals, Step
 
 
 class Config(BaseModel):
@@ -86,12 +86,12 @@ def _standardised(rows: Tensor) -> tuple[Tensor, Tensor]:
     return centred / norm.masked_fill(~varies, 1), varies[:, 0]
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """The loss on the logits of both."""
     return loss(student.logits, teacher.logits, setting.config)
 
 
-def check(setting: Setting) -> str | None:
+def check(setting: LossSetting) -> str | None:
     """Say that two classes leave only the intra-class part."""
     if setting.student.classes > 2:
         return None

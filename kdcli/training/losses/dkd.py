@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdcli.errors import UsageError
-from kdcli.training.terms import Loss, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Signals, Step
 
 
 class Config(BaseModel):
@@ -95,12 +95,12 @@ def loss(student: Tensor, teacher: Tensor, labels: Tensor, config: Config, progr
     return ramp * config.temperature**2 * value
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """The loss on the logits of both, with the labels of the batch."""
     return loss(student.logits, teacher.logits, step.labels, setting.config, step.progress)
 
 
-def check(setting: Setting) -> None:
+def check(setting: LossSetting) -> None:
     """Refuse a task of fewer than three classes.
 
     Raises:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from kdcli.training.layer_map import need_layers
-from kdcli.training.terms import Loss, Needs, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Needs, Signals, Step
 
 
 class Config(BaseModel):
@@ -56,13 +56,13 @@ def loss(student: Tensor, teacher: Tensor, mask: Tensor, config: Config) -> Tens
     return F.mse_loss(own, theirs)
 
 
-def needs(setting: Setting) -> tuple[Needs, Needs]:
+def needs(setting: LossSetting) -> tuple[Needs, Needs]:
     """The hidden states of the mapped layers."""
     own, theirs = zip(*setting.pairs, strict=True)
     return Needs(hidden=frozenset(own)), Needs(hidden=frozenset(theirs))
 
 
-def check(setting: Setting) -> None:
+def check(setting: LossSetting) -> None:
     """Both models must have encoder layers.
 
     Raises:
@@ -71,13 +71,13 @@ def check(setting: Setting) -> None:
     need_layers("hidden", setting.student.layers, setting.teacher.layers)
 
 
-def trained(setting: Setting) -> nn.Module | None:
+def trained(setting: LossSetting) -> nn.Module | None:
     """A projection D' -> D for every pair of layers, where the widths differ."""
     own, theirs = setting.student.hidden, setting.teacher.hidden
     return None if own == theirs else nn.ModuleList(nn.Linear(own, theirs) for _ in setting.pairs)
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """The mean over the mapped pairs."""
     values = []
     for number, (own, theirs) in enumerate(setting.pairs):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from kdcli.training.terms import Loss, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Signals, Step
 
 
 class Config(BaseModel):
@@ -55,7 +55,7 @@ def loss(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
     return F.mse_loss(student, teacher)
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """The loss on the logits of both; their mean is only free where they stand for one of several labels."""
     config = setting.config
     if step.task.kind != "one-of":

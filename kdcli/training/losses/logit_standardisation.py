@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdcli.errors import UsageError
-from kdcli.training.terms import Loss, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Signals, Step
 
 
 class Config(BaseModel):
@@ -65,12 +65,12 @@ def loss(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """The loss on the logits of both."""
     return loss(student.logits, teacher.logits, setting.config)
 
 
-def check(setting: Setting) -> None:
+def check(setting: LossSetting) -> None:
     """Refuse a task of fewer than three classes.
 
     Raises:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kdcli.errors import UsageError
 from kdcli.training.layer_map import need_layers
-from kdcli.training.terms import Loss, Needs, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Needs, Signals, Step
 
 _RELATION_HEADS = (48, 24, 12, 8, 6, 4, 3, 2, 1)
 _FEATURES = 8  # of a relation head, at least
@@ -110,12 +110,12 @@ def loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor, con
     return value
 
 
-def needs(setting: Setting) -> tuple[Needs, Needs]:
+def needs(setting: LossSetting) -> tuple[Needs, Needs]:
     """Queries, keys and values of the student's last layer and of the teacher layer it follows."""
     return Needs(attention=frozenset({setting.student.layers})), Needs(attention=frozenset({_layer(setting)}))
 
 
-def check(setting: Setting) -> None:
+def check(setting: LossSetting) -> None:
     """Both models must have encoder layers, and the teacher the one that is asked for.
 
     Raises:
@@ -129,7 +129,7 @@ def check(setting: Setting) -> None:
         )
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """The loss on the student's last layer."""
     own, theirs = setting.student.layers, _layer(setting)
     return loss(
@@ -140,7 +140,7 @@ def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Te
     )
 
 
-def _layer(setting: Setting) -> int:
+def _layer(setting: LossSetting) -> int:
     return int(setting.config.teacher_layer) or setting.teacher.layers
 
 

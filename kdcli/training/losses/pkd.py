@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from kdcli.training.layer_map import need_layers
-from kdcli.training.terms import Loss, Needs, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Needs, Signals, Step
 
 
 class Config(BaseModel):
@@ -52,13 +52,13 @@ def loss(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
     return (own - theirs).square().sum(-1).mean()
 
 
-def needs(setting: Setting) -> tuple[Needs, Needs]:
+def needs(setting: LossSetting) -> tuple[Needs, Needs]:
     """The hidden states of the layers that are compared."""
     own, theirs = zip(*_pairs(setting), strict=True)
     return Needs(hidden=frozenset(own)), Needs(hidden=frozenset(theirs))
 
 
-def check(setting: Setting) -> None:
+def check(setting: LossSetting) -> None:
     """Both models must have encoder layers.
 
     Raises:
@@ -67,13 +67,13 @@ def check(setting: Setting) -> None:
     need_layers("pkd", setting.student.layers, setting.teacher.layers)
 
 
-def trained(setting: Setting) -> nn.Module | None:
+def trained(setting: LossSetting) -> nn.Module | None:
     """A projection D' -> D for every pair that is compared, where the widths differ."""
     own, theirs = setting.student.hidden, setting.teacher.hidden
     return None if own == theirs else nn.ModuleList(nn.Linear(own, theirs) for _ in _pairs(setting))
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """The mean over the pairs that are compared."""
     values = []
     for number, (own, theirs) in enumerate(_pairs(setting)):
@@ -85,7 +85,7 @@ def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Te
     return torch.stack(values).mean()
 
 
-def _pairs(setting: Setting) -> Sequence[tuple[int, int]]:
+def _pairs(setting: LossSetting) -> Sequence[tuple[int, int]]:
     # A map of the last layer alone would leave nothing to compare.
     below = [pair for pair in setting.pairs if pair[0] != setting.student.layers]
     return below or setting.pairs

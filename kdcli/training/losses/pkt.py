@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdcli.training.losses.similarity import chosen, need_directions, needs, unit_rows
-from kdcli.training.terms import Loss, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Signals, Step
 
 _LEAST = 1e-7
 
@@ -63,7 +63,7 @@ def _log_neighbours(rows: Tensor) -> Tensor:
     return kernel[others].view(len(rows), len(rows) - 1).log().log_softmax(dim=1)
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """The loss on the chosen rows of both."""
     on = setting.config.on
     return loss(chosen(student, on), chosen(teacher, on))

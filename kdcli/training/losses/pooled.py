@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from kdcli.training.terms import Loss, Needs, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Needs, Signals, Step
 
 
 class Config(BaseModel):
@@ -56,18 +56,18 @@ def loss(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
     return (F.normalize(own, dim=-1) - F.normalize(theirs, dim=-1)).square().sum(-1).mean()
 
 
-def needs(setting: Setting) -> tuple[Needs, Needs]:
+def needs(setting: LossSetting) -> tuple[Needs, Needs]:
     """The pooled vectors of both."""
     return Needs(pooled=True), Needs(pooled=True)
 
 
-def trained(setting: Setting) -> nn.Module | None:
+def trained(setting: LossSetting) -> nn.Module | None:
     """One projection of the student's vector to the teacher's width, where they differ."""
     own, theirs = setting.student.pooled, setting.teacher.pooled
     return None if own == theirs else nn.Linear(own, theirs)
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """The loss on the pooled vectors."""
     assert student.pooled is not None
     assert teacher.pooled is not None

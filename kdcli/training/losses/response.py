@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
-from kdcli.training.terms import Loss, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Signals, Step
 
 
 class Config(BaseModel):
@@ -54,7 +54,7 @@ def loss(student: Tensor, teacher: Tensor, config: Config, task: Task = CLASSIFI
     return total / len(student) * t**2
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """The loss on the logits of both."""
     return loss(student.logits, teacher.logits, setting.config, step.task)
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdcli.training.losses.similarity import chosen, need_directions, needs, unit_rows
-from kdcli.training.terms import Loss, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Signals, Step
 
 
 class Config(BaseModel):
@@ -87,7 +87,7 @@ def _angles(differences: Tensor, rows: int) -> Tensor:
     return (directions @ directions.transpose(1, 2)).masked_fill(same, 0)
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """The loss on the chosen rows of both."""
     on = setting.config.on
     return loss(chosen(student, on), chosen(teacher, on), setting.config)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdcli.errors import UsageError
-from kdcli.training.terms import Loss, Needs, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Needs, Signals, Step
 
 
 class Config(BaseModel):
@@ -68,7 +68,7 @@ def loss(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
     return (ours @ ours.T - theirs @ theirs.T).square().mean()
 
 
-def need_directions(name: str, setting: Setting) -> None:
+def need_directions(name: str, setting: LossSetting) -> None:
     """Refuse rows of one number, of which a method that compares directions sees the sign alone.
 
     Raises:
@@ -81,19 +81,19 @@ def need_directions(name: str, setting: Setting) -> None:
         )
 
 
-def check(setting: Setting) -> None:
+def check(setting: LossSetting) -> None:
     """Refuse the directions of a single logit; see :func:`need_directions`."""
     if setting.config.kernel == "cosine":
         need_directions("similarity", setting)
 
 
-def needs(setting: Setting) -> tuple[Needs, Needs]:
+def needs(setting: LossSetting) -> tuple[Needs, Needs]:
     """The pooled rows of both, unless the logits are compared."""
     asked = Needs(pooled=setting.config.on == "pooled")
     return asked, asked
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """The loss on the chosen rows of both."""
     on = setting.config.on
     return loss(chosen(student, on), chosen(teacher, on), setting.config)

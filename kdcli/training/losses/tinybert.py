@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from kdcli.training.layer_map import need_layers
-from kdcli.training.terms import Loss, Needs, Setting, Signals, Step
+from kdcli.training.terms import Loss, LossSetting, Needs, Signals, Step
 
 
 class Config(BaseModel):
@@ -80,13 +80,13 @@ def loss(
     return value + config.hidden_weight * _sum(_hidden(own, theirs.detach(), mask) for own, theirs in hidden)
 
 
-def needs(setting: Setting) -> tuple[Needs, Needs]:
+def needs(setting: LossSetting) -> tuple[Needs, Needs]:
     """Embeddings, hidden states, queries and keys of the mapped layers."""
     own, theirs = (frozenset(layers) for layers in zip(*setting.pairs, strict=True))
     return Needs(hidden=own | {0}, attention=own), Needs(hidden=theirs | {0}, attention=theirs)
 
 
-def check(setting: Setting) -> str | None:
+def check(setting: LossSetting) -> str | None:
     """Both models must have encoder layers; says so when heads have to be averaged.
 
     Raises:
@@ -102,13 +102,13 @@ def check(setting: Setting) -> str | None:
     )
 
 
-def trained(setting: Setting) -> nn.Module | None:
+def trained(setting: LossSetting) -> nn.Module | None:
     """One projection D' -> D for all layers, where the widths differ."""
     own, theirs = setting.student.hidden, setting.teacher.hidden
     return None if own == theirs else nn.Linear(own, theirs)
 
 
-def term(student: Signals, teacher: Signals, setting: Setting, step: Step) -> Tensor:
+def term(student: Signals, teacher: Signals, setting: LossSetting, step: Step) -> Tensor:
     """The loss on the mapped layers and the embeddings."""
     attention = (
         (scores(student.query[own], student.key[own]), scores(teacher.query[theirs], teacher.key[theirs]))

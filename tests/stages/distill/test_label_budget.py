@@ -86,9 +86,9 @@ def test_a_teacher_that_is_fine_tuned_first_sees_no_more_labels_than_its_student
     seen = []
     real = distill.teachers.fine_tuned
 
-    def fine_tuned(teacher, encoded, *args, **more):
-        seen.append([int((encoded[split].labels >= 0).sum()) for split in ("train", "validation")])
-        return real(teacher, encoded, *args, **more)
+    def fine_tuned(context, *args):
+        seen.append([int((context.encoded[split].labels >= 0).sum()) for split in ("train", "validation")])
+        return real(context, *args)
 
     monkeypatch.setattr(distill.teachers, "fine_tuned", fine_tuned)
     report = run(headless, data_dir, tmp_path / "out", 24)

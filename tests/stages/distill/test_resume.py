@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kdcli.errors import InterruptedRun, UsageError
-from kdcli.progress import Progress, Task
+from kdcli.progress import Progress, ProgressTask
 from kdcli.request import Common, Request
 from kdcli.run import life
 from kdcli.stages.distill.options import DistillOptions
@@ -27,11 +27,11 @@ class Killer(Progress):
         self.where: str | None = None
 
     @contextmanager
-    def task(self, title: str, total: int) -> Iterator[Task]:
+    def task(self, title: str, total: int) -> Iterator[ProgressTask]:
         yield _Fuse(self, title)
 
 
-class _Fuse(Task):
+class _Fuse(ProgressTask):
     def __init__(self, killer: Killer, title: str) -> None:
         self.killer, self.title = killer, title
 

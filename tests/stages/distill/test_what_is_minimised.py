@@ -20,10 +20,9 @@ from kdcli.stages.lowrank import stage as lowrank
 from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.prune import stage as prune
 from kdcli.stages.prune.options import PruneOptions
-from kdcli.stages.quantize import qat
 from kdcli.stages.quantize import stage as quantize
 from kdcli.stages.quantize.options import QuantizeOptions
-from kdcli.training import recovery
+from kdcli.training import resumable
 from kdcli.training.loop import Batch
 from tests import tiny
 from tests.stages import contexts
@@ -41,26 +40,22 @@ def first_logits(model: torch.nn.Module, rows: Any, pad_id: int) -> torch.Tensor
         return model(**model_inputs(model, batch, "cpu")).logits
 
 
-def stage_of(name: str, made: Any, work: Path) -> tuple[Any, Callable[[], Any], Any]:
+def stage_of(name: str, made: Any, work: Path) -> tuple[Any, Callable[[], Any]]:
     splits = {
         "train": contexts.rows(24, 1),
         "validation": contexts.rows(8, 2),
         "test": Rows(["a"], None, None),
     }
     given: Any = PruneOptions(structure="weights", method="magnitude", sparsity=0.5, epochs=2)
-    module: Any = recovery
     settings: dict[str, str] = {}
     if name == "lowrank":
         given = LowRankOptions(method="svd", budget=0.4, epochs=2)
     if name == "quantize":
-        given, module, settings = (
-            QuantizeOptions(scheme="ternary", epochs=2),
-            qat,
-            {"hidden": "0", "alpha": "0.7", "temperature": "3"},
-        )
+        given = QuantizeOptions(scheme="ternary", epochs=2)
+        settings = {"hidden": "0", "alpha": "0.7", "temperature": "3"}
     context = contexts.of(given, made, work, splits=splits, settings=settings)
     stage = {"prune": prune, "lowrank": lowrank, "quantize": quantize}[name]
-    return context, lambda: contexts.applied(stage, context), module
+    return context, lambda: contexts.applied(stage, context)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +66,7 @@ def test_the_input_model_teaches_and_labels_help(
 ) -> None:
     """(1 - alpha) CE(y, s) + alpha T^2 KL(t || s), t the model as it came, s as it is now; validation chooses."""
     made = tiny.reload(tiny.checkpoint(), tmp_path / "model")
-    context, work, module = stage_of(name, made, tmp_path)
+    context, work = stage_of(name, made, tmp_path)
     train = context.encoded["train"]
     dense = first_logits(made.model, train, made.pad_id)
     found: dict[str, Any] = {}
@@ -97,7 +92,7 @@ def test_the_input_model_teaches_and_labels_help(
         found["logits"] = output.logits.detach()
         raise Seen
 
-    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(resumable, "fit", fit)
     with pytest.raises(Seen):
         work()
     own, labels = found["logits"], torch.from_numpy(train.labels[ROWS])

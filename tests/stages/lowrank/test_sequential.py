@@ -13,7 +13,7 @@ from kdcli.stages.lowrank import factors, sequential
 from kdcli.stages.lowrank.factor_units import FactorUnit, unit_of
 from kdcli.stages.lowrank.factors import Factors, Problem, narrow_by_outputs
 from kdcli.stages.lowrank.rules import whitening
-from kdcli.stages.lowrank.sequential import Fit, Sample
+from kdcli.stages.lowrank.sequential import Fit, Replacement, Sample
 from tests import tiny
 
 CONFIG = whitening.Config()
@@ -71,8 +71,8 @@ def test_a_projection_takes_back_what_the_stream_has_lost(
         found: dict[str, Any] = {}
         for moments, _ in sequential.collect(model, family, units, samples):
             found |= {name: solve(problem(units[name], own), 32) for name, own in moments.items()}
-        fit = Fit("targets", 1e-6)
-        sequential.replace_all(model, family, units, ranks, found, problem, solve, samples, fit)
+        job = Replacement(units, ranks, found, problem, solve, Fit("targets", 1e-6))
+        sequential.replace_all(model, family, job, samples)
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         hook = model.get_submodule(f"{projection}.dense").register_forward_hook(
             lambda _, args, y: seen.append((args[0][real], y[real]))

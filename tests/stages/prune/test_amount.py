@@ -264,38 +264,9 @@ def test_noise_is_the_standard_error_where_whole_rounds_are_disturbed() -> None:
 # --- --max-drop ----------------------------------------------------------------------------------
 
 
-def test_bisection_finds_the_largest_share_of_a_monotone_drop() -> None:
-    for limit in (0.0, 0.003, 0.02, 0.5):
-        tried: list[float] = []
-
-        def attempt(share: float, tried: list[float] = tried) -> tuple[float, float]:
-            tried.append(share)
-            return share, max(0.0, share - 0.3) ** 2
-
-        best = search.bisect(attempt, limit, most=0.95, tries=6)
-        true = min(0.95, 0.3 + limit**0.5)
-        assert best.result == best.removed == max(s for s in tried if max(0.0, s - 0.3) ** 2 <= limit)
-        assert best.kept
-        assert true - 0.95 / 2**6 <= best.removed <= true  # halved six times
-        assert [share for share, _ in best.trace] == tried
-        assert len(tried) == 6
-
-
-def test_bisection_never_ends_without_a_result() -> None:
-    best = search.bisect(lambda share: ("m", 0.1 + share), 0.05, tries=5)
-    assert not best.kept
-    assert best.removed == min(share for share, _ in best.trace)
-
-
-def test_bisection_keeps_a_try_that_held_where_noise_is_not_monotone() -> None:
-    drops = iter([0.5, 0.0, 0.9, 0.001])
-    best = search.bisect(lambda share: (share, next(drops)), 0.01, most=0.8, tries=4)
-    assert [round(share, 3) for share, _ in best.trace] == [0.4, 0.2, 0.3, 0.25]
-    assert best.removed == pytest.approx(0.25)
-
-
 def searched(context, max_drop: float):
-    common = context.request.common.model_copy(update={"gates": Gates(max_drop=max_drop)})
+    gates = Gates().model_copy(update={"max_drop": max_drop})  # also one that no option allows
+    common = context.request.common.model_copy(update={"gates": gates})
     context.request = replace(context.request, common=common)
     return context
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli.probe.layer_stream import Moments, add
+from kdcli.probe.raw_moments import RawMoments, add
 from kdcli.stages.prune import output_refit
 
 # Normal equations in float64 against numpy's SVD solver; condition numbers here are below 1e3. The sums of products
@@ -24,7 +24,7 @@ def sample(features: int, outputs: int = 3, tokens: int = 400, seed: int = 0):
     return h, t
 
 
-def moments(h: np.ndarray, t: np.ndarray) -> Moments:
+def moments(h: np.ndarray, t: np.ndarray) -> RawMoments:
     found = None
     for part in np.array_split(np.arange(len(h)), 3):  # in several batches
         one = torch.tensor(h[part], dtype=torch.float32), torch.tensor(t[part], dtype=torch.float32)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcli.training.terms import Needs, Setting, Signals, Step
+from kdcli.training.terms import LossSetting, Needs, Signals, Step
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -62,7 +62,7 @@ def lifted(
 
 
 def reads_what_was_chosen(
-    module: ModuleType, setting: Setting, loss: Loss, pooled: list[Tensor], logits: list[Tensor]
+    module: ModuleType, setting: LossSetting, loss: Loss, pooled: list[Tensor], logits: list[Tensor]
 ) -> None:
     """The term of a method with ``on`` asks for that signal of both models and compares it."""
     asked = Needs(pooled=setting.config.on == "pooled")

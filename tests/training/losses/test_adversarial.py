@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdcli.training.losses import adversarial
 from kdcli.training.losses.adversarial import Adversary, Config, Game, loss
-from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
+from kdcli.training.terms import LossSetting, Needs, Shape, Signals, Step
 
 ROWS = 16
 
@@ -20,18 +20,18 @@ def vectors(features: int, seed: int, rows: int = ROWS) -> Tensor:
     return torch.randn(rows, features, generator=torch.Generator().manual_seed(seed))
 
 
-def setting(config: Config | None = None, own: int = 3, theirs: int = 5, seed: int = 0) -> Setting:
-    made = Setting(config or Config(), Shape(0, own, 0, 2, own), Shape(4, theirs, 1, 2, theirs))
+def setting(config: Config | None = None, own: int = 3, theirs: int = 5, seed: int = 0) -> LossSetting:
+    made = LossSetting(config or Config(), Shape(0, own, 0, 2, own), Shape(4, theirs, 1, 2, theirs))
     torch.manual_seed(seed)
-    return Setting(made.config, made.student, made.teacher, (), adversarial.trained(made))
+    return LossSetting(made.config, made.student, made.teacher, (), adversarial.trained(made))
 
 
-def game(made: Setting) -> Game:
+def game(made: LossSetting) -> Game:
     assert isinstance(made.trained, Game)
     return made.trained
 
 
-def play(made: Setting, own: Tensor, theirs: Tensor, progress: float = 0.5) -> Tensor:
+def play(made: LossSetting, own: Tensor, theirs: Tensor, progress: float = 0.5) -> Tensor:
     """One call of the term; the logits are the vectors' first two features."""
     mask = torch.ones(len(own), 1, dtype=torch.bool)
     shown = [Signals(x[:, :2], mask, pooled=x) for x in (own, theirs)]
@@ -116,7 +116,7 @@ def test_during_the_warm_up_only_the_discriminator_learns() -> None:
     assert float(play(made, vectors(3, 0), vectors(5, 1), progress=0.3).detach()) > 0.1
 
 
-def run(made: Setting, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+def run(made: LossSetting, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
     values = []
     for step in steps:
         optimizer.zero_grad()
@@ -145,7 +145,9 @@ def test_a_resumed_game_is_byte_identical() -> None:
     game(other).load_state_dict(projection)
     adversary = Adversary(5, Config())
     adversary.restore({k: v for k, v in stored.items() if k.startswith("net.")})
-    fresh = Setting(other.config, other.student, other.teacher, (), Game(game(other).projection, adversary))
+    fresh = LossSetting(
+        other.config, other.student, other.teacher, (), Game(game(other).projection, adversary)
+    )
     assert run(fresh, torch.optim.SGD(game(fresh).parameters(), lr=0.1), range(3, 8)) != want
 
 

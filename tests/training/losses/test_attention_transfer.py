@@ -13,13 +13,13 @@ from torch import Tensor
 from kdcli.errors import UsageError
 from kdcli.training.losses import attention_transfer
 from kdcli.training.losses.attention_transfer import Config, attention_map, loss
-from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
+from kdcli.training.terms import LossSetting, Needs, Shape, Signals, Step
 from tests import tiny
 
 LENGTHS = [9, 1, 4]  # real tokens of the three rows
 MASK = torch.arange(9) < torch.tensor(LENGTHS)[:, None]
 STEP = Step(torch.zeros(3, dtype=torch.long), 0.5)
-SETTING = Setting(Config(), Shape(2, 8, 2, 2, 8), Shape(4, 15, 3, 2, 15), [(1, 2), (2, 4)])
+SETTING = LossSetting(Config(), Shape(2, 8, 2, 2, 8), Shape(4, 15, 3, 2, 15), [(1, 2), (2, 4)])
 
 
 def random(heads: int, size: int, seed: int) -> Tensor:
@@ -143,4 +143,4 @@ def test_what_it_reads_and_where_it_is_refused() -> None:
     with pytest.raises(
         UsageError, match="attention-transfer compares encoder layers, and the student has none"
     ):
-        attention_transfer.check(Setting(Config(), Shape(0, 8, 0, 2, 8), SETTING.teacher))
+        attention_transfer.check(LossSetting(Config(), Shape(0, 8, 0, 2, 8), SETTING.teacher))

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from kdcli.errors import UsageError
 from kdcli.training.losses import dkd, response
 from kdcli.training.losses.dkd import Config, loss, parts, term
-from kdcli.training.terms import Setting, Shape, Signals, Step
+from kdcli.training.terms import LossSetting, Shape, Signals, Step
 from tests.training.losses import checks
 from tests.training.losses.checks import logits
 
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2])
 
 
-def setting(classes: int) -> Setting:
+def setting(classes: int) -> LossSetting:
     shape = Shape(layers=2, hidden=4, heads=2, classes=classes, pooled=4)
-    return Setting(Config(), shape, shape)
+    return LossSetting(Config(), shape, shape)
 
 
 def naive(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray, config: Config) -> float:
@@ -77,7 +77,7 @@ def test_the_term_warms_up(progress: float, share: float) -> None:
     mask = torch.ones(6, 3, dtype=torch.bool)
     student, teacher, config = Signals(logits(0), mask), Signals(logits(1), mask), Config(warmup=0.2)
     shape = setting(5).student
-    found = term(student, teacher, Setting(config, shape, shape), Step(LABELS, progress))
+    found = term(student, teacher, LossSetting(config, shape, shape), Step(LABELS, progress))
     full = loss(student.logits, teacher.logits, LABELS, config)
     assert float(found) == pytest.approx(share * float(full), rel=1e-12)
 

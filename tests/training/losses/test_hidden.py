@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdcli.errors import UsageError
 from kdcli.training.losses import hidden
 from kdcli.training.losses.hidden import Config, loss
-from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
+from kdcli.training.terms import LossSetting, Needs, Shape, Signals, Step
 
 LENGTHS = [7, 1, 4]  # real tokens of the three rows
 MASK = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
@@ -28,14 +28,16 @@ def signals(hidden: dict[int, Tensor], mask: Tensor = MASK) -> Signals:
     return Signals(torch.zeros(3, 2), mask, hidden=hidden)
 
 
-def setting(own: int, theirs: int, config: Config | None = None) -> Setting:
+def setting(own: int, theirs: int, config: Config | None = None) -> LossSetting:
     """Two student layers follow the second and the fourth of four teacher layers."""
-    made = Setting(
+    made = LossSetting(
         config or Config(), Shape(2, own, 1, 2, own), Shape(4, theirs, 1, 2, theirs), [(1, 2), (2, 4)]
     )
     torch.manual_seed(0)
     projections = hidden.trained(made)
-    return Setting(made.config, made.student, made.teacher, made.pairs, projections and projections.double())
+    return LossSetting(
+        made.config, made.student, made.teacher, made.pairs, projections and projections.double()
+    )
 
 
 def naive(student: np.ndarray, teacher: np.ndarray, distance: str) -> float:
@@ -145,4 +147,4 @@ def test_what_it_reads_and_where_it_is_refused() -> None:
     assert hidden.needs(made) == (Needs(hidden=frozenset({1, 2})), Needs(hidden=frozenset({2, 4})))
     hidden.check(made)
     with pytest.raises(UsageError, match="hidden compares encoder layers, and the student has none"):
-        hidden.check(Setting(Config(), Shape(0, 5, 0, 2, 5), made.teacher))
+        hidden.check(LossSetting(Config(), Shape(0, 5, 0, 2, 5), made.teacher))

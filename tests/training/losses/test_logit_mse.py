@@ -11,7 +11,7 @@ import torch
 from kdcli import tasks
 from kdcli.training.losses import response
 from kdcli.training.losses.logit_mse import Config, loss, term
-from kdcli.training.terms import Setting, Shape, Signals, Step
+from kdcli.training.terms import LossSetting, Shape, Signals, Step
 from tests.training.losses import checks
 
 
@@ -96,7 +96,7 @@ def test_half_precision_is_lifted() -> None:
 def test_the_term_reads_the_logits_of_both() -> None:
     shape = Shape(layers=2, hidden=4, heads=2, classes=5, pooled=4)
     student, teacher = (Signals(logits(seed=seed), torch.ones(6, 3, dtype=torch.bool)) for seed in (0, 1))
-    setting = Setting(Config(centred=False), shape, shape)
+    setting = LossSetting(Config(centred=False), shape, shape)
     step = Step(torch.zeros(6, dtype=torch.long), 0.5)
     want = loss(student.logits, teacher.logits, Config(centred=False))
     assert torch.equal(term(student, teacher, setting, step), want)
@@ -107,6 +107,6 @@ def test_where_every_logit_speaks_for_itself_none_is_centred(task: str, classes:
     shape = Shape(layers=2, hidden=4, heads=2, classes=classes, pooled=4)
     mask, step = torch.ones(6, 3, dtype=torch.bool), Step(torch.zeros(6), 0.5, tasks.get(task))
     student, teacher = (Signals(logits(classes=classes, seed=seed), mask) for seed in (0, 1))
-    found = term(student, teacher, Setting(Config(), shape, shape), step)
+    found = term(student, teacher, LossSetting(Config(), shape, shape), step)
     want = naive(student.logits.numpy(), teacher.logits.numpy(), centred=False)
     assert float(found) == pytest.approx(want, rel=1e-12)  # sums in float64

@@ -13,14 +13,14 @@ import torch
 from kdcli.errors import UsageError
 from kdcli.training.losses import logit_standardisation, response
 from kdcli.training.losses.logit_standardisation import Config, loss, standardised, term
-from kdcli.training.terms import Setting, Shape, Signals, Step
+from kdcli.training.terms import LossSetting, Shape, Signals, Step
 from tests.training.losses import checks
 from tests.training.losses.checks import logits
 
 
-def setting(classes: int) -> Setting:
+def setting(classes: int) -> LossSetting:
     shape = Shape(layers=2, hidden=4, heads=2, classes=classes, pooled=4)
-    return Setting(Config(), shape, shape)
+    return LossSetting(Config(), shape, shape)
 
 
 def naive(student: np.ndarray, teacher: np.ndarray, temperature: float) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 from kdcli.errors import UsageError
 from kdcli.training.losses import minilm
 from kdcli.training.losses.minilm import Config, loss, relation_heads, relations
-from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
+from kdcli.training.terms import LossSetting, Needs, Shape, Signals, Step
 
 LENGTHS = [9, 1, 4]  # real tokens of the three rows
 MASK = torch.arange(9) < torch.tensor(LENGTHS)[:, None]
@@ -28,9 +28,9 @@ def three(heads: int, size: int, seed: int) -> list[Tensor]:
     return [random(heads, size, 10 * seed + n) for n in range(3)]
 
 
-def setting(config: Config | None = None, student_layers: int = 2, teacher_layers: int = 4) -> Setting:
+def setting(config: Config | None = None, student_layers: int = 2, teacher_layers: int = 4) -> LossSetting:
     shapes = Shape(student_layers, 8, 2, 2, 8), Shape(teacher_layers, 12, 3, 2, 12)
-    return Setting(config or Config(), *shapes, [(1, 2), (2, 4)])
+    return LossSetting(config or Config(), *shapes, [(1, 2), (2, 4)])
 
 
 def naive_relation(vectors: np.ndarray, heads: int, length: int) -> np.ndarray:

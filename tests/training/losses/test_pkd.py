@@ -14,7 +14,7 @@ from kdcli.errors import UsageError
 from kdcli.training import layer_map
 from kdcli.training.losses import pkd
 from kdcli.training.losses.pkd import Config, loss
-from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
+from kdcli.training.terms import LossSetting, Needs, Shape, Signals, Step
 
 MASK = torch.arange(6) < torch.tensor([6, 1, 3, 2])[:, None]
 STEP = Step(torch.zeros(4, dtype=torch.long), 0.5)
@@ -28,11 +28,11 @@ def signals(hidden: dict[int, Tensor], mask: Tensor = MASK) -> Signals:
     return Signals(torch.zeros(4, 2), mask, hidden=hidden)
 
 
-def setting(own: int, theirs: int, pairs: list[tuple[int, int]]) -> Setting:
-    made = Setting(Config(), Shape(3, own, 1, 2, own), Shape(6, theirs, 1, 2, theirs), pairs)
+def setting(own: int, theirs: int, pairs: list[tuple[int, int]]) -> LossSetting:
+    made = LossSetting(Config(), Shape(3, own, 1, 2, own), Shape(6, theirs, 1, 2, theirs), pairs)
     torch.manual_seed(0)
     projections = pkd.trained(made)
-    return Setting(made.config, made.student, made.teacher, pairs, projections and projections.double())
+    return LossSetting(made.config, made.student, made.teacher, pairs, projections and projections.double())
 
 
 def naive(student: np.ndarray, teacher: np.ndarray) -> float:
@@ -127,4 +127,4 @@ def test_models_without_layers_are_refused() -> None:
     assert made.trained is None
     pkd.check(made)
     with pytest.raises(UsageError, match="pkd compares encoder layers, and the teacher has none"):
-        pkd.check(Setting(Config(), made.student, Shape(0, 5, 0, 2, 5)))
+        pkd.check(LossSetting(Config(), made.student, Shape(0, 5, 0, 2, 5)))

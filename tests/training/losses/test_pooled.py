@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdcli.training.losses import pooled
 from kdcli.training.losses.pooled import Config, loss
-from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
+from kdcli.training.terms import LossSetting, Needs, Shape, Signals, Step
 
 DISTANCES = ["normalised", "cosine", "mse"]
 
@@ -20,15 +20,15 @@ def vectors(features: int, seed: int = 0, rows: int = 6) -> Tensor:
     return torch.randn(rows, features, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def setting(own: int, theirs: int, config: Config | None = None) -> Setting:
+def setting(own: int, theirs: int, config: Config | None = None) -> LossSetting:
     """The student is no stack of layers, as a convolutional one."""
-    made = Setting(config or Config(), Shape(0, own, 0, 2, own), Shape(4, theirs, 1, 2, theirs))
+    made = LossSetting(config or Config(), Shape(0, own, 0, 2, own), Shape(4, theirs, 1, 2, theirs))
     torch.manual_seed(0)
     projection = pooled.trained(made)
-    return Setting(made.config, made.student, made.teacher, (), projection and projection.double())
+    return LossSetting(made.config, made.student, made.teacher, (), projection and projection.double())
 
 
-def term(own: Tensor, theirs: Tensor, made: Setting) -> Tensor:
+def term(own: Tensor, theirs: Tensor, made: LossSetting) -> Tensor:
     mask, step = torch.ones(len(own), 1, dtype=torch.bool), Step(torch.zeros(len(own), dtype=torch.long), 0.5)
     shown = [Signals(torch.zeros(len(own), 2), mask, pooled=x) for x in (own, theirs)]
     return pooled.term(shown[0], shown[1], made, step)

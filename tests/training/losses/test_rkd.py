@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from kdcli.training.losses import rkd
 from kdcli.training.losses.rkd import Config, loss
-from kdcli.training.terms import Setting, Shape
+from kdcli.training.terms import LossSetting, Shape
 from tests.training.losses import checks
 from tests.training.losses.checks import features
 
@@ -121,7 +121,7 @@ def test_gradients_are_exact_and_none_reaches_the_teacher() -> None:
 @pytest.mark.parametrize("on", ["pooled", "logits"])
 def test_the_term_reads_what_was_chosen_and_asks_for_it(on: str) -> None:
     pooled, logits = [features(0), features(1)], [features(2, width=5), features(3, width=5)]
-    setting = Setting(Config(on=on, angle_rows=3), SHAPE, SHAPE)
+    setting = LossSetting(Config(on=on, angle_rows=3), SHAPE, SHAPE)
     checks.reads_what_was_chosen(rkd, setting, partial(loss, config=setting.config), pooled, logits)
 
 

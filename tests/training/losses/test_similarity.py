@@ -12,7 +12,7 @@ import torch
 from kdcli.errors import UsageError
 from kdcli.training.losses import similarity
 from kdcli.training.losses.similarity import METHOD, Config, loss
-from kdcli.training.terms import Setting, Shape
+from kdcli.training.terms import LossSetting, Shape
 from tests.training.losses import checks
 from tests.training.losses.checks import features
 
@@ -105,7 +105,7 @@ def test_gradients_are_exact_and_none_reaches_the_teacher() -> None:
 @pytest.mark.parametrize("on", ["pooled", "logits"])
 def test_the_term_reads_what_was_chosen_and_asks_for_it(on: str) -> None:
     pooled, logits = [features(0), features(1, width=6)], [features(2, width=5), features(3, width=5)]
-    setting = Setting(Config(on=on), SHAPE, replace(SHAPE, pooled=6))
+    setting = LossSetting(Config(on=on), SHAPE, replace(SHAPE, pooled=6))
     checks.reads_what_was_chosen(similarity, setting, partial(loss, config=setting.config), pooled, logits)
 
 
@@ -120,7 +120,7 @@ def test_half_precision_is_lifted() -> None:
 @pytest.mark.parametrize("on", ["logits", "pooled"])
 def test_the_direction_of_a_single_logit_is_refused(on: str, kernel: str, classes: int) -> None:
     shape = replace(SHAPE, classes=classes)
-    setting = Setting(Config(on=on, kernel=kernel), shape, shape)
+    setting = LossSetting(Config(on=on, kernel=kernel), shape, shape)
     if (on, kernel, classes) != ("logits", "cosine", 1):
         assert METHOD.check(setting) is None
         return

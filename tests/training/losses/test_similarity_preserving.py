@@ -8,7 +8,7 @@ import torch
 
 from kdcli.training.losses import similarity, similarity_preserving
 from kdcli.training.losses.similarity_preserving import Config, loss
-from kdcli.training.terms import Setting, Shape
+from kdcli.training.terms import LossSetting, Shape
 from tests.training.losses import checks
 from tests.training.losses.checks import features
 
@@ -91,7 +91,7 @@ def test_gradients_are_exact_and_none_reaches_the_teacher() -> None:
 @pytest.mark.parametrize("on", ["pooled", "logits"])
 def test_the_term_reads_what_was_chosen_and_asks_for_it(on: str) -> None:
     pooled, logits = [features(0), features(1)], [features(2, width=5), features(3, width=5)]
-    setting = Setting(Config(on=on), SHAPE, SHAPE)
+    setting = LossSetting(Config(on=on), SHAPE, SHAPE)
     checks.reads_what_was_chosen(similarity_preserving, setting, loss, pooled, logits)
 
 

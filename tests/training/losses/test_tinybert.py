@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdcli.errors import UsageError
 from kdcli.training.losses import tinybert
 from kdcli.training.losses.tinybert import Config
-from kdcli.training.terms import Needs, Setting, Shape, Signals, Step
+from kdcli.training.terms import LossSetting, Needs, Shape, Signals, Step
 
 LENGTHS = [6, 1, 3]  # real tokens of the three rows
 MASK = torch.arange(6) < torch.tensor(LENGTHS)[:, None]
@@ -43,11 +43,11 @@ def padded(shown: Signals, value: float) -> Signals:
     return Signals(shown.logits, F.pad(MASK, (0, 4)), **parts)
 
 
-def setting(own: int, theirs: int, heads: tuple[int, int], config: Config | None = None) -> Setting:
+def setting(own: int, theirs: int, heads: tuple[int, int], config: Config | None = None) -> LossSetting:
     shapes = Shape(2, own, heads[0], 2, own), Shape(4, theirs, heads[1], 2, theirs)
     torch.manual_seed(0)
-    projection = tinybert.trained(Setting(Config(), *shapes, PAIRS))
-    return Setting(config or Config(), *shapes, PAIRS, projection and projection.double())
+    projection = tinybert.trained(LossSetting(Config(), *shapes, PAIRS))
+    return LossSetting(config or Config(), *shapes, PAIRS, projection and projection.double())
 
 
 def score(query: np.ndarray, key: np.ndarray) -> float:
@@ -170,4 +170,4 @@ def test_what_it_reads_and_what_it_says() -> None:
     assert "the student has 2 attention heads and the teacher 4" in note
     assert tinybert.check(setting(8, 8, (2, 2))) is None
     with pytest.raises(UsageError, match="tinybert compares encoder layers, and the student has none"):
-        tinybert.check(Setting(Config(), Shape(0, 8, 0, 2, 8), made.teacher))
+        tinybert.check(LossSetting(Config(), Shape(0, 8, 0, 2, 8), made.teacher))

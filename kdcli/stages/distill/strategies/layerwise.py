@@ -29,6 +29,7 @@ from kdcli.models import ensemble
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.students import Student
 from kdcli.models.transforms import TransformLog
+from kdcli.probe.hooks import Enough
 from kdcli.stages.distill import control, fitting, lesson
 from kdcli.stages.distill import student as students
 from kdcli.stages.distill.plan import DistillPlan
@@ -36,7 +37,7 @@ from kdcli.stages.distill.prepared import Prepared
 from kdcli.stages.distill.strategies import succession, teacher_assisted
 from kdcli.stages.distill.student import Taught
 from kdcli.training import distributed
-from kdcli.training.capture import Capture, Cut
+from kdcli.training.capture import Capture
 from kdcli.training.label_loss import hard, label_loss
 from kdcli.training.loop import Batch, FitOptions, evaluate, inference
 from kdcli.training.losses import response
@@ -74,7 +75,7 @@ class LayerClassifier(HandsOn):
 
     def forward(self, **given: Tensor) -> Outputs:
         """A batch of B rows to logits (B, C)."""
-        with contextlib.suppress(Cut):
+        with contextlib.suppress(Enough):
             self.encoder(**taken(self.encoder, given))
         mask = kinds.mask(given).bool()
         states = self._capture.signals(mask.new_zeros(()), mask).hidden[self.number]

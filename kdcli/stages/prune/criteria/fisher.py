@@ -49,7 +49,8 @@ from torch import Tensor
 from kdcli.families.modules import LowRankLinear, Projection
 from kdcli.inputs.feeding import Labelled
 from kdcli.probe import definite
-from kdcli.probe.layer_stream import PARTS, Moments, Pair
+from kdcli.probe.layer_stream import PARTS, Pair
+from kdcli.probe.raw_moments import RawMoments
 from kdcli.stages.prune.budget import search
 from kdcli.stages.prune.criteria import taylor
 from kdcli.stages.prune.criterion import Criterion, UnitJob, Units, UnitsCut
@@ -141,7 +142,7 @@ def rearrange(fisher: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def normal_equations(
-    moments: Moments, weight: Tensor, bias: Tensor | None, width: int
+    moments: RawMoments, weight: Tensor, bias: Tensor | None, width: int
 ) -> tuple[Tensor, Tensor]:
     """A and b of the least squares problem A m = b for the masks of one part.
 

@@ -30,10 +30,11 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdcli.inputs import kinds
 from kdcli.inputs.feeding import Labelled
+from kdcli.probe.hooks import reading
 from kdcli.probe.layer_stream import PARTS, Pair
 from kdcli.stages.prune import head_refit, sublayer_refit
 from kdcli.stages.prune.budget import choose, cut_of
@@ -136,30 +137,22 @@ class _Energy:
     @contextmanager
     def of(self, mask: Tensor) -> Iterator[None]:
         """Watch one batch with the real tokens ``mask`` (B, T)."""
-        hooks = []
         real = mask.bool()
         self._tokens += float(real.sum())
-        for layer in self.layers:
-            for part, units in (("heads", layer.heads), ("neurons", layer.neurons)):
-                if units:
-                    projection = layer.attention_output if part == "heads" else layer.ffn_out
-                    hooks.append(
-                        projection.register_forward_pre_hook(self._watch(layer.index, part, units, real))
-                    )
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        parts = {
+            (layer.index, part): (units, layer.attention_output if part == "heads" else layer.ffn_out)
+            for layer in self.layers
+            for part, units in (("heads", layer.heads), ("neurons", layer.neurons))
+            if units
+        }
 
-    def _watch(self, index: int, part: str, units: int, real: Tensor) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            h = args[0].detach()[real].float().unflatten(-1, (units, -1))  # (N, units, width)
+        def see(key: tuple[int, str], given: Tensor) -> None:
+            h = given.detach()[real].float().unflatten(-1, (parts[key][0], -1))  # (N, units, width)
             found = torch.einsum("nui,nuj->uij", h, h).cpu().double()
-            key = (index, part)
             self._sums[key] = self._sums[key] + found if key in self._sums else found
 
-        return hook
+        with reading({key: projection for key, (_, projection) in parts.items()}, see):
+            yield
 
     def mean(self) -> Units:
         """Energy per token of every unit."""

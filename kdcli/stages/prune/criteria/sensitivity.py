@@ -39,11 +39,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdcli.families.layer import Layer
-from kdcli.probe.layer_stream import FIRST_TOKEN, PARTS, Pair, Stream, add, rows, token_weights
+from kdcli.probe.layer_stream import FIRST_TOKEN, PARTS, Pair, Stream, rows, token_weights
+from kdcli.probe.raw_moments import RawMoments, add
 from kdcli.stages.prune import head_refit, output_refit, sublayer_refit
 from kdcli.stages.prune.budget import cut_of
 from kdcli.stages.prune.criterion import Criterion, UnitJob, UnitsCut, some_rows
-from kdcli.stages.prune.output_refit import Elimination, Moments
+from kdcli.stages.prune.output_refit import Elimination
 from kdcli.tasks.task import Task
 
 LEVELS = (1 / 4, 1 / 2, 3 / 4, 7 / 8, 1.0)  # shares of a sub-layer's units at which the answers are compared
@@ -147,9 +148,9 @@ def sensitivities(
     return curves, table
 
 
-def _own_moments(stream: Stream, layer: Layer, last: bool) -> dict[str, Moments]:
-    """Moments of both sub-layers with their own outputs as targets; the stream goes past the layer."""
-    found: dict[str, Moments | None] = dict.fromkeys(PARTS)
+def _own_moments(stream: Stream, layer: Layer, last: bool) -> dict[str, RawMoments]:
+    """RawMoments of both sub-layers with their own outputs as targets; the stream goes past the layer."""
+    found: dict[str, RawMoments | None] = dict.fromkeys(PARTS)
     states = []
     for number, mask in enumerate(stream.masks):
         weight = token_weights(mask, last, FIRST_TOKEN)
@@ -210,7 +211,7 @@ def keep_one(curves: Sequence[SublayerCurve]) -> list[int]:
 
 
 def _eliminate(
-    layer: Layer, part: str, moments: Moments, config: Config, levels: Sequence[int]
+    layer: Layer, part: str, moments: RawMoments, config: Config, levels: Sequence[int]
 ) -> Elimination:
     covariance, _, _ = moments.centred()
     width = layer.head_size if part == "heads" else 1

@@ -53,7 +53,7 @@ class Config(BaseModel):
 
 
 @dataclass(frozen=True)
-class Gates:
+class UnitGates:
     """Leaf tensors of ones, one row of gates for every row of the batch: L of (B, H) and L of (B, F)."""
 
     heads: list[Tensor]
@@ -61,7 +61,7 @@ class Gates:
 
 
 @contextmanager
-def gated(layers: Sequence[Layer], rows: int) -> Iterator[Gates]:
+def gated(layers: Sequence[Layer], rows: int) -> Iterator[UnitGates]:
     """Multiply every head's and neuron's output by a gate for as long as the context lasts.
 
     The gates have a row for each row of the batch, so that one backward pass of the summed loss gives the
@@ -72,7 +72,7 @@ def gated(layers: Sequence[Layer], rows: int) -> Iterator[Gates]:
         rows: B of the batches that will run.
     """
     hooks = []
-    gates = Gates([], [])
+    gates = UnitGates([], [])
     try:
         for layer in layers:
             device = next(layer.module.parameters()).device
@@ -91,12 +91,12 @@ def gated(layers: Sequence[Layer], rows: int) -> Iterator[Gates]:
             hook_.remove()
 
 
-def gradients(loss: Tensor, gates: Gates) -> Gates:
+def gradients(loss: Tensor, gates: UnitGates) -> UnitGates:
     """Derivative of a loss summed over rows with respect to every gate, in the shapes of the gates."""
     flat = torch.autograd.grad(
         loss, [*gates.heads, *gates.neurons], allow_unused=True, materialize_grads=True
     )
-    return Gates(list(flat[: len(gates.heads)]), list(flat[len(gates.heads) :]))
+    return UnitGates(list(flat[: len(gates.heads)]), list(flat[len(gates.heads) :]))
 
 
 def reduce_rows(gradient: Tensor, score: Score) -> Tensor:
@@ -141,7 +141,7 @@ def row_gradients(
     layers: Sequence[Layer],
     batches: Iterable[Labelled],
     task: Task = CLASSIFICATION,
-) -> Iterator[tuple[float, Gates]]:
+) -> Iterator[tuple[float, UnitGates]]:
     """For every batch, its rows' summed loss and the gradient of each row's loss with respect to its gates.
 
     The weights are frozen until the last batch, or until the iterator is closed.

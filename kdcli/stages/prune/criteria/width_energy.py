@@ -32,8 +32,7 @@ point, not a model to ship.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +46,7 @@ from kdcli.inputs import kinds
 from kdcli.models import transforms
 from kdcli.models.transforms import Width
 from kdcli.probe import definite
+from kdcli.probe.hooks import watching
 from kdcli.stages.prune.criterion import Criterion, Kept, WidthJob
 
 
@@ -216,27 +216,15 @@ def _watch(
     with torch.no_grad():
         for inputs, _ in job.batches:
             mask = kinds.mask(inputs).bool()
-            with _hooks(places, mask, take):
+
+            def see(number: int, given: Tensor, output: Tensor, mask: Tensor = mask) -> None:
+                # The head reads the first token, which is real in every row.
+                at = (slice(None), 0) if places[number].first_token else mask
+                take(number, given[at], output[at])
+
+            with watching({number: place.writer for number, place in enumerate(places)}, see):
                 job.model(**inputs)
             advance()
-
-
-@contextmanager
-def _hooks(places: list[Site], mask: Tensor, take: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    def hook(number: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def seen(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            # The head reads the first token, which is real in every row.
-            at = (slice(None), 0) if places[number].first_token else mask
-            take(number, args[0][at], output[at])
-
-        return seen
-
-    handles = [place.writer.register_forward_hook(hook(i)) for i, place in enumerate(places)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _others(kept: Tensor, width: int) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from kdcli.families.stack import encoder_layers, encoder_linears
 from kdcli.models import transforms
 from kdcli.models.transforms import Cut
-from kdcli.probe.layer_stream import Moments, Pair
+from kdcli.probe.layer_stream import Pair
+from kdcli.probe.raw_moments import RawMoments
 from kdcli.stages.prune.budget import choose, costs, layer_macs
 from kdcli.stages.prune.criteria import fisher, taylor
 from kdcli.stages.prune.criterion import UnitJob, Units
@@ -130,8 +131,8 @@ def test_without_interaction_nothing_moves() -> None:
         assert fisher.rearrange(matrix, np.array(kept)).tolist() == kept
 
 
-def moments(h: torch.Tensor, t: torch.Tensor) -> Moments:
-    return Moments(h.T @ h, h.T @ t, float(t.square().sum()), h.sum(0), t.sum(0), float(len(h)))
+def moments(h: torch.Tensor, t: torch.Tensor) -> RawMoments:
+    return RawMoments(h.T @ h, h.T @ t, float(t.square().sum()), h.sum(0), t.sum(0), float(len(h)))
 
 
 @pytest.mark.parametrize("width", [1, 3])
