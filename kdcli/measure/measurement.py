@@ -166,13 +166,45 @@ def measure(
     return Measured(Measurement(quality=found, size=sizes, compute=counted, latency=[], files=used), logits)
 
 
-def decided(checkpoint: Checkpoint, encoded: Encoded, progress: Progress) -> Task:
-    """The checkpoint's task with what these rows decide of it; those without a label have no say."""
+def decided(
+    checkpoint: Checkpoint,
+    encoded: Encoded,
+    progress: Progress,
+    *,
+    graph: Path | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+) -> Task:
+    """The checkpoint's task with what these rows decide of it; those without a label have no say.
+
+    Args:
+        checkpoint: A model with a head.
+        encoded: Rows of a validation split.
+        progress: Observer.
+        graph: Its ONNX form, whose answers decide where there is one; None: torch's.
+        device: ``cpu`` or ``cuda[:N]``, of the graph.
+        threads: Of the graph's session.
+    """
+    if not checkpoint.task.decides:
+        return checkpoint.task
     assert encoded.labels is not None
     known = checkpoint.task.known(encoded.labels)
     rows = encoded if known.all() else encoded.take(np.flatnonzero(known))
     assert rows.labels is not None
-    return checkpoint.task.fitted(_torch_logits(checkpoint, rows, progress, "validation"), rows.labels)
+    if graph is None:
+        logits = _torch_logits(checkpoint, rows, progress, "validation")
+    else:
+        logits = logits_of(
+            graph,
+            rows,
+            checkpoint.pad_id,
+            labels=len(checkpoint.labels),
+            threads=threads,
+            device=device,
+            progress=progress,
+            title="validation",
+        )
+    return checkpoint.task.fitted(logits, rows.labels)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,24 @@ class Blind:
 class Plain:
     """A task whose answers leave nothing to decide."""
 
+    def opened(self) -> Self:
+        """Itself."""
+        return self
+
+    def selection_score(
+        self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None
+    ) -> float:
+        """The score."""
+        return self.score(logits, labels, queries)
+
+    def set_apart(self, first: Self) -> Warning_ | None:
+        """Nothing."""
+        return None
+
+    def score(self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None) -> float:
+        """As :meth:`Task.score` has it."""
+        raise NotImplementedError
+
     @property
     def decides(self) -> bool:
         """No."""
@@ -147,7 +165,11 @@ class Task(Protocol):
 
     @property
     def decided(self) -> bool:
-        """Whether they have."""
+        """Whether they have, or are going to."""
+        ...
+
+    def opened(self) -> Self:
+        """This task for a model that rows of a validation split are going to decide something for."""
         ...
 
     def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
@@ -223,6 +245,19 @@ class Task(Protocol):
 
     def score(self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None) -> float:
         """The primary metric alone, larger is better."""
+        ...
+
+    def selection_score(
+        self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None
+    ) -> float:
+        """What models are chosen by on validation rows: the score that they have once these rows have decided.
+
+        Where nothing is to be decided it is :meth:`score`. Never of rows that a model is judged on.
+        """
+        ...
+
+    def set_apart(self, first: Self) -> Warning_ | None:
+        """What validation rows decided for this model or the first alone: their answers are then not read alike."""
         ...
 
     def measure(

@@ -17,6 +17,7 @@ from kdcli.export import sessions
 from kdcli.inputs import batching, text
 from kdcli.inputs.feeding import torch_runner
 from kdcli.inputs.text import Encoded
+from kdcli.measure import measurement
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
@@ -27,7 +28,7 @@ from kdcli.training.loop import FitOptions, fit
 from kdcli.training.resume import ResumePoint
 from kdcli.training.terms import Needs
 
-_FORMAT = 3  # raise it when the same inputs would give other cached content
+_FORMAT = 4  # raise it when the same inputs would give other cached content
 _BATCH_TOKENS = 4096
 
 
@@ -74,6 +75,7 @@ def fine_tuned(
     assert train.labels is not None
     train = train.take(np.flatnonzero(teacher.task.known(train.labels)))
     assert train.labels is not None
+    teacher.task = teacher.task.opened()
     with first_token_only(teacher, Needs()):
         result = fit(
             teacher.model,
@@ -90,6 +92,7 @@ def fine_tuned(
             task=teacher.task,
         )
     teacher.has_head = True
+    teacher.task = measurement.decided(teacher, encoded["validation"], progress)
     detail = {"fine_tuned": True, "key": name, **result.detail()}
     with distributed.first_then_others():
         if not cache.whole(place):
