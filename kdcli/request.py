@@ -88,7 +88,7 @@ class Gates(Options):
     """The conditions a stage's result must meet; every one of them is optional."""
 
     max_drop: Annotated[float | None, Flag(metavar="F")] = Field(
-        default=None, ge=0, le=1, description="Gate: accuracy may fall by at most this; 0.01 is one point."
+        default=None, ge=0, le=1, description="Gate: the metric may fall by at most this; 0.01 is one point."
     )
     min_speedup: Annotated[float | None, Flag(metavar="F")] = Field(
         default=None, ge=0, description="Gate: at least this many times faster."

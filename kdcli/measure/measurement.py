@@ -64,6 +64,7 @@ def logits_of(
     pad_id: int,
     *,
     labels: int,
+    task: Task,
     threads: int,
     device: str,
     progress: Progress,
@@ -81,6 +82,7 @@ def logits_of(
         code=cache.code(),
         device=device,
         threads=threads,
+        task=task.name,
         cpu=_cpu(),
     )
     path = cache.entry("predictions", f"{name}.npy")
@@ -89,7 +91,7 @@ def logits_of(
     size = 1 if dynamic_integers(graph) else 32
     groups = batching.equal_length_batches(encoded.lengths, size)
     logits: np.ndarray | None = None
-    running = classifier.running(graph, threads=threads, device=device, labels=labels)
+    running = classifier.running(graph, threads=threads, device=device, labels=labels, task=task)
     with running as run, progress.task(title, len(encoded)) as task:
         for rows in groups:
             part = run(batching.collate(encoded, rows, pad_id))
@@ -135,6 +137,7 @@ def measure(
                 encoded,
                 checkpoint.pad_id,
                 labels=len(checkpoint.labels),
+                task=checkpoint.task,
                 threads=threads,
                 device=device,
                 progress=progress,
@@ -199,6 +202,7 @@ def decided(
             rows,
             checkpoint.pad_id,
             labels=len(checkpoint.labels),
+            task=checkpoint.task,
             threads=threads,
             device=device,
             progress=progress,

@@ -29,7 +29,7 @@ from kdcli.report.schema import MetricValue, Warning_
 from kdcli.tasks import METRIC, THRESHOLDS, intervals
 from kdcli.tasks.f1 import macro_f1_statistic, micro_f1_statistic
 from kdcli.tasks.intervals import Statistic
-from kdcli.tasks.task import Blind, Comparison, Kind, Reduction, by_name, check_finite
+from kdcli.tasks.task import TINY, Blind, Comparison, Kind, Reduction, by_name, check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -274,6 +274,16 @@ class MultiLabel:
     def chosen(self, logits: np.ndarray) -> np.ndarray:
         """(N, C) bool: every label at or above its threshold."""
         return probabilities(logits) >= self._thresholds(logits.shape[1])
+
+    def unactivated(self, scores: np.ndarray, activation: str, where: str) -> np.ndarray:
+        """log p - log(1 - p) of what a sigmoid gave; a softmax is refused."""
+        if activation != "sigmoid":
+            raise InputError(
+                f"{where} ends in a {activation}: it chooses one label, but its configuration or --task says that any "
+                "number of labels can hold",
+                "say problem_type 'single_label_classification' in config.json, or export the model without it",
+            )
+        return np.log(np.maximum(scores, TINY)) - np.log(np.maximum(1 - scores, TINY))
 
     # What people get.
 

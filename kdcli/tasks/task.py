@@ -305,6 +305,19 @@ class Task(Protocol):
         """Where the primary metric means less than it seems to."""
         ...
 
+    def unactivated(self, scores: np.ndarray, activation: str, where: str) -> np.ndarray:
+        """Logits (N, C) of which a graph's last operator made these scores, float32.
+
+        Args:
+            scores: (N, C) float32.
+            activation: ``softmax`` or ``sigmoid``.
+            where: What messages call the graph.
+
+        Raises:
+            InputError: Such scores are no answers of this task.
+        """
+        ...
+
     # What people get.
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
@@ -323,6 +336,10 @@ class Task(Protocol):
                 tensor (C,) and ``loaded`` kdcli's checkpoint.
         """
         ...
+
+
+TINY = np.finfo(np.float32).tiny
+"""A probability that was rounded to zero has a logarithm all the same."""
 
 
 def check_finite(logits: np.ndarray, split: str) -> None:

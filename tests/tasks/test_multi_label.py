@@ -396,3 +396,15 @@ def test_two_models_read_at_different_terms_are_told_apart() -> None:
         assert warning.code == "thresholds"
         assert "0.5 (none is stored with it)" in warning.message
         assert "0.3" in warning.message
+
+
+def test_logits_are_got_back_from_a_sigmoid() -> None:
+    logits = np.array([[-90.0, -3.5, 0.0, 2.25, 40.0]], np.float32)
+    back = TASK.unactivated(sigmoid(logits).astype(np.float32), "sigmoid", "a graph")
+    # float32 keeps 24 bits of 1 - p: at p = 0.9 an error of 1e-6; 1 itself is some large finite number.
+    assert np.allclose(back[:, 1:4], logits[:, 1:4], atol=1e-6)
+    assert np.isfinite(back).all()
+    assert back[0, 0] < -80
+    assert back[0, 4] > 80
+    with pytest.raises(InputError, match="ends in a softmax: it chooses one label"):
+        TASK.unactivated(logits, "softmax", "a graph")
