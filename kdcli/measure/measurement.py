@@ -92,13 +92,13 @@ def logits_of(
     groups = batching.equal_length_batches(encoded.lengths, size)
     logits: np.ndarray | None = None
     running = classifier.running(graph, threads=threads, device=device, labels=labels, task=task)
-    with running as run, progress.task(title, len(encoded)) as task:
+    with running as run, progress.task(title, len(encoded)) as counted:
         for rows in groups:
             part = run(batching.collate(encoded, rows, pad_id))
             if logits is None:
                 logits = np.empty((len(encoded), part.shape[1]), dtype=np.float32)
             logits[rows] = part
-            task.advance(len(rows))
+            counted.advance(len(rows))
     assert logits is not None
     cache.save_array(path, logits)
     return logits

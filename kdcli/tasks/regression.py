@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 import torch
 
-from kdcli.errors import InputError
+from kdcli.errors import InputError, UsageError
 from kdcli.report.schema import MetricValue, Warning_
 from kdcli.tasks import METRIC, intervals, ranking
 from kdcli.tasks.intervals import Statistic, ratio
@@ -209,8 +209,12 @@ class Regression(Plain):
         """(N, 1) the numbers."""
         return logits.astype(np.float64)
 
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> list[dict[str, object]]:
+    def answer(
+        self, logits: np.ndarray, names: Sequence[str], top: int | None = None
+    ) -> list[dict[str, object]]:
         """``score``: the number."""
+        if top is not None:
+            raise UsageError(f"an answer of the task {self.name} is a number: there are no labels to rank")
         return [{"score": number} for number in logits[:, 0].tolist()]
 
     def snippet(self, of_graph: bool) -> str:
