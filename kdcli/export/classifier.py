@@ -22,6 +22,7 @@ from kdcli.errors import InputError, first_line
 from kdcli.export import files, sessions
 from kdcli.inputs.batching import Arrays
 from kdcli.inputs.text import TEXT
+from kdcli.tasks.task import Task
 
 _TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 # Some exporters want the mask as it enters the attention.
@@ -30,7 +31,12 @@ _SCORES = ("tensor(float)", "tensor(float16)", "tensor(double)")
 _LOGITS = "logits"
 # Between a softmax and the output these change nothing but the form.
 _PASSING = frozenset({"Identity", "Cast", "DequantizeLinear", "Reshape", "Squeeze", "Flatten"})
-_TINY = np.finfo(np.float32).tiny  # a probability that was rounded to zero has a logarithm all the same
+_ACTIVATIONS = {
+    "Softmax": "softmax",
+    "QLinearSoftmax": "softmax",
+    "Sigmoid": "sigmoid",
+    "QLinearSigmoid": "sigmoid",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Signature:
 
     inputs: dict[str, Any]  # name -> numpy type that it is given as
     output: str
-    probabilities: bool  # it ends in a softmax
+    activation: str | None  # that it ends in: softmax or sigmoid
 
 
 def signature(session: ort.InferenceSession, path: Path) -> Signature:
@@ -67,7 +73,7 @@ def signature(session: ort.InferenceSession, path: Path) -> Signature:
             f"(its inputs: {', '.join(takes) or 'none'})"
         )
     output = _output(session, path)
-    return Signature(takes, output, _ends_in_softmax(path, output))
+    return Signature(takes, output, _activation(path, output))
 
 
 def _free(value: Any, path: Path) -> None:
@@ -104,27 +110,18 @@ def _output(session: ort.InferenceSession, path: Path) -> str:
     )
 
 
-def _ends_in_softmax(path: Path, output: str) -> bool:
-    """Whether the output is made by a softmax.
-
-    Raises:
-        InputError: By a sigmoid: then several labels hold at once.
-    """
+def _activation(path: Path, output: str) -> str | None:
+    """What the output is made by: softmax, sigmoid, or neither."""
     makers = {name: node for node in files.outline(path).graph.node for name in node.output}
     node = makers.get(output)
     while node is not None and node.op_type in _PASSING:
         node = makers.get(node.input[0])
-    kind = None if node is None else node.op_type
-    if kind == "Sigmoid":
-        raise InputError(
-            f"{path} ends in a sigmoid: it says yes or no to every label, and kdcli judges models that choose one"
-        )
-    return kind in ("Softmax", "QLinearSoftmax")
+    return None if node is None else _ACTIVATIONS.get(node.op_type)
 
 
 @contextmanager
 def running(
-    path: Path, *, threads: int, device: str = "cpu", labels: int | None = None
+    path: Path, *, threads: int, device: str = "cpu", labels: int | None = None, task: Task | None = None
 ) -> Iterator[Callable[[Arrays], np.ndarray]]:
     """Open a graph for a while, as :func:`kdcli.export.sessions.running` does.
 
@@ -133,13 +130,14 @@ def running(
         threads: Threads inside one operator.
         device: ``cpu`` or ``cuda[:N]``.
         labels: How many numbers a row must get.
+        task: What an answer is; None: nobody looks at the answers.
 
     Yields:
-        A function from a batch of (B, T) arrays to logits (B, C), float32. Probabilities become their logarithms,
-        whose softmax they are.
+        A function from a batch of (B, T) arrays to logits (B, C), float32; where the graph ends in an activation, those
+        that the task gets back from it.
 
     Raises:
-        InputError: The graph is no text classifier, or stops on a batch.
+        InputError: The graph is no text classifier, stops on a batch, or ends in what the task has no answers from.
     """
     held = [sessions.open_session(path, threads=threads, device=device)]
     try:
@@ -158,7 +156,9 @@ def running(
                 ) from error
             _check_scores(scores, rows, labels, path)
             scores = scores.astype(np.float32, copy=False)
-            return np.log(np.maximum(scores, _TINY)) if how.probabilities else scores
+            if how.activation is None or task is None:
+                return scores
+            return task.unactivated(scores, how.activation, f"'{path}'")
 
         yield run
     finally:

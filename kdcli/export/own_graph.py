@@ -148,7 +148,9 @@ def agreement(checkpoint: Checkpoint, graph: Path, encoded: Encoded, *, threads:
         sampling.strata(encoded, checkpoint.task), len(encoded), ROWS, sampling.JUDGING_SEED
     )
     wanted, given = [], []
-    with classifier.running(graph, threads=threads, labels=len(checkpoint.labels)) as run:
+    with classifier.running(
+        graph, threads=threads, labels=len(checkpoint.labels), task=checkpoint.task
+    ) as run:
         for row in at:
             batch = batching.collate(encoded, [row], checkpoint.pad_id)
             wanted.append(reference(batch))

@@ -9,7 +9,7 @@ from kdcli.report import metrics
 from kdcli.report.facts import SIGNIFICANT
 from kdcli.report.gates import drop_of
 from kdcli.report.schema import Delta, Measurement, Quality, Warning_
-from kdcli.tasks.task import Comparison
+from kdcli.tasks.task import Comparison, Task
 
 
 def compare(before: Measurement | None, after: Measurement) -> Delta:
@@ -74,6 +74,28 @@ def of_two(before: Timed, after: Timed, labels: Sequence[str]) -> Delta:
     assert rows.labels is not None
     logits = before.measured.logits[:, order], after.measured.logits
     return row_by_row(delta, other.compare(*logits, rows.labels, rows.queries, first=one))
+
+
+def set_apart(before: Timed, after: Timed, decided: Task | None = None) -> list[Warning_]:
+    """Say so where validation rows decided something for one of two models alone.
+
+    Args:
+        before: One model.
+        after: The other.
+        decided: The task of ``before`` if the same rows had decided for it, too: what it reaches then is told.
+    """
+    first, second = before.checkpoint.task, after.checkpoint.task
+    found = second.set_apart(first) if first.name == second.name else None
+    if found is None:
+        return []
+    if decided is None:
+        return [found]
+    labels = before.encoded.labels
+    assert labels is not None
+    metric = metrics.of(decided.primary)
+    value = metric.number(decided.score(before.measured.logits, labels, before.encoded.queries))
+    fair = f"decided for by the rows that decided for 'after', 'before' has a {metric.title} of {value}"
+    return [found.model_copy(update={"message": f"{found.message}; {fair}"})]
 
 
 def row_by_row(delta: Delta, found: Comparison) -> Delta:

@@ -64,6 +64,7 @@ def logits_of(
     pad_id: int,
     *,
     labels: int,
+    task: Task,
     threads: int,
     device: str,
     progress: Progress,
@@ -81,6 +82,7 @@ def logits_of(
         code=cache.code(),
         device=device,
         threads=threads,
+        task=task.name,
         cpu=_cpu(),
     )
     path = cache.entry("predictions", f"{name}.npy")
@@ -89,14 +91,14 @@ def logits_of(
     size = 1 if dynamic_integers(graph) else 32
     groups = batching.equal_length_batches(encoded.lengths, size)
     logits: np.ndarray | None = None
-    running = classifier.running(graph, threads=threads, device=device, labels=labels)
-    with running as run, progress.task(title, len(encoded)) as task:
+    running = classifier.running(graph, threads=threads, device=device, labels=labels, task=task)
+    with running as run, progress.task(title, len(encoded)) as counted:
         for rows in groups:
             part = run(batching.collate(encoded, rows, pad_id))
             if logits is None:
                 logits = np.empty((len(encoded), part.shape[1]), dtype=np.float32)
             logits[rows] = part
-            task.advance(len(rows))
+            counted.advance(len(rows))
     assert logits is not None
     cache.save_array(path, logits)
     return logits
@@ -135,6 +137,7 @@ def measure(
                 encoded,
                 checkpoint.pad_id,
                 labels=len(checkpoint.labels),
+                task=checkpoint.task,
                 threads=threads,
                 device=device,
                 progress=progress,
@@ -166,13 +169,46 @@ def measure(
     return Measured(Measurement(quality=found, size=sizes, compute=counted, latency=[], files=used), logits)
 
 
-def decided(checkpoint: Checkpoint, encoded: Encoded, progress: Progress) -> Task:
-    """The checkpoint's task with what these rows decide of it; those without a label have no say."""
+def decided(
+    checkpoint: Checkpoint,
+    encoded: Encoded,
+    progress: Progress,
+    *,
+    graph: Path | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+) -> Task:
+    """The checkpoint's task with what these rows decide of it; those without a label have no say.
+
+    Args:
+        checkpoint: A model with a head.
+        encoded: Rows of a validation split.
+        progress: Observer.
+        graph: Its ONNX form, whose answers decide where there is one; None: torch's.
+        device: ``cpu`` or ``cuda[:N]``, of the graph.
+        threads: Of the graph's session.
+    """
+    if not checkpoint.task.decides:
+        return checkpoint.task
     assert encoded.labels is not None
     known = checkpoint.task.known(encoded.labels)
     rows = encoded if known.all() else encoded.take(np.flatnonzero(known))
     assert rows.labels is not None
-    return checkpoint.task.fitted(_torch_logits(checkpoint, rows, progress, "validation"), rows.labels)
+    if graph is None:
+        logits = _torch_logits(checkpoint, rows, progress, "validation")
+    else:
+        logits = logits_of(
+            graph,
+            rows,
+            checkpoint.pad_id,
+            labels=len(checkpoint.labels),
+            task=checkpoint.task,
+            threads=threads,
+            device=device,
+            progress=progress,
+            title="validation",
+        )
+    return checkpoint.task.fitted(logits, rows.labels)
 
 
 @dataclass(frozen=True)

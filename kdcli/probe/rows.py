@@ -53,12 +53,12 @@ def logits(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[Tensor]:
 
 @torch.no_grad()
 def score(context: Context, rows: Encoded) -> float:
-    """The task's score of the model as it is now, on rows with labels."""
+    """What the task chooses models by, of the model as it is now, on rows with labels."""
     assert rows.labels is not None
     found = np.empty((len(rows), len(context.checkpoint.labels)), dtype=np.float32)
     for at, batch in indexed(context, rows):
         found[at] = context.checkpoint.model(**batch).logits.float().cpu().numpy()
-    return context.checkpoint.task.score(found, rows.labels)
+    return context.checkpoint.task.selection_score(found, rows.labels, rows.queries)
 
 
 def unpadded(context: Context, rows: Encoded) -> list[dict[str, Tensor]]:

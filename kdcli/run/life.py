@@ -35,6 +35,7 @@ from kdcli.request import Request
 from kdcli.run import evaluation, lineage, output, preflight, report_of
 from kdcli.run.outcome import Outcome
 from kdcli.run.report_of import Judged
+from kdcli.tasks.task import Task
 from kdcli.timing import Timings
 from kdcli.training import distributed
 
@@ -260,6 +261,20 @@ class _Life:
         """A student decides anew; a model that was changed only where the input has decided, too."""
         return self.context.request.stage == "distill" or self.before.checkpoint.task.decided
 
+    def _decided_alike(self) -> Task | None:
+        """The input's task, had the rows that decided for the output decided for it, too; None where they have."""
+        given = self.before.checkpoint
+        if given.task.decided or not self.made.task.decided:
+            return None
+        return measurement.decided(
+            given,
+            self.context.encoded["validation"],
+            self.progress,
+            graph=self.before.graph,
+            device=self.conditions.device,
+            threads=self.conditions.threads,
+        )
+
     def export(self, applied: Applied) -> None:
         """Write the graph that ships."""
         self.progress.phase("export")
@@ -304,6 +319,7 @@ class _Life:
             *applied.warnings,
             *self.graph.warnings,
             *comparison.honest(delta, before.measurement, after.measurement),
+            *comparison.set_apart(self.before, self.after, self._decided_alike()),
             *given.task.doubts(before.logits, self.rows.labels, self.labels, of_input=True),
             *made.task.doubts(after.logits, self.made_rows.labels, made.labels),
             *lineage.selected([*self.history, entry], self.split, self.picked.split_sha256),

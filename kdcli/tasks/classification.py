@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
+from kdcli.errors import InputError
 from kdcli.names import printable
 from kdcli.report.schema import MetricValue, Warning_
 from kdcli.tasks import METRIC, intervals
 from kdcli.tasks.f1 import macro_f1_statistic
 from kdcli.tasks.intervals import Statistic, ratio
-from kdcli.tasks.task import Blind, Comparison, Plain, Reduction, by_name, check_finite, highest
+from kdcli.tasks.task import TINY, Blind, Comparison, Plain, Reduction, by_name, check_finite, highest
 
 if TYPE_CHECKING:
     import torch
@@ -253,6 +254,16 @@ class Classification(Plain):
             )
             return [Warning_(code=f"{code}majority", message=message)]
         return []
+
+    def unactivated(self, scores: np.ndarray, activation: str, where: str) -> np.ndarray:
+        """The logarithms of what a softmax gave, whose softmax they are; a sigmoid is refused."""
+        if activation != "softmax":
+            raise InputError(
+                f"{where} ends in a {activation}: it says yes or no to every label, but its configuration or --task "
+                "says that one label is chosen",
+                "say problem_type 'multi_label_classification' in config.json if any number of labels can hold",
+            )
+        return np.log(np.maximum(scores, TINY))
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
         """The softmax."""

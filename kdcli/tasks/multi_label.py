@@ -29,7 +29,7 @@ from kdcli.report.schema import MetricValue, Warning_
 from kdcli.tasks import METRIC, THRESHOLDS, intervals
 from kdcli.tasks.f1 import macro_f1_statistic, micro_f1_statistic
 from kdcli.tasks.intervals import Statistic
-from kdcli.tasks.task import Blind, Comparison, Kind, Reduction, by_name, check_finite, highest
+from kdcli.tasks.task import TINY, Blind, Comparison, Kind, Reduction, by_name, check_finite, highest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,10 +44,12 @@ class MultiLabel:
     Args:
         primary: The primary metric, as in the contract.
         thresholds: Of every label, probabilities; None: 0.5 for all.
+        undecided: Validation rows are going to fit the thresholds.
     """
 
     primary: str = "micro_f1"
     thresholds: tuple[float, ...] | None = None
+    undecided: bool = False
 
     name = "multi-label"
     kind: ClassVar[Kind] = "any-of"
@@ -71,12 +73,16 @@ class MultiLabel:
 
     @property
     def decided(self) -> bool:
-        """Whether there are thresholds."""
-        return self.thresholds is not None
+        """Whether there are thresholds, or are going to be."""
+        return self.undecided or self.thresholds is not None
+
+    def opened(self) -> Self:
+        """Without thresholds, which are going to be fitted."""
+        return replace(self, thresholds=None, undecided=True)
 
     def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
         """With the thresholds of :func:`fit_thresholds`."""
-        return replace(self, thresholds=fit_thresholds(logits, labels))
+        return replace(self, thresholds=fit_thresholds(logits, labels), undecided=False)
 
     def config_fields(self) -> dict[str, object]:
         """``problem_type``, and the metric and the thresholds where they are not the default ones."""
@@ -174,6 +180,25 @@ class MultiLabel:
         """The primary metric."""
         return self._statistic(self.primary, logits, labels).value
 
+    def selection_score(
+        self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None
+    ) -> float:
+        """With the best threshold for these rows, where one is going to be fitted, for the first time or anew.
+
+        At 0.5 a student of soft answers gives no label at all for many epochs, and all of them look alike.
+        """
+        return (self.fitted(logits, labels) if self.decided else self).score(logits, labels)
+
+    def set_apart(self, first: Self) -> Warning_ | None:
+        """``thresholds``: one model has some, and the other is read at 0.5."""
+        if (self.thresholds is None) == (first.thresholds is None):
+            return None
+        message = (
+            f"the two models are read at different thresholds, each at its own: 'before' at "
+            f"{_limits(first.thresholds)}, 'after' at {_limits(self.thresholds)}"
+        )
+        return Warning_(code="thresholds", message=message)
+
     def measure(
         self, logits: np.ndarray, labels: np.ndarray, split: str, queries: np.ndarray | None = None
     ) -> dict[str, MetricValue]:
@@ -249,6 +274,16 @@ class MultiLabel:
     def chosen(self, logits: np.ndarray) -> np.ndarray:
         """(N, C) bool: every label at or above its threshold."""
         return probabilities(logits) >= self._thresholds(logits.shape[1])
+
+    def unactivated(self, scores: np.ndarray, activation: str, where: str) -> np.ndarray:
+        """log p - log(1 - p) of what a sigmoid gave; a softmax is refused."""
+        if activation != "sigmoid":
+            raise InputError(
+                f"{where} ends in a {activation}: it chooses one label, but its configuration or --task says that any "
+                "number of labels can hold",
+                "say problem_type 'single_label_classification' in config.json, or export the model without it",
+            )
+        return np.log(np.maximum(scores, TINY)) - np.log(np.maximum(1 - scores, TINY))
 
     # What people get.
 
@@ -375,6 +410,13 @@ def fit_thresholds(logits: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
     at = middle[best[np.abs(middle[best]).argmin()]]
     # Beyond 30 a probability is 0 or 1 to 13 digits, and no threshold lies between.
     return (1 / (1 + math.exp(-max(-30.0, min(30.0, at)))),) * logits.shape[1]
+
+
+def _limits(thresholds: tuple[float, ...] | None) -> str:
+    if thresholds is None:
+        return f"{DEFAULT_THRESHOLD} (none is stored with it)"
+    low, high = min(thresholds), max(thresholds)
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
 
 
 def _listed(chosen: np.ndarray, names: Sequence[str]) -> str:

@@ -199,6 +199,12 @@ class Regression(Plain):
 
     # What people get.
 
+    def unactivated(self, scores: np.ndarray, activation: str, where: str) -> np.ndarray:
+        """The numbers themselves, which are what the owner of a reranker with a sigmoid gets; a softmax is refused."""
+        if activation != "sigmoid":
+            raise InputError(f"{where} ends in a {activation}: of one number that is always 1")
+        return scores
+
     def scores(self, logits: np.ndarray) -> np.ndarray:
         """(N, 1) the numbers."""
         return logits.astype(np.float64)

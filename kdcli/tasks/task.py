@@ -71,6 +71,24 @@ class Blind:
 class Plain:
     """A task whose answers leave nothing to decide."""
 
+    def opened(self) -> Self:
+        """Itself."""
+        return self
+
+    def selection_score(
+        self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None
+    ) -> float:
+        """The score."""
+        return self.score(logits, labels, queries)
+
+    def set_apart(self, first: Self) -> Warning_ | None:
+        """Nothing."""
+        return None
+
+    def score(self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None) -> float:
+        """As :meth:`Task.score` has it."""
+        raise NotImplementedError
+
     @property
     def decides(self) -> bool:
         """No."""
@@ -152,7 +170,11 @@ class Task(Protocol):
 
     @property
     def decided(self) -> bool:
-        """Whether they have."""
+        """Whether they have, or are going to."""
+        ...
+
+    def opened(self) -> Self:
+        """This task for a model that rows of a validation split are going to decide something for."""
         ...
 
     def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
@@ -230,6 +252,19 @@ class Task(Protocol):
         """The primary metric alone, larger is better."""
         ...
 
+    def selection_score(
+        self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None
+    ) -> float:
+        """What models are chosen by on validation rows: the score that they have once these rows have decided.
+
+        Where nothing is to be decided it is :meth:`score`. Never of rows that a model is judged on.
+        """
+        ...
+
+    def set_apart(self, first: Self) -> Warning_ | None:
+        """What validation rows decided for this model or the first alone: their answers are then not read alike."""
+        ...
+
     def measure(
         self, logits: np.ndarray, labels: np.ndarray, split: str, queries: np.ndarray | None = None
     ) -> dict[str, MetricValue]:
@@ -275,6 +310,19 @@ class Task(Protocol):
         """Where the primary metric means less than it seems to."""
         ...
 
+    def unactivated(self, scores: np.ndarray, activation: str, where: str) -> np.ndarray:
+        """Logits (N, C) of which a graph's last operator made these scores, float32.
+
+        Args:
+            scores: (N, C) float32.
+            activation: ``softmax`` or ``sigmoid``.
+            where: What messages call the graph.
+
+        Raises:
+            InputError: Such scores are no answers of this task.
+        """
+        ...
+
     # What people get.
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
@@ -304,6 +352,10 @@ class Task(Protocol):
                 tensor (C,) and ``loaded`` kdcli's checkpoint.
         """
         ...
+
+
+TINY = np.finfo(np.float32).tiny
+"""A probability that was rounded to zero has a logarithm all the same."""
 
 
 def check_finite(logits: np.ndarray, split: str) -> None:

@@ -309,7 +309,7 @@ def evaluate(
     batches: list[tuple[np.ndarray, Mapping[str, np.ndarray]]],
     device: torch.device,
 ) -> tuple[float, float]:
-    """The task's score and mean loss of ``model`` on labelled rows."""
+    """What the task chooses models by, and the mean loss, of ``model`` on labelled rows."""
     model.eval()
     assert encoded.labels is not None
     every: Tensor | None = None
@@ -327,7 +327,7 @@ def evaluate(
         every = distributed.total(every)
         total = float(distributed.total(torch.tensor(total, device=device)))
     assert every is not None
-    return task.score(every.cpu().numpy(), encoded.labels), total / len(encoded)
+    return task.selection_score(every.cpu().numpy(), encoded.labels, encoded.queries), total / len(encoded)
 
 
 def inference(encoded: Encoded, size: int, pad_id: int) -> list[tuple[np.ndarray, Mapping[str, np.ndarray]]]:

@@ -18,6 +18,7 @@ from kdcli.export import sessions
 from kdcli.inputs import batching, text
 from kdcli.inputs.feeding import torch_runner
 from kdcli.inputs.text import Encoded
+from kdcli.measure import measurement
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
@@ -28,7 +29,7 @@ from kdcli.training.loop import FitOptions
 from kdcli.training.resumable import TrainingId
 from kdcli.training.terms import Needs
 
-_FORMAT = 3  # raise it when the same inputs would give other cached content
+_FORMAT = 4  # raise it when the same inputs would give other cached content
 _BATCH_TOKENS = 4096
 
 
@@ -69,11 +70,13 @@ def fine_tuned(
     assert train.labels is not None
     train = train.take(np.flatnonzero(teacher.task.known(train.labels)))
     assert train.labels is not None
+    teacher.task = teacher.task.opened()
     with first_token_only(teacher, Needs()):
         training = TrainingId(title="fine-tuning the teacher", place="teacher", identity={"teacher": name})
         loss = label_loss(teacher.task, train.labels, device)
         result = resumable.run(context, training, teacher, train, loss, options)
     teacher.has_head = True
+    teacher.task = measurement.decided(teacher, encoded["validation"], progress)
     detail = {"fine_tuned": True, "key": name, **result.detail()}
     with distributed.first_then_others():
         if not cache.whole(place):

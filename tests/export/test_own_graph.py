@@ -308,6 +308,34 @@ def test_probabilities_are_calibrated_as_what_they_are(
     assert codes(report) == set()
 
 
+def test_a_sigmoid_of_several_labels_is_understood(plain: Path, graph: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [
+        ("good film", ["positive"]),
+        ("bad plot", ["negative"]),
+        ("good and bad", ["negative", "positive"]),
+    ]
+    lines = [json.dumps({"text": text, "labels": labels}) for text, labels in [*rows, ("the film", [])] * 3]
+    for split in ("train", "validation", "test"):
+        (data / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    found = []
+    for name, change in (("logits", None), ("scores", sigmoid)):
+        place = copied(plain, tmp_path / name)
+        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        config["problem_type"] = "multi_label_classification"
+        (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        model = onnx.load(str(graph))
+        if change is not None:
+            change(model)
+        onnx.save(model, str(place / "model.onnx"))
+        report = judge(place, data=data).report
+        assert codes(report) <= {"split-overlap", "majority"}  # it agrees with the checkpoint beside it
+        assert report.after.quality is not None
+        found.append({name: one.value for name, one in report.after.quality.metrics.items()})
+    assert found[0] == found[1]  # the order of scores and the side of the threshold stay as they are
+
+
 def positions(model: onnx.ModelProto) -> None:
     value = helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["batch", "sequence"])
     model.graph.input.append(value)

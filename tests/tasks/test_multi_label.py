@@ -367,3 +367,44 @@ def test_answers_and_the_lines_of_the_card_give_the_same_labels(capsys: pytest.C
         exec(task.snippet(of_graph=False), {"loaded": loaded, "logits": torch.from_numpy(logits[0])})
     assert capsys.readouterr().out.splitlines() == ["['joy', 'fear']"] * 2 + ["['joy', 'fear', 'never']"]
     assert json.loads(MultiLabel().about(2)["thresholds"]) == [0.5, 0.5]
+
+
+def test_models_are_chosen_by_what_their_thresholds_will_give(rows: tuple[np.ndarray, np.ndarray]) -> None:
+    logits, labels = rows
+    low = logits - 10  # at 0.5 no label at all, and the same order
+    assert TASK.opened().score(low, labels) == 0
+    best = max(
+        f1_score(labels, sigmoid(logits) >= limit, average="micro", zero_division=0)
+        for limit in sigmoid(np.unique(logits) - 0.01)
+    )
+    for undecided in (MultiLabel(undecided=True), TASK):  # thresholds that are there are fitted anew
+        assert undecided.decided
+        assert undecided.selection_score(low, labels) == pytest.approx(best)
+    as_it_is = MultiLabel()  # as a model that came without thresholds
+    assert not as_it_is.decided
+    assert as_it_is.selection_score(low, labels) == 0
+    assert not TASK.opened().fitted(low, labels).undecided
+
+
+def test_two_models_read_at_different_terms_are_told_apart() -> None:
+    plain, fitted = MultiLabel(), MultiLabel(thresholds=(0.3, 0.3))
+    assert fitted.set_apart(MultiLabel(thresholds=(0.6, 0.6))) is None
+    assert plain.set_apart(plain) is None
+    for pair in ((plain, fitted), (fitted, plain)):
+        warning = pair[0].set_apart(pair[1])
+        assert warning is not None
+        assert warning.code == "thresholds"
+        assert "0.5 (none is stored with it)" in warning.message
+        assert "0.3" in warning.message
+
+
+def test_logits_are_got_back_from_a_sigmoid() -> None:
+    logits = np.array([[-90.0, -3.5, 0.0, 2.25, 40.0]], np.float32)
+    back = TASK.unactivated(sigmoid(logits).astype(np.float32), "sigmoid", "a graph")
+    # float32 keeps 24 bits of 1 - p: at p = 0.9 an error of 1e-6; 1 itself is some large finite number.
+    assert np.allclose(back[:, 1:4], logits[:, 1:4], atol=1e-6)
+    assert np.isfinite(back).all()
+    assert back[0, 0] < -80
+    assert back[0, 4] > 80
+    with pytest.raises(InputError, match="ends in a softmax: it chooses one label"):
+        TASK.unactivated(logits, "softmax", "a graph")

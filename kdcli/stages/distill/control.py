@@ -121,7 +121,7 @@ def control(
     """
     picked = pick(context.dataset, None, None)
     split, measured = picked.split, picked.of(context.encoded)
-    runs, given = [], []
+    runs, given, decided = [], [], []
     for lesson in lessons(context, taught, texts):
         other = copy.copy(taught.checkpoint)
         other.model = copy.deepcopy(taught.checkpoint.model)
@@ -134,6 +134,7 @@ def control(
         with first_token_only(other, Needs()):
             result = run_fit(context, other, lesson.rows, lesson.loss, options, title)
         given.append(answers(other, measured))
+        decided.append(_decided(context, other))
         runs.append(
             {
                 "name": lesson.name,
@@ -142,9 +143,8 @@ def control(
                 "training": result.detail(),
             }
         )
-    found, warnings = compare(
-        taught.checkpoint.task, answers(taught.checkpoint, measured), given, runs, measured
-    )
+    own = answers(taught.checkpoint, measured)
+    found, warnings = compare(_decided(context, taught.checkpoint), own, decided, given, runs, measured)
     found["split"] = split
     words = control_words(found)
     if words is not None:
@@ -152,9 +152,21 @@ def control(
     return found, warnings
 
 
+def _decided(context: Context, model: Checkpoint) -> Task:
+    """The task as the model would ship with it: what validation rows decide, each model decides for itself."""
+    rows = context.encoded["validation"]
+    if not model.task.decides:
+        return model.task
+    assert rows.labels is not None
+    known = rows.take(np.flatnonzero(model.task.known(rows.labels)))
+    assert known.labels is not None
+    return model.task.fitted(answers(model, known), known.labels)
+
+
 def compare(
     task: Task,
     student: np.ndarray,
+    tasks: Sequence[Task],
     controls: Sequence[np.ndarray],
     runs: Sequence[dict[str, Any]],
     rows: Encoded,
@@ -162,8 +174,9 @@ def compare(
     """What the teacher gave, row by row, and a warning when that is no more than noise.
 
     Args:
-        task: What an answer is.
+        task: Of the student.
         student: Logits (N, C).
+        tasks: Of each control.
         controls: Logits (N, C) of each control.
         runs: What each of them is, for the report.
         rows: N labelled rows.
@@ -174,11 +187,11 @@ def compare(
     """
     labels = rows.labels
     assert labels is not None
-    own, metric = task.score(student, labels), task.primary
+    own, metric = task.score(student, labels, rows.queries), task.primary
     made = []
-    for run, given in zip(runs, controls, strict=True):
-        score = task.score(given, labels)
-        p_value = task.compare(given, student, labels).p_value
+    for run, other, given in zip(runs, tasks, controls, strict=True):
+        score = other.score(given, labels, rows.queries)
+        p_value = task.compare(given, student, labels, rows.queries, first=other).p_value
         made.append(run | {metric: score, "gain": own - score, "p_value": p_value})
     best = max(made, key=lambda run: float(run[metric]))
     found = {

@@ -132,7 +132,7 @@ def make(
         resolve=lambda ref: references.resolve(ref, offline=offline).path,
         vectors=lambda: vocabulary.token_vectors(teacher, context.progress),
     )
-    made.checkpoint.task = teacher.task
+    made.checkpoint.task = teacher.task.opened()
     made.checkpoint.model.to(context.device)
     set_dropout(made.checkpoint, plan.settings.dropout)
     for note in made.notes:

@@ -165,6 +165,7 @@ def compare(one: Candidate, baseline: Candidate | None, lineage: list[LineageEnt
     if baseline is not None:
         found.before = baseline.measured.measurement
         found.delta = comparison.of_two(baseline.timed, one.timed, baseline.checkpoint.labels)
+        found.warnings += comparison.set_apart(baseline.timed, one.timed)
     elif len(one.checkpoint.log.lineage) > 1 and (recorded := io.recorded(lineage[0])) is not None:
         found.before = comparison.from_record(recorded, after)
         found.delta = comparison.compare(found.before, after)

@@ -54,7 +54,7 @@ def apply(context: Context, plan: QuantizePlan) -> Applied:
         missed = limit is not None and not bisection.keeps(drop, limit)
         if asked or missed:
             measured = single_layers.measure(simulation, checkpoint, rows, context.progress)
-            detail["sensitivity"] = single_layers.table(measured)
+            detail["sensitivity"] = single_layers.table(measured, checkpoint.task.primary)
         if missed:
             assert limit is not None
             found = single_layers.search(simulation, measured["units"], rows, base, limit, first)

@@ -39,7 +39,7 @@ class Answers:
     @property
     def score(self) -> float:
         """The task's, against the labels."""
-        return self.task.score(self.logits, self.labels)
+        return self.task.selection_score(self.logits, self.labels)
 
     def divergence(self, other: Answers) -> float:
         """Mean divergence of the other's answers from these; in nats where it is a KL."""

@@ -24,20 +24,20 @@ class LayerGroup:
 
     name: str
     layers: list[str]
-    #: Mean divergence from the float model's answers, and accuracy, with this unit alone quantised ...
+    #: Mean divergence from the float model's answers, and score, with this unit alone quantised ...
     alone: tuple[float, float] = (0.0, 0.0)
     #: ... and with this unit alone kept in float.
     kept: tuple[float, float] = (0.0, 0.0)
 
-    def row(self) -> dict[str, Any]:
-        """For the report."""
+    def row(self, metric: str) -> dict[str, Any]:
+        """For the report, the scores by the name of the metric."""
         return {
             "unit": self.name,
             "layers": len(self.layers),
             "divergence_one_quantised": self.alone[0],
-            "accuracy_one_quantised": self.alone[1],
+            f"{metric}_one_quantised": self.alone[1],
             "divergence_one_kept": self.kept[0],
-            "accuracy_one_kept": self.kept[1],
+            f"{metric}_one_kept": self.kept[1],
         }
 
 
@@ -163,12 +163,12 @@ def _unit_of(checkpoint: Checkpoint, layer: str) -> str:
     return layer
 
 
-def table(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`measure` found, for the report."""
+def table(found: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """What :func:`measure` found, for the report, the scores by the name of the metric."""
     return {
         "rows": found["rows"],
         "divergence_all_quantised": found["all"][0],
-        "accuracy_all_quantised": found["all"][1],
-        "accuracy_none_quantised": found["none"][1],
-        "units": [unit.row() for unit in found["units"]],
+        f"{metric}_all_quantised": found["all"][1],
+        f"{metric}_none_quantised": found["none"][1],
+        "units": [unit.row(metric) for unit in found["units"]],
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from kdcli.run import dry_run, life
 from kdcli.stages.distill import control
 from kdcli.stages.distill.options import DistillOptions
 from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.multi_label import MultiLabel
 from kdcli.training.loop import FitOptions
 from tests import tiny
 
@@ -214,9 +215,22 @@ def test_a_further_text_has_the_labels_of_its_rows_as_far_as_its_tokens_go(
 def compared(student: list[int], *controls: list[int]) -> tuple[dict, list]:
     measured = rows([0] * len(student))
     runs = [{"name": name} for name in ("labels", "labels+texts+dropout")[: len(controls)]]
+    tasks = [CLASSIFICATION] * len(controls)
     return control.compare(
-        CLASSIFICATION, np.eye(2)[student], [np.eye(2)[c] for c in controls], runs, measured
+        CLASSIFICATION, np.eye(2)[student], tasks, [np.eye(2)[c] for c in controls], runs, measured
     )
+
+
+def test_every_model_is_read_as_it_decided_for_itself() -> None:
+    # All three order the rows alike; the control says less, and its own threshold makes up for that.
+    labels = np.array([[1.0], [1.0], [0.0], [0.0]])
+    measured = replace(rows([0] * 4), labels=labels)
+    student, timid = np.array([[3.0], [2.0], [-2.0], [-3.0]]), np.array([[-1.0], [-2.0], [-4.0], [-5.0]])
+    own, other = (MultiLabel().fitted(logits, labels) for logits in (student, timid))
+    runs = [{"name": "labels"}, {"name": "labels+texts"}]
+    found, _ = control.compare(own, student, [MultiLabel(), other], [timid, timid], runs, measured)
+    assert found["student_micro_f1"] == 1
+    assert [run["micro_f1"] for run in found["runs"]] == [0, 1]
 
 
 def test_the_student_is_compared_with_the_better_control_row_by_row() -> None:

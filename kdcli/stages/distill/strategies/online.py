@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kdcli.context import Applied, Context
+from kdcli.measure import measurement
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.students import Student
 from kdcli.stages.distill import control, fitting
@@ -62,6 +63,7 @@ def together(context: Context, plan: DistillPlan) -> tuple[Taught, dict[str, Any
 
     result = fitting.run_fit(context, teacher, rows, loss, options, "student and teacher", model=both)
     teacher.has_head = True
+    teacher.task = measurement.decided(teacher, context.encoded["validation"], context.progress)
     context.checkpoint = succession.keep(context, teacher, "teacher")
     detail = {"fine_tuned": True, "together_with_the_student": True, "lr": rate}
     return _taught(made, options, result, {"online": "teacher"}), detail

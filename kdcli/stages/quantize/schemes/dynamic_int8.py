@@ -138,7 +138,8 @@ def hardware_choice(context: Context, plan: QuantizePlan) -> tuple[Any, dict[str
         scores[name] = (got.score, -base.divergence(got))
     # As accurate is good enough: the faster form comes first.
     best = max(scores, key=lambda name: (scores[name][0], name == "int8, 7 bits"))
-    detail |= {"accuracy": {name: score[0] for name, score in scores.items()}, "chosen": best}
+    metric = context.checkpoint.task.primary
+    detail |= {metric: {name: score[0] for name, score in scores.items()}, "chosen": best}
     unsigned = best == "uint8"
     return config.model_copy(update={"unsigned": unsigned, "reduce_range": not unsigned}), detail
 
