@@ -58,7 +58,7 @@ def score(context: Context, rows: Encoded) -> float:
     found = np.empty((len(rows), len(context.checkpoint.labels)), dtype=np.float32)
     for at, batch in indexed(context, rows):
         found[at] = context.checkpoint.model(**batch).logits.float().cpu().numpy()
-    return context.checkpoint.task.score(found, rows.labels)
+    return context.checkpoint.task.score(found, rows.labels, rows.queries)
 
 
 def unpadded(context: Context, rows: Encoded) -> list[dict[str, Tensor]]:

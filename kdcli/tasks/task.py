@@ -71,6 +71,9 @@ class Blind:
 class Plain:
     """A task whose answers leave nothing to decide."""
 
+    def check_learnable(self, labels: np.ndarray) -> None:
+        """All of them are."""
+
     @property
     def decides(self) -> bool:
         """No."""
@@ -116,8 +119,8 @@ class Task(Protocol):
         ...
 
     @property
-    def problem_type(self) -> str:
-        """As transformers' ``config.problem_type`` has it."""
+    def problem_type(self) -> str | None:
+        """As transformers' ``config.problem_type`` has it; None where none of its values gives this answer."""
         ...
 
     @property
@@ -180,6 +183,14 @@ class Task(Protocol):
 
     def strata(self, labels: np.ndarray) -> np.ndarray | None:
         """(N,) groups that a sample of the rows should have in their shares; None where there are none."""
+        ...
+
+    def check_learnable(self, labels: np.ndarray) -> None:
+        """Refuse training on labels that no answer can be.
+
+        Raises:
+            InputError: Which, and what to do.
+        """
         ...
 
     def blind(self, labels: np.ndarray) -> Blind | None:

@@ -151,6 +151,8 @@ def fit(
         InterruptedRun: SIGINT or SIGTERM arrived; the resume point holds the state after the last step.
         InputError: The training diverged: see :mod:`kdcli.training.divergence`.
     """
+    if train.labels is not None:
+        task.check_learnable(train.labels)
     with compacted(model, [train, validation], pad_id) as (compact_train, compact_validation):
         if begin is not None:
             begin(compact_train)
@@ -327,7 +329,7 @@ def evaluate(
         every = distributed.total(every)
         total = float(distributed.total(torch.tensor(total, device=device)))
     assert every is not None
-    return task.score(every.cpu().numpy(), encoded.labels), total / len(encoded)
+    return task.score(every.cpu().numpy(), encoded.labels, encoded.queries), total / len(encoded)
 
 
 def inference(encoded: Encoded, size: int, pad_id: int) -> list[tuple[np.ndarray, Mapping[str, np.ndarray]]]:
