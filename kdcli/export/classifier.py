@@ -22,6 +22,8 @@ from kdcli.errors import InputError, first_line
 from kdcli.export import files, sessions
 from kdcli.inputs.batching import Arrays
 from kdcli.inputs.text import TEXT
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 
 _TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 # Some exporters want the mask as it enters the attention.
@@ -30,6 +32,12 @@ _SCORES = ("tensor(float)", "tensor(float16)", "tensor(double)")
 _LOGITS = "logits"
 # Between a softmax and the output these change nothing but the form.
 _PASSING = frozenset({"Identity", "Cast", "DequantizeLinear", "Reshape", "Squeeze", "Flatten"})
+_ENDINGS = {
+    "Softmax": "softmax",
+    "QLinearSoftmax": "softmax",
+    "Sigmoid": "sigmoid",
+    "QLinearSigmoid": "sigmoid",
+}
 _TINY = np.finfo(np.float32).tiny  # a probability that was rounded to zero has a logarithm all the same
 
 
@@ -39,7 +47,7 @@ class Signature:
 
     inputs: dict[str, Any]  # name -> numpy type that it is given as
     output: str
-    probabilities: bool  # it ends in a softmax
+    ending: str | None  # "softmax" or "sigmoid", the last that it computes
 
 
 def signature(session: ort.InferenceSession, path: Path) -> Signature:
@@ -67,7 +75,7 @@ def signature(session: ort.InferenceSession, path: Path) -> Signature:
             f"(its inputs: {', '.join(takes) or 'none'})"
         )
     output = _output(session, path)
-    return Signature(takes, output, _ends_in_softmax(path, output))
+    return Signature(takes, output, _ending(path, output))
 
 
 def _free(value: Any, path: Path) -> None:
@@ -104,27 +112,18 @@ def _output(session: ort.InferenceSession, path: Path) -> str:
     )
 
 
-def _ends_in_softmax(path: Path, output: str) -> bool:
-    """Whether the output is made by a softmax.
-
-    Raises:
-        InputError: By a sigmoid: then several labels hold at once.
-    """
+def _ending(path: Path, output: str) -> str | None:
+    """What makes the output of logits."""
     makers = {name: node for node in files.outline(path).graph.node for name in node.output}
     node = makers.get(output)
     while node is not None and node.op_type in _PASSING:
         node = makers.get(node.input[0])
-    kind = None if node is None else node.op_type
-    if kind == "Sigmoid":
-        raise InputError(
-            f"{path} ends in a sigmoid: it says yes or no to every label, and kdcli judges models that choose one"
-        )
-    return kind in ("Softmax", "QLinearSoftmax")
+    return None if node is None else _ENDINGS.get(node.op_type)
 
 
 @contextmanager
 def running(
-    path: Path, *, threads: int, device: str = "cpu", labels: int | None = None
+    path: Path, *, threads: int, device: str = "cpu", labels: int | None = None, task: Task = CLASSIFICATION
 ) -> Iterator[Callable[[Arrays], np.ndarray]]:
     """Open a graph for a while, as :func:`kdcli.export.sessions.running` does.
 
@@ -133,17 +132,23 @@ def running(
         threads: Threads inside one operator.
         device: ``cpu`` or ``cuda[:N]``.
         labels: How many numbers a row must get.
+        task: What they are.
 
     Yields:
         A function from a batch of (B, T) arrays to logits (B, C), float32. Probabilities become their logarithms,
-        whose softmax they are.
+        whose softmax they are; what a sigmoid gave becomes what the task reads as that.
 
     Raises:
-        InputError: The graph is no text classifier, or stops on a batch.
+        InputError: The graph is no text classifier, gives another kind of answer, or stops on a batch.
     """
     held = [sessions.open_session(path, threads=threads, device=device)]
     try:
         how = signature(held[0], path)
+        if how.ending == "sigmoid" and task.of_sigmoid(np.empty((0, 1), np.float32)) is None:
+            raise InputError(
+                f"{path} ends in a sigmoid: it says yes or no to every label, and this model chooses one of them",
+                "if several labels can hold, say multi_label_classification in problem_type of its config.json",
+            )
 
         def run(batch: Arrays) -> np.ndarray:
             given = TEXT.filled(batch, how.inputs)
@@ -158,7 +163,11 @@ def running(
                 ) from error
             _check_scores(scores, rows, labels, path)
             scores = scores.astype(np.float32, copy=False)
-            return np.log(np.maximum(scores, _TINY)) if how.probabilities else scores
+            if how.ending == "sigmoid":
+                read = task.of_sigmoid(scores)
+                assert read is not None
+                return read
+            return np.log(np.maximum(scores, _TINY)) if how.ending == "softmax" else scores
 
         yield run
     finally:

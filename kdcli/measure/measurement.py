@@ -68,6 +68,7 @@ def logits_of(
     device: str,
     progress: Progress,
     title: str,
+    task: Task,
 ) -> np.ndarray:
     """Logits (N, C) of an ONNX file for every row, where C is ``labels``; remembered by content.
 
@@ -82,6 +83,7 @@ def logits_of(
         device=device,
         threads=threads,
         cpu=_cpu(),
+        activation=task.about(labels).get("activation"),
     )
     path = cache.entry("predictions", f"{name}.npy")
     if (known := cache.load_array(path, shape=(len(encoded), labels))) is not None:
@@ -89,14 +91,14 @@ def logits_of(
     size = 1 if dynamic_integers(graph) else 32
     groups = batching.equal_length_batches(encoded.lengths, size)
     logits: np.ndarray | None = None
-    running = classifier.running(graph, threads=threads, device=device, labels=labels)
-    with running as run, progress.task(title, len(encoded)) as task:
+    running = classifier.running(graph, threads=threads, device=device, labels=labels, task=task)
+    with running as run, progress.task(title, len(encoded)) as bar:
         for rows in groups:
             part = run(batching.collate(encoded, rows, pad_id))
             if logits is None:
                 logits = np.empty((len(encoded), part.shape[1]), dtype=np.float32)
             logits[rows] = part
-            task.advance(len(rows))
+            bar.advance(len(rows))
     assert logits is not None
     cache.save_array(path, logits)
     return logits
@@ -139,6 +141,7 @@ def measure(
                 device=device,
                 progress=progress,
                 title=title,
+                task=checkpoint.task,
             )
         else:
             logits = _torch_logits(checkpoint, encoded, progress, title)
@@ -218,7 +221,9 @@ def _running(
 ) -> AbstractContextManager[Callable[[Mapping[str, np.ndarray]], np.ndarray]]:
     if runtime == "torch" or one.graph is None:
         return nullcontext(torch_runner(one.checkpoint))
-    return classifier.running(one.graph, threads=conditions.threads, device=conditions.device)
+    return classifier.running(
+        one.graph, threads=conditions.threads, device=conditions.device, task=one.checkpoint.task
+    )
 
 
 def latency_batches(encoded: Encoded, pad_id: int, size: int) -> list[dict[str, np.ndarray]]:

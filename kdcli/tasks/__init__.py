@@ -37,8 +37,8 @@ METRIC, THRESHOLDS = "kdcli_metric", "kdcli_thresholds"
 """Keys of config.json that kdcli adds to ``problem_type``; transformers keeps what it does not know."""
 
 CROSS_ENCODER = "sentence_transformers"
-"""Key of config.json under which sentence-transformers keeps what it applies to the one output of a cross-encoder; kdcli
-writes it, so that ``CrossEncoder`` gives the numbers that were judged."""
+"""Key of config.json under which sentence-transformers keeps what it applies to a cross-encoder's output; kdcli writes
+it, so that ``CrossEncoder`` gives the numbers that were judged."""
 
 KEYS = frozenset({METRIC, THRESHOLDS})
 

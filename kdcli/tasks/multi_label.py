@@ -29,6 +29,7 @@ from kdcli.report.schema import MetricValue, Warning_
 from kdcli.tasks import METRIC, THRESHOLDS, intervals
 from kdcli.tasks.f1 import macro_f1_statistic, micro_f1_statistic
 from kdcli.tasks.intervals import Statistic
+from kdcli.tasks.links import SIGMOID
 from kdcli.tasks.task import Blind, Comparison, Kind, Reduction, by_name, check_finite
 
 if TYPE_CHECKING:
@@ -113,6 +114,9 @@ class MultiLabel:
 
     def check_learnable(self, labels: np.ndarray) -> None:
         """All of them are."""
+
+    def unit(self, labels: np.ndarray) -> None:
+        """None: an output is a logit."""
 
     def blind(self, labels: np.ndarray) -> Blind | None:
         """The loss of every label's own share, and the best score of a fixed set: the k most frequent labels, for any
@@ -258,6 +262,10 @@ class MultiLabel:
     def scores(self, logits: np.ndarray) -> np.ndarray:
         """(N, C) the probability of every label."""
         return probabilities(logits)
+
+    def of_sigmoid(self, numbers: np.ndarray) -> np.ndarray:
+        """(N, C) the logits of these probabilities."""
+        return SIGMOID.inverse(numbers)
 
     def answer(self, logits: np.ndarray, names: Sequence[str]) -> list[dict[str, object]]:
         """``labels``: the names of the row's labels, none or several; ``scores``: the probability of every label."""

@@ -6,7 +6,7 @@ variance 1, which gives every term one scale:
     loss        (z - y)^2 / 2, the negative log likelihood less a constant      half of transformers' squared error
     divergence  (z_after - z_before)^2 / 2, the KL of the two Gaussians
 
-A temperature changes nothing: T^2 times the divergence of z / T is the divergence. With the sigmoid of a cross-encoder z
+A temperature changes nothing: T^2 times the divergence of z / T is the divergence. With a cross-encoder's sigmoid z
 is the logit of a Bernoulli distribution. Logits are the outputs before the link; metrics judge the numbers after it.
 """
 
@@ -129,6 +129,13 @@ class Regression(Plain):
         """Labels of a sigmoid are in [0, 1]."""
         self.link.check(labels)
 
+    def unit(self, labels: np.ndarray) -> tuple[float, float] | None:
+        """Mean and standard deviation; None with an activation, of labels that are all equal, and of none."""
+        if self.link is not links.IDENTITY or not len(labels):
+            return None
+        deviation = float(labels.std(dtype=np.float64))
+        return (float(labels.mean(dtype=np.float64)), deviation) if deviation > 0 else None
+
     # Tensors.
 
     def loss(self, logits: Tensor, labels: Tensor, reduction: Reduction = "none") -> Tensor:
@@ -233,6 +240,10 @@ class Regression(Plain):
     def scores(self, logits: np.ndarray) -> np.ndarray:
         """(N, 1) the numbers."""
         return self.link.number(logits)
+
+    def of_sigmoid(self, numbers: np.ndarray) -> np.ndarray:
+        """(N, 1) what gives these numbers: themselves where there is no activation after the graph."""
+        return self.link.inverse(numbers)
 
     def answer(self, logits: np.ndarray, names: Sequence[str]) -> list[dict[str, object]]:
         """``score``: the number."""

@@ -74,6 +74,14 @@ class Plain:
     def check_learnable(self, labels: np.ndarray) -> None:
         """All of them are."""
 
+    def unit(self, labels: np.ndarray) -> tuple[float, float] | None:
+        """None: an output has no unit."""
+        return None
+
+    def of_sigmoid(self, numbers: np.ndarray) -> np.ndarray | None:
+        """None: it gives no such answer."""
+        return None
+
     @property
     def decides(self) -> bool:
         """No."""
@@ -193,6 +201,10 @@ class Task(Protocol):
         """
         ...
 
+    def unit(self, labels: np.ndarray) -> tuple[float, float] | None:
+        """Mean and standard deviation of known labels where an output is measured in their unit; None elsewhere."""
+        ...
+
     def blind(self, labels: np.ndarray) -> Blind | None:
         """What one answer for all rows reaches on rows with these labels; None where it would be all right."""
         ...
@@ -285,6 +297,10 @@ class Task(Protocol):
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
         """(N, C) float64: probabilities where an answer is a distribution, else the numbers themselves."""
+        ...
+
+    def of_sigmoid(self, numbers: np.ndarray) -> np.ndarray | None:
+        """(N, C) logits that stand for what a graph gave whose last step is a sigmoid; None: no answer of this task."""
         ...
 
     def answer(self, logits: np.ndarray, names: Sequence[str]) -> list[dict[str, object]]:

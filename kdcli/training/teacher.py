@@ -20,14 +20,14 @@ from kdcli.inputs.text import Encoded
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
-from kdcli.training import distributed
+from kdcli.training import distributed, number_head
 from kdcli.training.first_token import first_token_only
 from kdcli.training.label_loss import label_loss
 from kdcli.training.loop import FitOptions, fit
 from kdcli.training.resume import ResumePoint
 from kdcli.training.terms import Needs
 
-_FORMAT = 3  # raise it when the same inputs would give other cached content
+_FORMAT = 5  # raise it when the same inputs would give other cached content
 _BATCH_TOKENS = 4096
 
 
@@ -74,6 +74,7 @@ def fine_tuned(
     assert train.labels is not None
     train = train.take(np.flatnonzero(teacher.task.known(train.labels)))
     assert train.labels is not None
+    number_head.start(teacher, train.labels)
     with first_token_only(teacher, Needs()):
         result = fit(
             teacher.model,

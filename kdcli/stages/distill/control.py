@@ -174,11 +174,11 @@ def compare(
     """
     labels = rows.labels
     assert labels is not None
-    own, metric = task.score(student, labels), task.primary
+    own, metric = task.score(student, labels, rows.queries), task.primary
     made = []
     for run, given in zip(runs, controls, strict=True):
-        score = task.score(given, labels)
-        p_value = task.compare(given, student, labels).p_value
+        score = task.score(given, labels, rows.queries)
+        p_value = task.compare(given, student, labels, rows.queries).p_value
         made.append(run | {metric: score, "gain": own - score, "p_value": p_value})
     best = max(made, key=lambda run: float(run[metric]))
     found = {
