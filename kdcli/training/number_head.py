@@ -1,8 +1,8 @@
 """A new head of a model that answers with a number starts where the labels are.
 
-A blank head gives numbers about 0 that differ by about 1, and a rate that suits weights of any encoder moves its bias by
-that rate a step: labels of 20,000 +- 1,000 are out of reach in any training that one has the time for. With mean m and
-standard deviation s of the labels the blank head w, b becomes
+A blank head gives numbers about 0 that differ by about 1, and AdamW moves its bias by no more than the learning rate a
+step: labels of 20,000 +- 1,000 are out of reach of any training. With mean m and standard deviation s of the labels the
+blank head w, b becomes
 
     w' = s w,    b' = s b + m
 

@@ -105,19 +105,16 @@ def test_another_activation_is_refused() -> None:
 def test_a_directory_of_cross_encoder_gives_its_numbers_both_ways(
     given: torch.nn.Module | None, tmp_path: Path
 ) -> None:
-    CrossEncoder = pytest.importorskip("sentence_transformers").CrossEncoder  # noqa: N806
+    CrossEncoder = pytest.importorskip("sentence_transformers").CrossEncoder
     from kdcli.models import checkpoint as checkpoints
     from tests import tiny
 
     model = tiny.checkpoint()
-    model.labels, model.task = ["score"], Regression()
-    head = torch.nn.Linear(32, 1)
-    model.model.classifier, model.model.num_labels = head, 1
+    config = model.config
+    config.id2label, config.label2id, config.architectures = {0: "s"}, {"s": 0}, [type(model.model).__name__]
     plain, theirs, ours = (tmp_path / name for name in ("plain", "theirs", "ours"))
-    plain.mkdir(), ours.mkdir()
-    model.path = plain
-    model.model.config.id2label = {0: "score"}
-    model.model.save_pretrained(plain)
+    ours.mkdir()
+    checkpoints.fresh(config).save_pretrained(plain)
     model.tokenizer.save_pretrained(plain)
     CrossEncoder(str(plain), activation_fn=given).save_pretrained(str(theirs))
     files = safety.check_checkpoint(theirs)
