@@ -237,8 +237,8 @@ class _Run:
                 state.judge(self.model, score, validation_loss, mean, options, self.task.primary)
                 if state.done:
                     divergence.of_result(state.first_loss, state.history[state.best_epoch - 1], before)
-                value = metrics.of(self.task.primary).of_score(score)
-                reading = f"epoch {state.epoch}/{options.epochs} loss {mean:.3f} validation {value:.3f}"
+                reached = metrics.of(self.task.primary).of_score(score)
+                reading = f"epoch {state.epoch}/{options.epochs} loss {mean:.3f} validation {reached:.3f}"
                 task.advance(0, reading)
                 # Several processes agree on it, as after a step.
                 signalled = torch.tensor(float(interrupt.signal is not None), device=self.device)
