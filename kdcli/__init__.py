@@ -15,11 +15,11 @@ _os.environ.update(
     DO_NOT_TRACK="1",
 )
 
-__all__ = ["__version__", "distill", "evaluate", "lowrank", "prune", "quantize"]
+__all__ = ["__version__", "distill", "evaluate", "lowrank", "predict", "prune", "quantize"]
 
 
 def __getattr__(name: str) -> object:
-    """The function of a stage; nothing of it is imported before."""
+    """The function of a command; nothing of it is imported before."""
     if name in __all__:
         from kdcli import api
 

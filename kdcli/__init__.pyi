@@ -1,8 +1,8 @@
 # Made by tools/gen.py from the options of the stages; for editors and type checkers.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import overload
+from typing import Literal, overload
 
 from kdcli.progress import Progress
 from kdcli.report.schema import Report
@@ -194,3 +194,14 @@ def evaluate(
     offline: bool = False,
     progress: Progress | None = None,
 ) -> list[Report]: ...
+def predict(
+    model: str | PathLike[str],
+    texts: Iterable[str] | Iterable[Sequence[str]],
+    *,
+    top: int | None = None,
+    batch_size: int = 32,
+    runtime: Literal["onnx", "torch"] = "onnx",
+    device: str = "auto",
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> list[dict[str, object]]: ...

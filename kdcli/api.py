@@ -6,13 +6,16 @@ kdcli.toml gives an option here. See docs/python.md.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any, Literal
 
 from kdcli import cache, interrupts, processes
 from kdcli.errors import ExitCode, InterruptedRun, UsageError, did_you_mean
+from kdcli.models import references
 from kdcli.options import Declared, OptionError
 from kdcli.progress import Progress
 from kdcli.report.redact import redact
@@ -35,22 +38,74 @@ def _run(stage: StageName, given: Mapping[str, Any], progress: Progress | None) 
         )
     request = request_of(stage, given)
     found = preflight.check(request)  # a model that is not here, a taken output: said before torch is loaded
-    try:
-        with interrupts.installed(), cache.writable():
-            from kdcli.run import life
+    with _interruptible():
+        from kdcli.run import life
 
-            outcome = life.run(request, progress or Progress(), found)
-            interrupts.check()
-    except InterruptedRun as stop:  # as Python itself has it
-        if stop.exit_code == ExitCode.INTERRUPTED:
-            raise KeyboardInterrupt from stop
-        raise SystemExit(int(stop.exit_code)) from stop
+        outcome = life.run(request, progress or Progress(), found)
     assert outcome is not None  # there is one process
     reports = outcome.reports if stage == "evaluate" else [outcome.report]
     for report in reports:
         if report.artifacts:  # judging alone writes nothing
             report.written_to(outcome.path)
     return reports
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """What a signal stops ends as Python itself has it."""
+    try:
+        with interrupts.installed(), cache.writable():
+            yield
+            interrupts.check()
+    except InterruptedRun as stop:
+        if stop.exit_code == ExitCode.INTERRUPTED:
+            raise KeyboardInterrupt from stop
+        raise SystemExit(int(stop.exit_code)) from stop
+
+
+def predict(
+    model: str | PathLike[str],
+    texts: Iterable[str] | Iterable[Sequence[str]],
+    *,
+    top: int | None = None,
+    batch_size: int = 32,
+    runtime: Literal["onnx", "torch"] = "onnx",
+    device: str = "auto",
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> list[dict[str, object]]:
+    """What ``kdcli predict`` answers, one dictionary a text.
+
+    Args:
+        model: A directory, an alias or ``org/name[@revision]``.
+        texts: Texts, or pairs of texts.
+        top: Also the scores of this many labels, best first.
+        batch_size: Rows that the model gets at once.
+        runtime: What runs the model.
+        device: ``auto``, ``cpu``, ``cuda[:N]`` or ``mps``.
+        offline: Open no connection.
+        progress: Is told what is out of the ordinary; silent by default.
+
+    Raises:
+        KdcliError: What would end the command.
+    """
+    if isinstance(texts, str):
+        raise UsageError("kdcli.predict(): texts is a list of texts, not one text", "put it into a list")
+    for name, number in (("top", top), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise UsageError(f"kdcli.predict(): {name} must be at least 1, not {number}")
+    if runtime not in ("onnx", "torch"):
+        raise UsageError(f"kdcli.predict(): runtime is onnx or torch, not {runtime!r}")
+    said = progress or Progress()
+    ref = str(model)
+    found = references.resolve_graph(ref) or references.resolve(ref, offline=offline, progress=said)
+    with _interruptible():
+        from kdcli.data import streamed
+        from kdcli.run import predicting
+
+        how = predicting.How(batch_size=batch_size, top=top, torch=runtime == "torch", device=device)
+        parts = predicting.answers(found, lambda _: streamed.of_texts(texts), how, said)
+        return [answer for part in parts for answer in part]
 
 
 def request_of(stage: StageName, given: Mapping[str, Any]) -> Request:
@@ -146,5 +201,7 @@ def _parameter(one: Declared) -> inspect.Parameter:
     )
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {stage: _function(stage) for stage in STAGES}
-"""What ``kdcli`` offers by the names of the stages."""
+FUNCTIONS: dict[str, Callable[..., Any]] = {stage: _function(stage) for stage in STAGES} | {
+    "predict": predict
+}
+"""What ``kdcli`` offers by the names of the commands."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 
@@ -12,5 +13,5 @@ def text_of(path: Path) -> str:
 
 
 def first_line_of(path: Path) -> str:
-    """First line of a file's docstring."""
-    return text_of(path).partition("\n")[0].strip()
+    """First line of a file's docstring, without its markup."""
+    return re.sub(r":\w+:|`", "", text_of(path).partition("\n")[0]).strip()

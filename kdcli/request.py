@@ -88,13 +88,16 @@ class Gates(Options):
     """The conditions a stage's result must meet; every one of them is optional."""
 
     max_drop: Annotated[float | None, Flag(metavar="F")] = Field(
-        default=None, ge=0, le=1, description="Gate: accuracy may fall by at most this; 0.01 is one point."
+        default=None,
+        ge=0,
+        le=1,
+        description="Gate: the primary metric may get worse by at most this; 0.01 is one point.",
     )
     min_speedup: Annotated[float | None, Flag(metavar="F")] = Field(
-        default=None, ge=0, description="Gate: at least this many times faster."
+        default=None, ge=0, description="Gate: be at least this many times faster."
     )
     max_size_bytes: Annotated[int | None, Flag(name="max-size", metavar="SIZE", parse=_size)] = Field(
-        default=None, description="Gate: model.onnx, such as 20MiB."
+        default=None, description="Gate: largest model.onnx, such as 20MiB."
     )
     expressions: Annotated[tuple[str, ...], Flag(name="gate", metavar="EXPR", check=_gate)] = Field(
         default=(), description='Gate such as "accuracy>=0.9"; repeatable.'
@@ -116,11 +119,11 @@ class Common(Options):
         description="Column names, such as text=body,label=topic; label=topic:ids for numbers of the model's labels.",
     )
     task: Annotated[str | None, choice("task", task_names)] = Field(
-        default=None, description="What an answer is. [default: as model and data say]"
+        default=None, description="What an answer is. [default: what model and data say]"
     )
     metric: Annotated[str | None, Flag(metavar="NAME")] = Field(
         default=None,
-        description="The task's metric that gates, searches and tables go by. [default: the task's own]",
+        description="The metric that gates, searches and tables go by. [default: the task's own]",
     )
     device: Annotated[str, Flag(metavar="NAME", names=lambda: DEVICES, check=_device)] = Field(
         default="auto", description="auto, cpu, cuda[:N] or mps."
@@ -130,10 +133,10 @@ class Common(Options):
         default_factory=dict, description="A parameter of the method; repeatable."
     )
     limit: Annotated[int | None, Flag(metavar="N")] = Field(
-        default=None, ge=1, description="Measure on at most N rows, every label in its share."
+        default=None, ge=1, description="Measure on at most N rows, labels in their proportions."
     )
     resume: Annotated[bool, Flag(off=True, recipe=False)] = Field(
-        default=False, description="Go on where an interrupted run stopped."
+        default=False, description="Continue where an interrupted run stopped."
     )
     force: Annotated[bool, Flag(short="f", off=True, recipe=False)] = Field(
         default=False, description="Replace an output that kdcli wrote."
@@ -177,7 +180,7 @@ class Recovery(Dense):
     )
     lr: Annotated[float | None, Flag(metavar="F")] = Field(default=None, gt=0, description="Learning rate.")
     batch_size: Annotated[int | None, Flag(metavar="N")] = Field(
-        default=None, ge=1, description="Rows a training step."
+        default=None, ge=1, description="Rows per training step."
     )
 
 

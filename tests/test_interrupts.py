@@ -21,7 +21,7 @@ from tests import tiny
 
 # Of the libraries (and, at the end, of kdcli) what is called in the phases of a stage, one after the other.
 CALLS = {
-    "read data": "kdcli.data.readers.extract",
+    "read data": "kdcli.data.sources.extract",
     "configure": "transformers.AutoConfig.from_pretrained",
     "build the model": "torch.nn.Linear.__init__",
     "read weights": "kdcli.models.checkpoint.load_file",

@@ -1,5 +1,5 @@
-"""Write every file that is made from the code: docs/cli.md, methods.md, exit-codes.md, the JSON Schema and
-the completion scripts; and one table of docs/quantize.md.
+"""Write every file that is made from the code: docs/cli.md, methods.md and a page of methods for each stage,
+exit-codes.md, the JSON Schema and the completion scripts; and one table of docs/quantize.md.
 
     python tools/gen.py            write what has changed
     python tools/gen.py --check    print the differences; exit 1 when there are any
@@ -8,6 +8,7 @@ the completion scripts; and one table of docs/quantize.md.
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,23 +26,45 @@ def exit_codes() -> str:
     return f"{head}{rows}\n"
 
 
-def methods() -> str:
-    """docs/methods.md: every method's docstring and settings."""
+_LEAD = {
+    "distill": "Losses: the terms that `--method` adds to [the loss](../loss.md).",
+    "prune": "Criteria: what `--method` may choose for a `--structure`.",
+    "lowrank": "Rules: how `--method` finds the factors of a matrix or of a convolution.",
+    "quantize": "Schemes: what `--scheme` may choose.",
+    "rounding": "Who chooses the integers of `int4`: `--set rounding=NAME`.",
+    "smoothing": "What `--set smooth=ALPHA` does before an 8-bit scheme.",
+}
+"""Folder of methods -> what they are, for its page."""
+
+_SETTINGS = (
+    "Settings are given with `--set KEY=VALUE`, or `--set METHOD.KEY=VALUE` for one of several methods."
+)
+
+
+def methods() -> dict[str, str]:
+    """docs/methods.md, the index, and docs/methods/STAGE.md: every method's docstring and settings."""
     from kdcli import registry
 
-    parts = [
-        "# Methods\n\nSettings are given with `--set KEY=VALUE`; `kdcli list methods` lists the names.\n"
+    index = [
+        f"# Methods\n\nOne page per stage, with formula, source and settings of each method. {_SETTINGS}\n"
     ]
+    made = {}
     for stage in registry.STAGES:
-        parts.append(f"## {stage}\n")
-        for folder, _ in registry.kinds(stage):
+        page = [f"# Methods of {stage}\n\n{_LEAD[stage]} {_SETTINGS}\n"]
+        rows = [f"## [{stage}](methods/{stage}.md)\n\n| method | |", "|---|---|"]
+        for folder, kind in registry.kinds(stage):
             if folder != stage:
-                parts.append(f"## {stage}: {folder}\n")
-            parts += [part for name in registry.names(folder) for part in _method(folder, name)]
-    return "\n".join(parts)
+                page.append(f"## {kind.capitalize()}\n\n{_LEAD[folder]}\n")
+            for name in registry.names(folder):
+                page += _method(folder, name, "##" if folder == stage else "###")
+                shown = name if folder == stage else f"{folder}: {name}"
+                rows.append(f"| [{shown}](methods/{stage}.md#{name}) | {registry.summary(folder, name)} |")
+        index.append("\n".join([*rows, ""]))
+        made[f"docs/methods/{stage}.md"] = "\n".join(page)
+    return {"docs/methods.md": "\n".join(index), **made}
 
 
-def _method(folder: str, name: str) -> list[str]:
+def _method(folder: str, name: str, level: str) -> list[str]:
     """A method's docstring, what it declares, and its settings."""
     from kdcli import registry
     from kdcli.stages.prune.criterion import Criterion
@@ -49,7 +72,7 @@ def _method(folder: str, name: str) -> list[str]:
 
     method = registry.load(folder, name, registry.Method)
     summary, _, text = registry.text(folder, name).partition("\n")
-    parts = [f"### {name}\n\n{summary}\n\n```text\n{text.strip()}\n```\n"]
+    parts = [f"{level} {name}\n\n{summary}\n\n{markdown(text.strip(chr(10)))}\n"]
     if isinstance(method, Loss) and method.kind != "response":
         parts.append(f"Default weight in the loss: `{method.weight:g}`.\n")
     if isinstance(method, Criterion):
@@ -64,6 +87,39 @@ def _method(folder: str, name: str) -> list[str]:
     if rows:
         parts.append("\n".join(["| setting | default | |", "|---|---|---|", *rows, ""]))
     return parts
+
+
+def markdown(text: str) -> str:
+    """A docstring as Markdown: indented paragraphs are formulas, and Source and Differs stand out."""
+    made = []
+    for part in text.split("\n\n"):
+        if part.startswith("    "):
+            made.append(_formula(part))
+            continue
+        plain = re.sub(r"``(.+?)``", r"`\1`", part, flags=re.DOTALL)
+        plain = re.sub(r"\$([^$]+)\$", _inline, plain)
+        made.append(re.sub(r"(?m)(?:(?<=.)\n)?^(Sources?|Differs): ", r"\n\n**\1:** ", plain).strip("\n"))
+    return "\n\n".join(made)
+
+
+def _formula(part: str) -> str:
+    r"""A block of LaTeX; ``\\`` at the end of a line begins a further formula."""
+    rows = "\n".join(line[4:] for line in part.splitlines()).split(" \\\\\n")
+    if len(rows) > 1:
+        rows = [
+            "\\begin{aligned}",
+            *(f"& {row} \\\\" for row in rows[:-1]),
+            f"& {rows[-1]}",
+            "\\end{aligned}",
+        ]
+    return "\n".join(["```math", *rows, "```"])
+
+
+def _inline(found: re.Match[str]) -> str:
+    """A formula inside a sentence, quoted where Markdown would read its signs as its own."""
+    formula = found[1].replace("\n", " ")
+    spoilt = re.search(r"(?<![A-Za-z0-9])_|\*|\\[^A-Za-z]", formula)
+    return f"$`{formula}`$" if spoilt else f"${formula}$"
 
 
 def quantize() -> str:
@@ -90,9 +146,9 @@ def tables() -> dict[str, str]:
 
 _STUB = """# Made by tools/gen.py from the options of the stages; for editors and type checkers.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import overload
+from typing import Literal, overload
 
 from kdcli.progress import Progress
 from kdcli.report.schema import Report
@@ -120,8 +176,22 @@ def stub() -> str:
         else:
             arguments = [f"    {name}: {_REF}," for name in first]
             parts.append("\n".join([f"def {stage}(", *arguments, *named, ") -> Report: ...", ""]))
+    parts.append(_PREDICT)
     return "".join(parts)
 
+
+_PREDICT = """def predict(
+    model: str | PathLike[str],
+    texts: Iterable[str] | Iterable[Sequence[str]],
+    *,
+    top: int | None = None,
+    batch_size: int = 32,
+    runtime: Literal["onnx", "torch"] = "onnx",
+    device: str = "auto",
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> list[dict[str, object]]: ...
+"""
 
 _REF = "str | PathLike[str]"
 _HINTS = {
@@ -166,7 +236,7 @@ def files() -> dict[str, str]:
     made = {
         "docs/cli.md": reference.markdown(),
         "docs/exit-codes.md": exit_codes(),
-        "docs/methods.md": methods(),
+        **methods(),
         "docs/quantize.md": quantize(),
         "docs/report.schema.json": io.schema_json(),
     }

@@ -1,4 +1,4 @@
-"""A teacher without a head for the task is fine-tuned on the data first, and kept in a cache."""
+"""A teacher without a head for the task is fine-tuned on the data first; the result is cached."""
 
 EXAMPLES = """
 kdcli distill --teacher minilm --student tiny --data reviews/ -o out/student

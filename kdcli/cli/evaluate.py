@@ -1,4 +1,4 @@
-"""Without --baseline a model is compared with the first one of its own lineage."""
+"""Without --baseline a model is compared with the first one in its own lineage."""
 
 EXAMPLES = """
 kdcli evaluate out/int8 --baseline out/teacher --max-drop 0.01 --min-speedup 2

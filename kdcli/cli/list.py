@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,10 +15,13 @@ from kdcli.cli import streams
 from kdcli.cli.table import aligned
 from kdcli.errors import UsageError, did_you_mean
 
-LISTS = ("data", "methods", "models", "students")
+LISTS = (
+    *("data", "families", "methods", "models", "schemes", "strategies", "structures", "students", "tasks"),
+)
 
 EXAMPLES = """
 kdcli list models
+kdcli list tasks
 kdcli list methods --json
 """
 
@@ -25,25 +29,39 @@ WhatArg = Annotated[
     str,
     typer.Argument(
         metavar="WHAT",
-        help="data, methods, models or students.",
+        help=f"{', '.join(LISTS[:-1])} or {LISTS[-1]}.",
         autocompletion=o.offer(list(LISTS)),
     ),
 ]
 
 
 def command(what: WhatArg, as_json: o.JsonOpt = False, debug: o.DebugOpt = False) -> None:
-    """WHAT is one of data, methods, models and students."""
+    """WHAT is what a flag takes, such as models for --teacher or schemes for --scheme, or what kdcli knows."""
     if what not in LISTS:
         raise UsageError(f"WHAT: unknown list '{what}': {did_you_mean(what, LISTS)}")
-    rows = {"models": models, "data": data, "methods": methods, "students": students}[what]()
+    rows = {
+        "data": data,
+        "families": families,
+        "methods": methods,
+        "models": models,
+        "schemes": schemes,
+        "strategies": strategies,
+        "structures": structures,
+        "students": students,
+        "tasks": tasks,
+    }[what]()
     if as_json:
         streams.put(sys.stdout, json.dumps(rows, indent=2, ensure_ascii=False))
     else:
         # Twelve digits of a commit tell revisions apart; --json has them all.
         cells = [
-            [re.sub(r"(@[0-9a-f]{12})[0-9a-f]{28}$", r"\1", str(v)) for v in row.values()] for row in rows
+            [re.sub(r"(@[0-9a-f]{12})[0-9a-f]{28}$", r"\1", _cell(v)) for v in row.values()] for row in rows
         ]
         streams.put(sys.stdout, "\n".join(aligned(cells, left=len(cells[0]))) if cells else "")
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def models() -> list[dict[str, Any]]:
@@ -103,3 +121,60 @@ def students() -> list[dict[str, Any]]:
         for name, width in SMALL_STUDENTS.items()
     ]
     return encoders + others
+
+
+def tasks() -> list[dict[str, Any]]:
+    """What models answer, and how answers are judged: the primary metric first."""
+    from kdcli import tasks as registered
+    from kdcli.data.wanted import SAID
+
+    made = [registered.get(name) for name in registered.names()]
+    return [
+        {
+            "name": task.name,
+            "answer": SAID[task.kind],
+            "metrics": [task.primary, *(name for name in task.metrics if name != task.primary)],
+            "summary": registered.summary(task.name),
+        }
+        for task in made
+    ]
+
+
+def families() -> list[dict[str, Any]]:
+    """Architectures by their ``model_type``, and what can be done with each."""
+    from kdcli import families as known
+
+    return [
+        {"name": name, "possible": known.possible(name), "summary": known.summary(name)}
+        for name in known.every()
+    ]
+
+
+def strategies() -> list[dict[str, Any]]:
+    """Who teaches whom."""
+    from kdcli.stages.distill.options import STRATEGIES
+
+    return [{"name": name, "summary": text} for name, text in STRATEGIES.items()]
+
+
+def structures() -> list[dict[str, Any]]:
+    """What prune removes, with the method that it uses by itself."""
+    from kdcli import registry
+    from kdcli.stages.prune.options import STRUCTURES
+
+    return [
+        {"name": name, "method": method, "summary": registry.summary("prune", method)}
+        for name, method in STRUCTURES.items()
+    ]
+
+
+def schemes() -> list[dict[str, Any]]:
+    """Number formats of quantize."""
+    from kdcli import docstrings, registry
+    from kdcli.stages.quantize import options
+
+    auto = docstrings.first_line_of(Path(options.__file__).with_name("auto.py"))
+    return [
+        {"name": name, "summary": auto if name == "auto" else registry.summary("quantize", name)}
+        for name in options.SCHEMES
+    ]

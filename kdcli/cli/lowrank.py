@@ -1,4 +1,4 @@
-"""A layer that would grow is left alone."""
+"""Layers that would grow stay as they are."""
 
 EXAMPLES = """
 kdcli lowrank out/pruned --budget 0.6 -o out/lowrank

@@ -89,7 +89,7 @@ def offer(names: list[str]) -> Callable[[str], list[str]]:
     return complete
 
 
-# --- for the commands that are no stages ---------------------------------------------------------
+# --- for the commands that are not stages ---------------------------------------------------------
 
 _PRUNE = {entry["field"]: entry for entry in entries("prune")}
 _EVALUATE = {entry["field"]: entry for entry in entries("evaluate")}
@@ -98,6 +98,8 @@ ModelArg = Annotated[str, _info(_PRUNE["model"])]
 HtmlOpt = Annotated[Path | None, _info(_EVALUATE["html"])]
 OutOpt = Annotated[Path | None, _info(SHARED["out"])]
 ForceOpt = Annotated[bool, _info(SHARED["force"])]
+ColumnsOpt = Annotated[str | None, _info(SHARED["columns"])]
+DeviceOpt = Annotated[str, _info(SHARED["device"])]
 OfflineOpt = Annotated[bool, _info(SHARED["offline"])]
 DryRunOpt = Annotated[bool, _info(SHARED["dry_run"])]
 JsonOpt = Annotated[bool, _info(SHARED["as_json"])]

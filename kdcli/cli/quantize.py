@@ -1,4 +1,4 @@
-"""The last stage of a pipeline: integers have no gradients for another one to follow."""
+"""Run it last: integers have no gradients, so no other stage can follow."""
 
 EXAMPLES = """
 kdcli quantize out/pruned --scheme dynamic-int8 -o out/int8

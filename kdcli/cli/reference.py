@@ -20,7 +20,7 @@ the dashes in `kdcli.toml` or in `[tool.kdcli]` of `pyproject.toml`: options of 
 those of one command in a table of its name. A flag wins over the variable, the variable over the file.
 
 stdout carries the result alone: one path, or with `--json` one JSON document. Everything else goes to stderr.
-See [exit codes](exit-codes.md) and [methods](methods.md).
+See [exit codes](exit-codes.md), [tasks](tasks.md) and [methods](methods.md).
 """
 
 
@@ -54,7 +54,7 @@ def _command(name: str, summary: str, command: Any, common: bool) -> str:
     made.append(_table(own))
     if common:
         lacking = [f"`--{one}`" for one in options.COMMON if one not in map(flag_of, command.params)]
-        but = f", but for {' and '.join(lacking)}" if lacking else ""
+        but = f", except {' and '.join(lacking)}" if lacking else ""
         made.append(f"And the [options of every stage](#options-of-every-stage){but}.\n")
     return "\n".join(made)
 

@@ -88,13 +88,19 @@ def guarded() -> Iterator[TextIO]:
             os.close(saved)
 
 
-def put(stream: TextIO, text: str) -> None:
-    """Write the result; a reader that has gone away is no error of ours."""
+def put(stream: TextIO, text: str) -> bool:
+    """Write the result; a reader that has gone away is no error of ours.
+
+    Returns:
+        Whether somebody still reads.
+    """
     try:
         stream.write(text if text.endswith("\n") else text + "\n")
         stream.flush()
     except BrokenPipeError:
         silence(stream)
+        return False
+    return True
 
 
 def silence(stream: TextIO) -> None:

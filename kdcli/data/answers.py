@@ -158,7 +158,7 @@ def _settled(
         for label in whole.values():
             if label != _NONE and not 0 <= (-1 if (n := number_of(label)) is None else n) < MAX_IDS:
                 raise InputError(
-                    f"{where} has '{printable(label)}', which is no id that a model's label can have",
+                    f"{where} has '{printable(label)}', which is not an id that a model's label can have",
                     "leave ':ids' out of --columns",
                 )
         whole = {k: v if v == _NONE else str(number_of(v)) for k, v in whole.items()}

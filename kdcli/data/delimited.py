@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,38 @@ def parse(text: str, path: Path, fits: Fits, usual: str) -> Table:
     if not records:
         raise InputError(f"data file '{path}' is empty")
     header = [name.strip() for name in records[0]]
-    rows, places = records[1:], [line + skipped for line in lines[1:]]
+    return _table(header, records[1:], [line + skipped for line in lines[1:]], path, separator)
+
+
+def parts(head: str, lines: Iterable[str], path: Path, fits: Fits, size: int) -> Iterator[Table] | None:
+    """Read comma-separated text piece by piece; None where only the whole text tells how.
+
+    Args:
+        head: How the text begins, 65,536 characters where it has as many.
+        lines: All lines, their ends included.
+        path: Its file, for messages.
+        fits: Whether a header has the columns that are needed.
+        size: Rows of a piece.
+
+    Raises:
+        InputError: As :func:`parse`, once the piece is asked for.
+    """
+    separator = _separator(head, fits, ",")
+    first = _first(head, separator, 1)
+    if head[:4].lower() == "sep=" or not first or not fits([name.strip() for name in first[0]]):
+        return None
+    return _pieces(lines, path, separator, size)
+
+
+def _pieces(lines: Iterable[str], path: Path, separator: str, size: int) -> Iterator[Table]:
+    records = _records(lines, path, separator)
+    header = [name.strip() for name in next(records)[0]]
+    while piece := list(islice(records, size)):
+        yield _table(header, [record for record, _ in piece], [line for _, line in piece], path, separator)
+
+
+def _table(header: list[str], rows: list[list[str]], places: list[int], path: Path, separator: str) -> Table:
+    """The rows of a header, all as wide as it is."""
     if len(header) > 1:  # a line of blanks alone is an empty line
         kept = [i for i, row in enumerate(rows) if len(row) > 1 or row[0].strip()]
         rows, places = [rows[i] for i in kept], [places[i] for i in kept]
@@ -99,17 +130,20 @@ def _first(text: str, separator: str, count: int) -> list[list[str]]:
 
 
 def _quoted(text: str, path: Path, separator: str) -> tuple[list[list[str]], list[int]]:
-    records: list[list[str]] = []
-    lines: list[int] = []
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    found = list(_records(io.StringIO(text, newline=""), path, separator))
+    return [record for record, _ in found], [line for _, line in found]
+
+
+def _records(lines: Iterable[str], path: Path, separator: str) -> Iterator[tuple[list[str], int]]:
+    """Records that are not empty, each with the line where it begins."""
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     start = 1
     # The limit is of the whole process; the module's default would refuse a long text.
     before = csv.field_size_limit(MAX_CHARACTERS)
     try:
         for record in reader:
             if record:
-                records.append(record)
-                lines.append(start)
+                yield record, start
             start = reader.line_num + 1
     except csv.Error as error:
         raise InputError(
@@ -117,7 +151,6 @@ def _quoted(text: str, path: Path, separator: str) -> tuple[list[list[str]], lis
         ) from error
     finally:
         csv.field_size_limit(before)
-    return records, lines
 
 
 def _tabs(text: str, path: Path, separator: str) -> tuple[list[list[str]], list[int]]:

@@ -68,12 +68,13 @@ def stem_of(path: Path) -> str:
     return name
 
 
-def read_table(path: Path, fits: Fits) -> Table:
+def read_table(path: Path, fits: Fits, *, empty: bool = False) -> Table:
     """Open one file by its ending; the values are checked when a column is read.
 
     Args:
         path: The file.
         fits: Whether a header has the columns that are needed.
+        empty: Whether it may have no rows.
 
     Raises:
         InputError: The file is not there, broken, empty or of a form that is not read.
@@ -87,7 +88,7 @@ def read_table(path: Path, fits: Fits) -> Table:
             "parquet is packed by itself: gunzip it" if packed and ending == ".parquet" else None,
         )
     table = _FORMS[ending](read_bytes(path), path, fits)
-    if not table.lines:
+    if not table.lines and not empty:
         raise InputError(f"data file '{path}' has no rows")
     return table
 

@@ -176,8 +176,8 @@ def _ids(table: Table, name: str, i: int, names: Names | None) -> Names | None:
     for label, number in zip(names, numbers, strict=True):
         if number is None or number >= MAX_IDS:
             raise InputError(
-                f"{table.place(i)}: column '{printable(name)}' has '{printable(label)}', which is no id that a model's "
-                "label can have",
+                f"{table.place(i)}: column '{printable(name)}' has '{printable(label)}', which is not an id that a "
+                "model's label can have",
                 "leave ':ids' out of --columns",
             )
     return _set(map(str, numbers))

@@ -117,7 +117,7 @@ def _by_id(data_labels: Sequence[str], model_labels: Sequence[str]) -> dict[str,
         number = number_of(name)
         if number is None or number >= len(model_labels):
             raise InputError(
-                f"the data's label '{printable(name)}' is no id of the model, whose {len(model_labels)} labels "
+                f"the data's label '{printable(name)}' is not an id of the model, whose {len(model_labels)} labels "
                 f"have the ids 0 to {len(model_labels) - 1}",
                 "write the names of the labels instead, and leave ':ids' out of --columns",
             )

@@ -53,12 +53,12 @@ def _number(table: Table, name: str, i: int, value: Any, wanted: Wanted) -> floa
         if _COMMA.fullmatch(text):
             raise InputError(f"{where} is '{printable(text)}', with a comma", "write a decimal point: 2.5")
         if not NUMBER.fullmatch(text) and text.casefold().lstrip("+-") not in ("inf", "infinity"):
-            raise wanted.contradicted(f"{where} is '{printable(text)}', which is no number")
+            raise wanted.contradicted(f"{where} is '{printable(text)}', which is not a number")
         number = float(text)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         number = _LARGEST * 2 if isinstance(value, int) and abs(value) > _LARGEST else float(value)
     else:
-        raise wanted.contradicted(f"{where} is {printable(repr(value))}, which is no number")
+        raise wanted.contradicted(f"{where} is {printable(repr(value))}, which is not a number")
     if not math.isfinite(number) or abs(number) > _LARGEST:
         raise InputError(
             f"{where} is {printable(str(value))}, which is not a finite number of 32 bits",

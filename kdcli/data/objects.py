@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,26 +25,41 @@ def parse(text: str, path: Path) -> Table:
     if text[start : start + 1] == "[":
         return _array(_document(text, path), path)
     first = text[start:].partition("\n")[0]
-    if not _is_object(first):
+    if not is_object(first):
         return _sequence(text, path)
-    records, lines = _lines(text, path)
+    # Not splitlines(): a JSON string may hold U+2028, which is no end of a line here.
+    records, lines = _lines(text.split("\n"), path)
     if len(records) == 1 and (table := _whole(records[0], path)) is not None:
         return table
     return _table(path, records, lines, "line")
 
 
-def _is_object(line: str) -> bool:
+def of_lines(lines: Sequence[str], first: int, path: Path) -> Table:
+    """Read an object a line from a part of a file; blank lines are passed over.
+
+    Args:
+        lines: The part.
+        first: The number of its first line in the file.
+        path: The file, for messages.
+
+    Raises:
+        InputError: A line is no JSON object.
+    """
+    return _table(path, *_lines(lines, path, first), "line")
+
+
+def is_object(line: str) -> bool:
+    """Whether a line is a JSON object."""
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
 
 
-def _lines(text: str, path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+def _lines(given: Sequence[str], path: Path, first: int = 1) -> tuple[list[dict[str, Any]], list[int]]:
     records: list[dict[str, Any]] = []
     lines: list[int] = []
-    # Not splitlines(): a JSON string may hold U+2028, which is no end of a line here.
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(given, first):
         if not line.strip():
             continue
         try:

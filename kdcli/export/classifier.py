@@ -1,6 +1,6 @@
 """Any ONNX graph as a classifier of texts: what it takes, what it gives, and whether that can be told.
 
-A graph of somebody else's has 32-bit inputs, lacks one, wants one more, has several outputs, or ends in a softmax.
+A graph made elsewhere has 32-bit inputs, lacks one, wants one more, has several outputs, or ends in a softmax.
 What fits is run as its owner runs it; anything else is refused in words, before a number comes of it.
 """
 
@@ -71,7 +71,7 @@ def signature(session: ort.InferenceSession, path: Path) -> Signature:
         takes[value.name] = kinds[value.type]
     if TEXT.main not in takes:
         raise InputError(
-            f"{path} is no graph of a text classifier: it has no input '{TEXT.main}' "
+            f"{path} is not a graph of a text classifier: it has no input '{TEXT.main}' "
             f"(its inputs: {', '.join(takes) or 'none'})"
         )
     output = _output(session, path)
@@ -104,7 +104,7 @@ def _output(session: ort.InferenceSession, path: Path) -> str:
     said = ", ".join(f"'{value.name}' {value.type} of shape {value.shape}" for value in outputs)
     if not fitting:
         raise InputError(
-            f"{path} is no graph of a text classifier: no output has a number for every label of a row; it has {said}",
+            f"{path} is not a graph of a text classifier: no output has a number for every label; it has {said}",
             "export the model with its classification head",
         )
     raise InputError(

@@ -113,7 +113,7 @@ def _graph_of(source: Path) -> Iterator[tuple[memoryview, onnx.ModelProto, list[
         with mapped(source) as content:
             yield content, *_split(content)
     except (DecodeError, IndexError, ValueError) as error:
-        raise InputError(f"{source} is no ONNX graph, or is cut off") from error
+        raise InputError(f"{source} is not an ONNX graph, or is cut off") from error
 
 
 def outline(source: Path) -> onnx.ModelProto:

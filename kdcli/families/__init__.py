@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from functools import lru_cache
+from pathlib import Path
 
+from kdcli.docstrings import first_line_of
 from kdcli.errors import InputError
 from kdcli.families.family import Encoder, Family
 
@@ -18,11 +21,33 @@ PARTS = frozenset({"family", "layer", "modules", "positions", "stack"})
 
 
 @lru_cache(maxsize=1)
+def _files() -> dict[str, tuple[Family, Path]]:
+    """``model_type`` -> its family and the file that declares it, sorted."""
+    names = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in PARTS)
+    found: dict[str, tuple[Family, Path]] = {}
+    for name in names:
+        family: Family = importlib.import_module(f"{__name__}.{name}").FAMILY
+        found[family.name] = (family, Path(__file__).with_name(f"{name}.py"))
+    return dict(sorted(found.items()))
+
+
+@lru_cache(maxsize=1)
 def every() -> dict[str, Family]:
     """``model_type`` of a ``config.json`` -> its family, sorted."""
-    names = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in PARTS)
-    found: list[Family] = [importlib.import_module(f"{__name__}.{name}").FAMILY for name in names]
-    return dict(sorted((family.name, family) for family in found))
+    return {name: family for name, (family, _) in _files().items()}
+
+
+def summary(model_type: str) -> str:
+    """First line of the docstring of a family that kdcli knows."""
+    return first_line_of(_files()[model_type][1])
+
+
+def possible(model_type: str) -> list[str]:
+    """What kdcli can do with a classifier of any ``model_type``, as the command line has it."""
+    if is_encoder(model_type):
+        return ["distill", "prune", "lowrank", "quantize", "evaluate", "predict"]
+    convolutions = re.findall(r"kdcli (lowrank [^;,]+)", presumed(model_type).instead or "")
+    return ["distill", "prune --structure vocab", *convolutions, "quantize", "evaluate", "predict"]
 
 
 def find(model_type: str) -> Family | None:

@@ -6,7 +6,7 @@ Outside this folder nothing knows the names: ``kinds.mask(batch)``, ``kinds.size
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -68,6 +68,7 @@ class Inputs(Protocol):
         *,
         kind: Kind,
         outputs: int,
+        place: Callable[[int], str] | None = None,
     ) -> Encoded:
         """The rows as :mod:`kdcli.inputs.batching` takes them.
 
@@ -79,6 +80,7 @@ class Inputs(Protocol):
             title: What the rows are called in a message.
             kind: Of the task's answers, which says what form labels have.
             outputs: C of the head.
+            place: Where a row is, for a message; None: by its number in ``title``.
 
         Raises:
             InputError: A row cannot be read.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -73,6 +73,7 @@ def encode(
     *,
     kind: Kind = "one-of",
     outputs: int = 0,
+    place: Callable[[int], str] | None = None,
 ) -> Encoded:
     """Tokenise rows with special tokens, cut to ``max_length`` tokens, never padded.
 
@@ -85,6 +86,7 @@ def encode(
         title: What the rows are called in a message.
         kind: What a label is.
         outputs: C, where any of C labels can apply.
+        place: Where a row is, for a message; None: by its number in ``title``.
 
     Raises:
         InputError: ``max_length`` has no room for text, a row has no tokens at all, or a label is not in
@@ -113,9 +115,10 @@ def encode(
                 types.append(np.fromiter(chain.from_iterable(made[SEGMENTS]), np.int8, total))
             counts.append(lengths)
             if len(blank := np.flatnonzero(lengths == 0)):
+                at = start + int(blank[0])
                 raise InputError(
-                    f"row {start + int(blank[0]) + 1} of {title} has no tokens: its text is "
-                    f"'{printable(rows.first[start + int(blank[0])])[:40]}', and the tokenizer adds no special tokens",
+                    f"{f'row {at + 1} of {title}' if place is None else place(at)} has no tokens: its text is "
+                    f"'{printable(rows.first[at])[:40]}', and the tokenizer adds no special tokens",
                     "leave such rows out, or give their texts a word",
                 )
             cut += sum(bool(made.encodings[i].overflowing) for i in np.flatnonzero(lengths == max_length))
@@ -194,9 +197,10 @@ class Text:
         *,
         kind: Kind,
         outputs: int,
+        place: Callable[[int], str] | None = None,
     ) -> Encoded:
         """As :func:`encode`."""
-        return encode(rows, tokenizer, longest, label_index, title, kind=kind, outputs=outputs)
+        return encode(rows, tokenizer, longest, label_index, title, kind=kind, outputs=outputs, place=place)
 
     def mask(self, batch: Mapping[str, Any]) -> Any:
         """(B, T), 1 for a real token."""

@@ -56,7 +56,7 @@ def load(path: Path, *, device: str | torch.device = "cpu") -> Checkpoint:
     names = foreign.labels_of(files.config, safety.show(path / "config.json"))
     if names is None:
         raise InputError(
-            f"config.json in {safety.show(path)} names no labels, so nobody can tell what the graph's numbers mean",
+            f"config.json in {safety.show(path)} names no labels, so kdcli cannot tell what the graph's numbers mean",
             "put them into id2label, in the order of the graph's output",
         )
     foreign.check_task(files.config, len(names), safety.show(path))

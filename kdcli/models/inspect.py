@@ -6,8 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kdcli import families
+from kdcli import families, tasks
 from kdcli.models import foreign, references, safety
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.task import Task
 
 _SIZES = (
     *(key for role in ("hidden", "layers", "heads", "neurons") for key in families.spellings(role)),
@@ -43,6 +45,7 @@ def describe(ref: str, *, offline: bool = False) -> dict[str, Any]:
         "architecture": (config.get("architectures") or [None])[0],
         "sizes": {key: config[key] for key in _SIZES if config.get(key) is not None},
         "labels": foreign.labels_of(config, "config.json") or [],
+        "task": None,
         "tensors": len(tensors),
         "values_by_type": dict(sorted(by_type.items())),
         "files": {p.name: p.stat().st_size for p in sorted(found.path.iterdir()) if p.is_file()},
@@ -50,20 +53,36 @@ def describe(ref: str, *, offline: bool = False) -> dict[str, Any]:
         "onnx": _onnx(found.path / "model.onnx"),
     }
     log = found.path / "kdcli.json"
+    quantised = False
     if not log.is_file():
         described |= _judged(found.path, files)
-    if log.is_file():
+    else:
         from kdcli.models.transforms import read_log
         from kdcli.report import io
 
         read = read_log(found.path)
         assert read is not None
+        described |= _answers(tasks.recorded(config) or CLASSIFICATION, described["labels"])
+        quantised = read.quantised is not None
         described["transforms"] = [_short(t.model_dump(mode="json")) for t in read.transforms]
         described["lineage"] = [
             {key: getattr(entry, key) for key in ("stage", "method", "model", "metric", "value")}
             for entry in io.lineage(read.lineage)
         ]
+    if described["task"] is None:
+        described["possible"] = ["distill"]
+    elif quantised:
+        described["possible"] = ["evaluate", "predict", "any stage with --dequantize"]
+    else:
+        described["possible"] = families.possible(str(config.get("model_type")))
     return described
+
+
+def _answers(task: Task, labels: list[str]) -> dict[str, Any]:
+    """What the answers are and how they are judged."""
+    found: dict[str, Any] = {"task": task.name, "metric": task.primary}
+    stored: Any = task.config_fields().get(tasks.THRESHOLDS)
+    return found | ({} if stored is None else {"thresholds": dict(zip(labels, stored, strict=True))})
 
 
 def _judged(path: Path, files: foreign.CheckpointFiles) -> dict[str, Any]:
@@ -72,11 +91,12 @@ def _judged(path: Path, files: foreign.CheckpointFiles) -> dict[str, Any]:
 
     with checkpoint.quiet():
         verdict = ownership.judge(path, files)
-    head = (
-        "classification" if verdict.has_head else "none: distill fine-tunes it first, no other stage takes it"
-    )
-    found = {"head": head, "warnings": [warning.message for warning in verdict.warnings]}
-    return found | ({"labels": verdict.labels} if verdict.has_head else {})
+    warnings = [warning.message for warning in verdict.warnings]
+    if not verdict.has_head:
+        head = "none: distill fine-tunes it first, no other stage takes it"
+        return {"head": head, "warnings": warnings}
+    told = {"head": verdict.task.name, "warnings": warnings, "labels": verdict.labels}
+    return told | _answers(verdict.task, verdict.labels)
 
 
 def _onnx(path: Path) -> dict[str, Any] | None:

@@ -124,7 +124,7 @@ def resolve_graph(ref: str) -> Resolved | None:
             return Resolved(home, "path", ref, graph=file)
     lacks = "config.json" if not any((home / "config.json").is_file() for home in homes) else "tokenizer"
     raise InputError(
-        f"{ref!r} is a graph alone: beside it there is no {lacks}, so nobody can tell what its inputs and answers mean",
+        f"{ref!r} is a graph alone: beside it there is no {lacks}, so kdcli cannot tell what it takes and gives",
         "put config.json and the tokenizer's files of its model into the same directory",
     )
 

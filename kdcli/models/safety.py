@@ -330,7 +330,7 @@ def _elements(headers: Any) -> int:
 def _check_config(config: dict[str, Any], path: Path, stored: int | None) -> None:
     where = show(path)
     if not isinstance(config.get("model_type"), str):
-        raise InputError(f"{where} has no model_type, so nobody can tell what the weights are")
+        raise InputError(f"{where} has no model_type, so kdcli cannot tell what the weights are")
     for key in _SIZES:
         value = config.get(key)
         if value is not None and not (type(value) is int and 1 <= value <= MAX_SIZE):

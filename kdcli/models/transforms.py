@@ -335,7 +335,7 @@ def factorise_conv(model: nn.Module, name: str, kind: str, ranks: tuple[int, ...
     """
     layer = _named(model, name)
     if not isinstance(layer, nn.Conv1d | nn.Conv2d):
-        raise InputError(f"{FILE} factorises '{name}', which is no convolution")
+        raise InputError(f"{FILE} factorises '{name}', which is not a convolution")
     built = conv_factors.build(layer, kind, ranks)
     built.train(layer.training)
     model.set_submodule(name, built)
@@ -379,7 +379,7 @@ def smooth(model: nn.Module, name: str) -> SmoothLinear:
     except AttributeError as error:
         raise InputError(f"{FILE} smooths the input of '{name}', which the model does not have") from error
     if not isinstance(layer, nn.Linear):
-        raise InputError(f"{FILE} smooths the input of '{name}', which is no linear layer")
+        raise InputError(f"{FILE} smooths the input of '{name}', which is not a linear layer")
     if isinstance(layer, SmoothLinear):
         return layer
     made = SmoothLinear.of(layer)

@@ -115,7 +115,7 @@ def _unknown(name: str, allowed: Sequence[str], *, of_model: bool) -> UsageError
         return UsageError(f"unknown gate '{name}': {did_you_mean(name, (*allowed, *GENERAL))}")
     needs = metrics.of(name).needs
     return UsageError(
-        f"the gate '{name}' is no metric of this model{f': it needs {needs}' if needs else ''}",
+        f"the gate '{name}' is not a metric of this model{f': it needs {needs}' if needs else ''}",
         f"its metrics are {', '.join(allowed)}; others are {', '.join(GENERAL)}",
     )
 

@@ -6,12 +6,13 @@ No weights are loaded: sizes come from config.json and the safetensors headers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from kdcli import families
+from kdcli import families, tasks
 from kdcli.data import sources
 from kdcli.inputs import sampling
-from kdcli.models import safety
+from kdcli.models import foreign, safety
 from kdcli.models.aliases import SMALL_STUDENTS, small_student
 from kdcli.progress import Progress
 from kdcli.report import gates
@@ -21,6 +22,7 @@ from kdcli.stages.distill.options import STUDENT_PRESETS, DistillOptions
 from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.prune.options import PruneOptions
 from kdcli.stages.quantize.options import QuantizeOptions
+from kdcli.tasks.task import Task
 
 # Floating-point operations a second, for an order of magnitude only. Measured with MiniLM in float32 on two
 # AVX-512 cores: 1.1e11 in training, 9e10 at inference; training is halved for machines without AVX-512.
@@ -94,10 +96,13 @@ def plan(request: Request, progress: Progress) -> DryRun:
     weights = sum(p.stat().st_size for p in files.weights)
     layers, hidden = _depth(config)
     cost = _flops_a_row(layers, hidden, tokens)
+    task = _task(first, files.config, dataset, common.metric)
     facts: dict[str, Any] = {
         "model": " ".join(names),
         "from": [f"{f.source}: {f.path}" for f in found],
         "family": config.get("model_type"),
+        "task": task.name,
+        "metric": task.primary,
         "data": ref,
         "rows": [f"{split} {count}" for split, count in rows.items()],
         "labels": len(dataset.label_names),
@@ -153,6 +158,17 @@ def plan(request: Request, progress: Progress) -> DryRun:
     else:
         written = 0
     return DryRun(request.stage, facts, int(memory), int(written), seconds, notes)
+
+
+def _task(model: Path, config: dict[str, Any], dataset: sources.Dataset, metric: str | None) -> Task:
+    """The model's own, or of one without a head what the data are for."""
+    names = foreign.labels_of(config, "config.json")
+    known = None
+    if foreign.task_of(model) is not None:
+        known = tasks.recorded(
+            foreign.with_outputs(config, None if names is None else len(names)), metric=metric
+        )
+    return known or tasks.of_kind(dataset.kind, metric)
 
 
 def _distill(

@@ -209,7 +209,7 @@ def publish(work: Path, out: Path, *, force: bool = False, named: bool = True) -
             os.close(descriptor)
     if named and place != out:
         raise UsageError(
-            f"output '{out}' was made by somebody else in the meantime, and is left as it is",
+            f"output '{out}' was made by another process in the meantime and is left as it is",
             f"the result of this run is kept in '{place}'",
         )
     return place

@@ -120,7 +120,7 @@ def of_config(config: Mapping[str, Any], where: str = "config.json") -> str | No
     if problem is not None:
         if not isinstance(problem, str) or problem not in _PROBLEMS:
             raise InputError(
-                f"problem_type {str(problem)[:60]!r} in {where} is none that kdcli knows: "
+                f"problem_type {str(problem)[:60]!r} in {where} is unknown to kdcli: "
                 f"choose one of {', '.join(_PROBLEMS)}"
             )
         found = _PROBLEMS[problem]

@@ -14,7 +14,7 @@ from kdcli.report.schema import MetricValue, Warning_
 from kdcli.tasks import METRIC, intervals
 from kdcli.tasks.f1 import macro_f1_statistic
 from kdcli.tasks.intervals import Statistic, ratio
-from kdcli.tasks.task import Blind, Comparison, Plain, Reduction, by_name, check_finite
+from kdcli.tasks.task import Blind, Comparison, Plain, Reduction, by_name, check_finite, highest
 
 if TYPE_CHECKING:
     import torch
@@ -258,12 +258,14 @@ class Classification(Plain):
         """The softmax."""
         return _probabilities(logits)
 
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> list[dict[str, object]]:
-        """The label of every row and its probability."""
-        probabilities = _probabilities(logits)
-        best = logits.argmax(1)
+    def answer(
+        self, logits: np.ndarray, names: Sequence[str], top: int | None = None
+    ) -> list[dict[str, object]]:
+        """The label of every row and its probability; with ``top`` also ``scores``, those of several labels."""
         return [
-            {"label": names[at], "score": float(row[at])} for at, row in zip(best, probabilities, strict=True)
+            {"label": names[at], "score": float(row[at])}
+            | ({} if top is None else {"scores": highest(row, names, top)})
+            for at, row in zip(logits.argmax(1), _probabilities(logits), strict=True)
         ]
 
     def snippet(self, of_graph: bool) -> str:

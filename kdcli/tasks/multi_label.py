@@ -30,7 +30,7 @@ from kdcli.tasks import METRIC, THRESHOLDS, intervals
 from kdcli.tasks.f1 import macro_f1_statistic, micro_f1_statistic
 from kdcli.tasks.intervals import Statistic
 from kdcli.tasks.links import SIGMOID
-from kdcli.tasks.task import Blind, Comparison, Kind, Reduction, by_name, check_finite
+from kdcli.tasks.task import Blind, Comparison, Kind, Reduction, by_name, check_finite, highest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -267,12 +267,16 @@ class MultiLabel:
         """(N, C) the logits of these probabilities."""
         return SIGMOID.inverse(numbers)
 
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> list[dict[str, object]]:
+    def answer(
+        self, logits: np.ndarray, names: Sequence[str], top: int | None = None
+    ) -> list[dict[str, object]]:
         """``labels``: the names of the row's labels, none or several; ``scores``: the probability of every label."""
         return [
             {
                 "labels": [name for name, one in zip(names, chosen, strict=True) if one],
-                "scores": dict(zip(names, row.tolist(), strict=True)),
+                "scores": dict(zip(names, row.tolist(), strict=True))
+                if top is None
+                else highest(row, names, top),
             }
             for row, chosen in zip(probabilities(logits), self.chosen(logits), strict=True)
         ]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 import torch
 
-from kdcli.errors import InputError
+from kdcli.errors import InputError, UsageError
 from kdcli.report.schema import MetricValue, Warning_
 from kdcli.tasks import CROSS_ENCODER, METRIC, intervals, links, ranking
 from kdcli.tasks.intervals import Statistic, ratio
@@ -245,8 +245,12 @@ class Regression(Plain):
         """(N, 1) what gives these numbers: themselves where there is no activation after the graph."""
         return self.link.inverse(numbers)
 
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> list[dict[str, object]]:
+    def answer(
+        self, logits: np.ndarray, names: Sequence[str], top: int | None = None
+    ) -> list[dict[str, object]]:
         """``score``: the number."""
+        if top is not None:
+            raise UsageError(f"an answer of the task {self.name} is a number: there are no labels to rank")
         return [{"score": number} for number in self.scores(logits)[:, 0].tolist()]
 
     def snippet(self, of_graph: bool) -> str:

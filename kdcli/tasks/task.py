@@ -98,6 +98,11 @@ def by_name(ours: Sequence[str], theirs: Sequence[str]) -> list[int] | None:
     return [list(theirs).index(name) for name in ours] if set(ours) == set(theirs) else None
 
 
+def highest(scores: np.ndarray, names: Sequence[str], top: int) -> dict[str, float]:
+    """The labels with the highest of one row's scores (C,), best first; of equal ones in the order of the labels."""
+    return {names[at]: float(scores[at]) for at in np.argsort(-scores, kind="stable")[:top].tolist()}
+
+
 class Task(Protocol):
     """One kind of answer.
 
@@ -303,8 +308,19 @@ class Task(Protocol):
         """(N, C) logits that stand for what a graph gave whose last step is a sigmoid; None: no answer of this task."""
         ...
 
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> list[dict[str, object]]:
-        """One JSON object a row of logits (N, C): the answer, and its score or scores."""
+    def answer(
+        self, logits: np.ndarray, names: Sequence[str], top: int | None = None
+    ) -> list[dict[str, object]]:
+        """One JSON object a row of logits (N, C): the answer, and its score or scores.
+
+        Args:
+            logits: (N, C).
+            names: Of the C labels.
+            top: ``scores`` has this many labels, best first; None: as the task has it.
+
+        Raises:
+            UsageError: ``top`` of answers that choose no labels.
+        """
         ...
 
     def snippet(self, of_graph: bool) -> str:

@@ -44,7 +44,7 @@ def parse(spec: str | None) -> str | list[tuple[int, int]]:
         found = _PAIR.fullmatch(part)
         if found is None or min(int(found[1]), int(found[2])) < 1:
             raise UsageError(
-                f"layer map '{spec}': '{part}' is no pair student:teacher of layers from 1; write 1:2,2:4"
+                f"layer map '{spec}': '{part}' is not a pair student:teacher of layers counted from 1; write 1:2,2:4"
             )
         pairs.append((int(found[1]), int(found[2])))
     students = [student for student, _ in pairs]

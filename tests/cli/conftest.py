@@ -51,7 +51,7 @@ def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rec
     Path("model").mkdir()
 
     def run(*words: str, stdin: str = "", terminal: bool = False) -> Result:
-        stream = io.StringIO(stdin)
+        stream = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
         stream.isatty = lambda: terminal  # type: ignore[method-assign]
         monkeypatch.setattr("sys.stdin", stream)
         with pytest.raises(SystemExit) as stop:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from kdcli import registry
+from kdcli import families, registry, tasks
+from kdcli.cli.list import LISTS
 from kdcli.data.sources import ALIASES
 from kdcli.models.aliases import MODELS, SMALL_STUDENTS
 from kdcli.report import io
-from kdcli.stages.distill.options import STUDENT_PRESETS
+from kdcli.stages.distill.options import STRATEGIES, STUDENT_PRESETS
+from kdcli.stages.prune.options import STRUCTURES
+from kdcli.stages.quantize.options import SCHEMES
 from tests.cli import fakes
 from tests.cli.conftest import Call
 from tests.cli.fakes import Recorder
@@ -35,13 +38,23 @@ def test_list_shows_every_name(call: Call) -> None:
         "students": {*STUDENT_PRESETS, *SMALL_STUDENTS},
         "data": set(ALIASES),
         "methods": {name for folder in registry.FOLDERS for name in registry.names(folder)},
+        "families": set(families.every()),
+        "schemes": set(SCHEMES),
+        "strategies": set(STRATEGIES),
+        "structures": set(STRUCTURES),
+        "tasks": set(tasks.names()),
     }
+    assert set(expected) == set(LISTS)
     for what, names in expected.items():
         rows = json.loads(call("list", what, "--json").out)
         assert {row["name"] for row in rows} == names
         text = call("list", what).out
         assert len(text.splitlines()) == len(rows)
         assert all(name in text for name in names)
+    for row in json.loads(call("list", "tasks", "--json").out):
+        task = tasks.get(row["name"])
+        assert row["metrics"][0] == task.primary
+        assert set(row["metrics"]) == set(task.metrics)
     assert MODELS["minilm"].revision in call("list", "models", "--json").out
 
 

@@ -79,9 +79,13 @@ def test_a_stage_with_empty_stdin_ends_before_torch() -> None:
     assert not found & HEAVY
 
 
+def test_predict_waits_for_texts_without_torch() -> None:
+    assert not loaded("predict", "tests", stdin="") & HEAVY  # any directory: no text came to be answered
+
+
 def test_version_and_list_load_nothing_heavy() -> None:
     assert not loaded("--version") & HEAVY
-    for what in ("models", "methods", "students"):
+    for what in ("models", "methods", "students", "structures", "strategies", "schemes"):
         assert not loaded("list", what) & HEAVY
 
 

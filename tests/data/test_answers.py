@@ -128,5 +128,5 @@ def test_ids_are_numbers() -> None:
     assert labels([True, False], ids=True) == ["1", "0"]
     assert labels(["LABEL_1", "LABEL_0"], ids=True) == ["1", "0"]
     for value in ("good", "-2", "99999999"):
-        with pytest.raises(InputError, match="no id that a model's label can have"):
+        with pytest.raises(InputError, match="not an id that a model's label can have"):
             labels(["0", value], ids=True)

@@ -96,10 +96,10 @@ def test_numbers() -> None:
         ([1, 1e39], "is 1e+39, which is not a finite number of 32 bits"),
         ([1, 10**400], "which is not a finite number"),
         (["1", "2,5"], "line 3: the label in column 'label' is '2,5', with a comma; write a decimal point"),
-        (["1", "good"], "line 3: the label in column 'label' is 'good', which is no number"),
-        ([1, True], "is True, which is no number"),
-        ([1, [2]], "is [2], which is no number"),
-        (["1", "0x10"], "is '0x10', which is no number"),
+        (["1", "good"], "line 3: the label in column 'label' is 'good', which is not a number"),
+        ([1, True], "is True, which is not a number"),
+        ([1, [2]], "is [2], which is not a number"),
+        (["1", "0x10"], "is '0x10', which is not a number"),
     ],
 )
 def test_what_is_no_number(values: list[Any], message: str) -> None:
@@ -138,13 +138,13 @@ def test_what_is_no_number(values: list[Any], message: str) -> None:
             {"label": ["a", "b"]},
             None,
             "number",
-            "'a', which is no number, but the model 'm' has a number as answer",
+            "'a', which is not a number, but the model 'm' has a number as answer",
         ),
         (
             {"label": [["a"], ["b"]]},
             None,
             "number",
-            "['a'], which is no number, but the model 'm' has a number",
+            "['a'], which is not a number, but the model 'm' has a number",
         ),
         (
             {"t": ["a", "b"]},

@@ -86,7 +86,7 @@ def test_ids_go_by_position_whatever_the_names() -> None:
     assert align(["1"], ["1", "0"], ids=True) == {"1": 1}
     assert align(["2"], ["LABEL_0", "LABEL_1", "LABEL_2"], ids=True) == {"2": 2}
     for name in ("2", "-1", "good"):
-        with pytest.raises(InputError, match="is no id of the model, whose 2 labels have the ids 0 to 1"):
+        with pytest.raises(InputError, match="is not an id of the model, whose 2 labels have the ids 0 to 1"):
             align(["0", name], ["a", "b"], ids=True)
 
 

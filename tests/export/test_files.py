@@ -142,10 +142,10 @@ def test_an_outline_is_the_graph_without_its_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"x", b"no graph at all", b"\x3a\xff\xff\x01short"])
 def test_what_is_no_graph_is_refused(content: bytes, tmp_path: Path) -> None:
     (path := tmp_path / "a.onnx").write_bytes(content)
-    with pytest.raises(InputError, match="no ONNX graph"):
+    with pytest.raises(InputError, match="not an ONNX graph"):
         files.outline(path)
     path.write_bytes(b"")
-    with pytest.raises(InputError, match="no ONNX graph"):
+    with pytest.raises(InputError, match="not an ONNX graph"):
         files.outline(path)
 
 

@@ -290,7 +290,7 @@ def test_a_model_that_gives_several_labels_is_recognised(tmp_path: Path, config:
     ("config", "words"),
     [
         ({"problem_type": "regression"}, "has 2 outputs with problem_type 'regression'"),
-        ({"problem_type": "ranking"}, "problem_type 'ranking' in .* is none that kdcli knows"),
+        ({"problem_type": "ranking"}, "problem_type 'ranking' in .* is unknown to kdcli"),
         ({"architectures": ["BertForTokenClassification"]}, "tags single words"),
     ],
 )

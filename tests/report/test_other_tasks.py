@@ -149,7 +149,7 @@ def test_a_rise_is_the_drop_where_lower_is_better() -> None:
 def test_a_gate_on_a_metric_of_another_task_is_refused_with_the_names_of_this_one() -> None:
     asked = Gates(expressions=("micro_f1>=0.6",))
     gates.check(asked, MultiLabel().metrics)
-    with pytest.raises(UsageError, match="no metric of this model") as caught:
+    with pytest.raises(UsageError, match="not a metric of this model") as caught:
         gates.judge(asked, None, measurement(), delta())
     assert caught.value.hint is not None
     assert "accuracy, macro_f1, ece" in caught.value.hint

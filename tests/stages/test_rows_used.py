@@ -285,10 +285,10 @@ def test_measured_rows_are_a_sample_of_the_labels() -> None:
 
 
 def test_rows_of_a_parity_check_have_all_labels() -> None:
-    encoded = Splits(
-        Dataset("tiny", {"test": watched.sorted_rows(200, 1)}, "0" * 64, list(tiny.LABELS)), tiny.checkpoint()
-    )["test"]
-    found = [int(batch["input_ids"].sum()) for batch in graphs._many(encoded, 0)]
+    made = tiny.checkpoint()
+    dataset = Dataset("tiny", {"test": watched.sorted_rows(200, 1)}, "0" * 64, list(tiny.LABELS))
+    encoded = Splits(dataset, made)["test"]
+    found = [int(batch["input_ids"].sum()) for batch in graphs._many(encoded, made)]
     sums = [int(encoded.take([i]).ids.sum()) for i in range(200)]
     assert len(found) == 64
     assert len(set(found) & set(sums[:100])) > 10

@@ -83,8 +83,8 @@ def test_the_task_of_a_configuration(config: dict[str, Any], expected: str | Non
     [
         ({"problem_type": "single_label_classification", "num_labels": 1}, "there is one output"),
         ({"problem_type": "regression", "id2label": {"0": "a", "1": "b"}}, "2 outputs"),
-        ({"problem_type": "ranking"}, "'ranking' in model/config.json is none"),
-        ({"problem_type": ["regression"]}, "is none that kdcli knows"),
+        ({"problem_type": "ranking"}, "'ranking' in model/config.json is unknown"),
+        ({"problem_type": ["regression"]}, "is unknown to kdcli"),
     ],
 )
 def test_a_configuration_that_contradicts_itself_is_refused(config: dict[str, Any], words: str) -> None:

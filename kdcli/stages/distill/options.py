@@ -24,7 +24,13 @@ STUDENT_PRESETS: dict[str, tuple[int, int]] = {
 }
 """Student name -> (layers, hidden size); ``LxH`` by hand is allowed too."""
 
-STRATEGIES: tuple[str, ...] = ("teacher-assisted", "layerwise", "online", "assistant-chain", "self")
+STRATEGIES: dict[str, str] = {
+    "teacher-assisted": "one student, one teacher or the mean of several",
+    "layerwise": "every layer of the teacher teaches a small student; their ensemble is the result",
+    "online": "students teach each other, or a teacher learns along with its student",
+    "assistant-chain": "students of middling size between teacher and student",
+    "self": "a student teaches the next one of its own size",
+}
 
 INITS: tuple[str, ...] = ("auto", "teacher", "hub", "random")
 
@@ -123,12 +129,12 @@ class DistillOptions(StageOptions):
     )
     lr: Annotated[float | None, Flag(metavar="F")] = Field(default=None, gt=0, description="Learning rate.")
     batch_size: Annotated[int | None, Flag(metavar="N")] = Field(
-        default=None, ge=1, description="Rows a training step."
+        default=None, ge=1, description="Rows per training step."
     )
     labels: Annotated[int | None, Flag(metavar="N")] = Field(
         default=None,
         ge=1,
-        description="Use the labels of N training rows only, and of as small a share of the validation rows; "
+        description="Use the labels of N training rows only, and of the same share of the validation rows; "
         "the rest teaches unlabelled.",
     )
     unlabeled: Annotated[Path | None, Flag(metavar="FILE")] = Field(
@@ -137,7 +143,7 @@ class DistillOptions(StageOptions):
     augment: Annotated[int | None, Flag(metavar="N")] = Field(
         default=None,
         ge=0,
-        description="Further texts a row, made from it and labelled by the teacher. [default: by the rows]",
+        description="Further texts per row, made from it and labelled by the teacher. [default: by the rows]",
     )
     control: Annotated[bool, Flag(off=True)] = Field(
         default=False,

@@ -100,7 +100,7 @@ def _saw_more(labels: int, teachers: Sequence[str]) -> Warning_:
     return Warning_(
         code="teacher-labels",
         message=f"--labels {labels} bounds what the student and the choice of its epoch see; "
-        f"{'the teachers' if several else 'the teacher'} came trained, on labels that are not counted here",
+        f"{'the teachers' if several else 'the teacher'} came trained on labels that are not counted here",
     )
 
 

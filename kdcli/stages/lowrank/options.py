@@ -43,7 +43,7 @@ class LowRankOptions(Recovery):
         default=None, gt=0, lt=1, description="Fraction of parameters kept in the factorised layers."
     )
     energy: Annotated[float | None, Flag(metavar="F")] = Field(
-        default=None, gt=0, le=1, description="Fraction of energy kept a layer."
+        default=None, gt=0, le=1, description="Fraction of energy kept per layer."
     )
     rank: Annotated[int | str | None, Flag(metavar="N|evbmf", parse=_rank)] = Field(
         default=None, description="The same rank everywhere, or evbmf."

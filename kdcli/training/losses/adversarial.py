@@ -1,20 +1,21 @@
-"""Adversarial distillation (experimental): the student learns to pass for the teacher before a discriminator.
+r"""Adversarial distillation (experimental): the student learns to pass for the teacher before a discriminator.
 
-A discriminator D, a perceptron with one hidden layer, says with which probability a vector is the teacher's.
-With t the teacher's vectors and s the student's (the projected pooled vector, or the logits), every step has
-one update of each side:
+A discriminator $D$, a perceptron with one hidden layer, says with which probability a vector is the teacher's.
+With $t$ the teacher's vectors and $s$ the student's (the projected pooled vector, or the logits) of $B$ rows, every
+step has one update of each side, first the discriminator's, with $s$ and $t$ constant, then the student's, with $D$
+constant (0 during the warm-up):
 
-    discriminator: minimise mean over rows of -log D(t) - log(1 - D(s)), halved; s and t are constants
-    student:       loss = mean over rows of -log D(s); D is a constant; 0 during the warm-up
+    L_D = \frac{1}{2B} \sum_i \bigl[ -\log D(t_i) - \log(1 - D(s_i)) \bigr] \\
+    L_\text{student} = \frac{1}{B} \sum_i -\log D(s_i)
 
-Both are log 2 when D cannot tell them apart. Only the distributions are compared, not row with row, so this is
+Both are $\log 2$ when $D$ cannot tell them apart. Only the distributions are compared, not row with row, so this is
 no replacement for a response term, and it is fragile: keep the weight at 0.1 or below.
 
 The discriminator has an AdamW of its own and learns from the first step; during the warm-up (a share of the
 training) the student is left alone, so that it meets a discriminator that knows something. The projection is
 trained with the student and by this loss only.
 
-What :func:`trained` returns has the projection alone among its parameters and in its ``state_dict``.
+What ``trained`` returns has the projection alone among its parameters and in its ``state_dict``.
 ``tensors()`` and ``restore()`` carry the rest: the discriminator and the state of its optimizer, without which
 a resumed training would differ.
 

@@ -1,9 +1,11 @@
-"""Attention transfer: the student looks where the teacher looks, by maps averaged over the heads of a layer.
+r"""Attention transfer: the student looks where the teacher looks, by maps averaged over the heads of a layer.
 
-With A the mean over heads of softmax(Q K^T / sqrt(E)) over the real keys, and vec(A) the map of one row of the
-batch over its real queries and keys as one vector:
+With $A$ the mean over heads of $\mathrm{softmax}(Q K^\top / \sqrt{E})$ over the real keys, and $\mathrm{vec}(A)$
+the map of one row of the batch over its real queries and keys as one vector, the mean over rows and pairs of layers
+of
 
-    loss = mean over rows and pairs of || vec(A_S) / ||vec(A_S)|| - vec(A_T) / ||vec(A_T)|| ||^2
+    L = \left\lVert \frac{\mathrm{vec}(A_S)}{\lVert \mathrm{vec}(A_S) \rVert}
+        - \frac{\mathrm{vec}(A_T)}{\lVert \mathrm{vec}(A_T) \rVert} \right\rVert^2
 
 which lies in [0, 2], because no entry is negative. Numbers of heads and widths may differ; nothing is trained
 along.
@@ -12,7 +14,7 @@ Source: Zagoruyko, Komodakis 2017, "Paying More Attention to Attention", arXiv:1
 Differs: the paper has images and makes a map of positions from sums of squared activations; a text encoder has
 maps of its own, from every token to every token, so these are compared. The norm is squared, as in the
 authors' code. That code takes the mean over the elements of a map with weight 1000, which here, with the sum over
-the T * T elements of a sentence of about 16 tokens, would be 1000 / 256. A student of two layers is worse for it, so
+the $T^2$ elements of a sentence of about 16 tokens, would be 1000 / 256. A student of two layers is worse for it, so
 that the default weight is small (the measurements have several).
 """
 

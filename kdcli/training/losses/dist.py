@@ -1,20 +1,20 @@
-"""Correlation distillation (DIST): rows and columns of the probabilities correlate with the teacher's.
+r"""Correlation distillation (DIST): rows and columns of the probabilities correlate with the teacher's.
 
-With p the softmax of logits / T (B, C), and rho the Pearson correlation:
+With $p$ the softmax of logits / $T$ (B, C), and $\rho$ the Pearson correlation:
 
-    inter = 1 - mean over rows i of    rho(p_student[i, :], p_teacher[i, :])
-    intra = 1 - mean over classes c of rho(p_student[:, c], p_teacher[:, c])
-    loss  = inter_weight * inter + intra_weight * intra      (times T^2 with ``squared_temperature``)
+    L_\text{inter} = 1 - \frac{1}{B} \sum_i \rho(p^S_{i,:},\, p^T_{i,:}) \\
+    L_\text{intra} = 1 - \frac{1}{C} \sum_c \rho(p^S_{:,c},\, p^T_{:,c}) \\
+    L = w_\text{inter}\, L_\text{inter} + w_\text{intra}\, L_\text{intra}
 
-A student whose probabilities are a positive affine map of its teacher's, such as a less certain copy of
-it, has loss 0.
+times $T^2$ with ``squared_temperature``. A student whose probabilities are a positive affine map of its teacher's,
+such as a less certain copy of it, has loss 0.
 
 Source: Huang, You, Wang, Qian, Xu 2022, "Knowledge Distillation from A Stronger Teacher", arXiv:2205.10536,
-the losses L_inter and L_intra; weights 1 and T = 1 from the authors' settings.
+the inter-class and intra-class losses; weights 1 and $T = 1$ from the authors' settings.
 Differs: the authors add 1e-8 to the norms; here a row or column that is constant in either model, for which
 no correlation exists, is left out of the mean, and an empty mean is 0 (a batch of one row has no intra part).
 With two classes every row correlates with +1 or -1 whatever the student does, so only the intra part is used.
-T^2 is off by default: a correlation does not shrink with T, so T^2 would not balance anything; some
+$T^2$ is off by default: a correlation does not shrink with $T$, so $T^2$ would not balance anything; some
 implementations multiply by it.
 """
 

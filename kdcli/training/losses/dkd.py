@@ -1,13 +1,13 @@
-"""Decoupled distillation: the target class and the other classes are imitated with weights of their own.
+r"""Decoupled distillation: the target class and the other classes are imitated with weights of their own.
 
-With p the softmax of logits / T, y the target class of a row, b = (p_y, 1 - p_y), and q the softmax over the
-C - 1 other classes alone:
+With $p$ the softmax of logits / $T$, $y$ the target class of a row, $b = (p_y, 1 - p_y)$, and $q$ the softmax over
+the $C - 1$ other classes alone, the mean over the rows of
 
-    TCKD = KL(b_teacher || b_student)        NCKD = KL(q_teacher || q_student)
-    loss = ramp * T^2 * (target_weight * TCKD + non_target_weight * NCKD)
+    \text{TCKD} = \mathrm{KL}(b_T \,\Vert\, b_S) \qquad \text{NCKD} = \mathrm{KL}(q_T \,\Vert\, q_S) \\
+    L = r\, T^2 \,(w_\text{target}\, \text{TCKD} + w_\text{other}\, \text{NCKD})
 
-averaged over the rows, with ramp = min(progress / warmup, 1). Plain distillation is TCKD + (1 - p_y) * NCKD
-with the teacher's p_y: the surer the teacher, the less it says about the other classes. Here it says as much.
+with $r = \min(\text{progress} / \text{warmup}, 1)$. Plain distillation is $\text{TCKD} + (1 - p_y)\, \text{NCKD}$
+with the teacher's $p_y$: the surer the teacher, the less it says about the other classes. Here it says as much.
 
 Source: Zhao, Cui, Song, Qiu, Liang 2022, "Decoupled Knowledge Distillation", arXiv:2203.08679, section 3: the
 identity above and the definition of DKD; weights 1 and 8, T = 4 and the linear warm-up (20 of 240 epochs)

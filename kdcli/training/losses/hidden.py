@@ -1,11 +1,11 @@
-"""Hidden states: the states of a student layer follow those of the teacher layer that it is mapped to.
+r"""Hidden states: the states of a student layer follow those of the teacher layer that it is mapped to.
 
-With h_S W the projected student state and h_T the teacher's state of a real token, D features each:
+With $h_S W$ the projected student state and $h_T$ the teacher's state of a real token, $D$ features each, the mean
+over real tokens and mapped pairs of layers of
 
-    mse:     loss = mean over real tokens and features of (h_S W - h_T)^2
-    cosine:  loss = mean over real tokens of 1 - cos(h_S W, h_T)
+    L_\text{mse} = \frac{1}{D} \lVert h_S W - h_T \rVert^2 \qquad L_\text{cosine} = 1 - \cos(h_S W,\, h_T)
 
-averaged over the mapped pairs of layers.
+as ``distance`` says.
 
 Source: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", arXiv:1412.6550, eq. 3 (a hint layer followed
 through a trained regressor); the cosine from Sanh et al. 2019, "DistilBERT", arXiv:1910.01108, section 2.

@@ -1,12 +1,12 @@
-"""Logit distillation: the mean squared error between the logits of both models.
+r"""Logit distillation: the mean squared error between the logits of both models.
 
-With z_s and z_t the logits (B, C), each row minus its mean when ``centred``:
+With $z_S$ and $z_T$ the logits (B, C), each row minus its mean when ``centred``:
 
-    loss = mean over rows and classes of (z_s - z_t)^2
+    L = \frac{1}{BC} \sum_{i,c} (z^S_{ic} - z^T_{ic})^2
 
-It is the limit of response distillation: for T -> infinity, T^2 * KL(t_T || s_T) tends to half of the
-centred loss. To first order in 1/T the probabilities are 1/C + (z - mean z) / (C T), and KL near the
-uniform distribution is C/2 times the sum over classes of the squared differences of probabilities.
+It is the limit of response distillation: for $T \to \infty$, $T^2\, \mathrm{KL}(t_T \Vert s_T)$ tends to half of the
+centred loss. To first order in $1/T$ the probabilities are $1/C + (z - \bar z) / (C T)$, and KL near the
+uniform distribution is $C/2$ times the sum over classes of the squared differences of probabilities.
 
 Sources: Ba, Caruana 2014, "Do Deep Nets Really Need to be Deep?", arXiv:1312.6184, the squared error on
 logits of section 2.2 (uncentred); Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.1, where matching

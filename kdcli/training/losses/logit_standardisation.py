@@ -1,11 +1,12 @@
-"""Standardised logits: rows of both models get mean 0 and deviation 1 before the softmax.
+r"""Standardised logits: rows of both models get mean 0 and deviation 1 before the softmax.
 
-With m and d the mean and the standard deviation of a row of C logits (B, C), and T the base temperature:
+With $m$ and $d$ the mean and the standard deviation of a row of $C$ logits (B, C), and $T$ the base temperature:
 
-    z' = (z - m) / d
-    loss = T^2 * KL(softmax(z'_teacher / T) || softmax(z'_student / T)),   KL averaged over the rows
+    z' = (z - m) / d \\
+    L = T^2\, \mathrm{KL}\bigl( \mathrm{softmax}(z'_T / T) \,\Vert\, \mathrm{softmax}(z'_S / T) \bigr)
 
-The student learns how the classes relate to each other and keeps a scale of logits of its own.
+averaged over the rows. The student learns how the classes relate to each other and keeps a scale of logits of its
+own.
 
 Source: Sun, Ren, Li, Wang, Cao 2024, "Logit Standardization in Knowledge Distillation", arXiv:2403.01427,
 algorithm 1 (Z-score as a step before the divergence); base temperature 2 from the authors' settings.

@@ -1,17 +1,18 @@
-"""MiniLMv2: relations among the queries, the keys and the values of one layer, whatever the sizes of the models.
+r"""MiniLMv2: relations among the queries, the keys and the values of one layer, whatever the sizes of the models.
 
-For each of X = Q, K, V the heads are concatenated, X (T, H * E), and split again into A_r relation heads of
-d_r = H * E / A_r features, the same number A_r in both models. Then
+For each of $X = Q, K, V$ the heads are concatenated, $X$ (T, H E), and split again into $A_r$ relation heads of
+$d_r = H E / A_r$ features, the same number $A_r$ in both models. Then, with the softmax over the real keys,
 
-    R = log softmax(X_a X_a^T / sqrt(d_r)) over the real keys
-    loss = sum over Q, K, V of the mean over rows, real queries and relation heads of KL(R_T || R_S)
+    R_a = \mathrm{softmax}\bigl( X_a X_a^\top / \sqrt{d_r} \bigr) \\
+    L = \sum_{X = Q, K, V} \mathrm{KL}(R^T \,\Vert\, R^S)
 
-The student's last layer follows one teacher layer; the layer map is not used, nothing is projected.
+averaged over rows, real queries and relation heads. The student's last layer follows one teacher layer; the layer
+map is not used, nothing is projected.
 
 Source: Wang et al. 2021, "MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained
 Transformers", arXiv:2012.15828, section 3.1 (relations, relation heads, loss) and the study of teacher layers.
 Differs: the paper pre-trains a student on this loss alone, here it is one term of a task's training. The mean
-over queries is taken within a row and then over the rows. By default A_r is the largest of 48, 24, 12, 8, 6, 4,
+over queries is taken within a row and then over the rows. By default $A_r$ is the largest of 48, 24, 12, 8, 6, 4,
 3, 2, 1 that divides both widths and leaves 8 features a head or more; 48 is the paper's number for base-size
 teachers, and at a width of 384, its smaller student, these are the 8 features.
 """

@@ -1,14 +1,15 @@
-"""Patient distillation (PKD): first-token states of several layers follow the teacher's, compared by direction.
+r"""Patient distillation (PKD): first-token states of several layers follow the teacher's, compared by direction.
 
-With h_S W and h_T the states of the first token ([CLS]) in a mapped pair of layers, D features each:
+With $h_S W$ and $h_T$ the states of the first token ([CLS]) in a mapped pair of layers, $D$ features each, the mean
+over rows and pairs of
 
-    loss = mean over rows and pairs of || h_S W / ||h_S W|| - h_T / ||h_T|| ||^2
+    L = \left\lVert \frac{h_S W}{\lVert h_S W \rVert} - \frac{h_T}{\lVert h_T \rVert} \right\rVert^2
 
-the squares summed over the features, so a pair lies in [0, 4]: twice 1 - cos. The student's last layer is left
-out when the map has further pairs; it gets its signal from the response. The uniform map is PKD-skip.
+with the squares summed over the features, so a pair lies in [0, 4]: twice $1 - \cos$. The student's last layer is
+left out when the map has further pairs; it gets its signal from the response. The uniform map is PKD-skip.
 
 Source: Sun et al. 2019, "Patient Knowledge Distillation for BERT Model Compression", arXiv:1908.09355,
-section 3.2 (the loss L_PT, and why the last layer is left out).
+section 3.2 (the loss, and why the last layer is left out).
 Differs: the paper sums over rows and layers, here the mean is taken, so that the value depends neither on the
 batch size nor on the depth. Its code takes the mean over the D = 768 features too, which makes it 768 times
 smaller; the published beta of 10 to 1000 belongs to that and is 0.013 to 1.3 here, hence the weight 1. The

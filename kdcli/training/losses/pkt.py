@@ -1,17 +1,17 @@
-"""Probabilistic transfer (PKT): every row's neighbours in the batch are as probable as for the teacher.
+r"""Probabilistic transfer (PKT): every row's neighbours in the batch are as probable as for the teacher.
 
-With cos_ij the cosine of rows i and j (B, D) of either model:
+With $\cos_{ij}$ the cosine of rows $i$ and $j$ (B, D) of either model:
 
-    k_ij = (1 + cos_ij) / 2,    p(j | i) = k_ij / sum over l != i of k_il,    j != i
-    loss = KL(p_teacher || p_student) over j, averaged over the rows i
+    k_{ij} = (1 + \cos_{ij}) / 2 \qquad p_{j|i} = \frac{k_{ij}}{\sum_{l \ne i} k_{il}}, \quad j \ne i \\
+    L = \frac{1}{B} \sum_i \mathrm{KL}(p^T_{\cdot|i} \,\Vert\, p^S_{\cdot|i})
 
 The teacher's probabilities weight the comparison: a pair that it finds close costs most if torn apart.
 
 Source: Passalis, Tefas 2018, "Learning Deep Representations with Probabilistic Knowledge Transfer",
 arXiv:1803.10837, section 3: cosine kernel, conditional probabilities and their divergence.
-Differs: the authors' code keeps j = i and takes the mean over all B^2 pairs, so that its loss falls with the
+Differs: the authors' code keeps $j = i$ and takes the mean over all $B^2$ pairs, so that its loss falls with the
 batch size; here a row is no neighbour of itself, and the mean is over rows. Their 1e-7 under the logarithm
-is here the least value of k.
+is here the least value of $k$.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Pooled vector: what the student's classification head reads follows what the teacher's head reads.
+r"""Pooled vector: what the student's classification head reads follows what the teacher's head reads.
 
-With p_S W the projected vector of the student and p_T the teacher's, of D features each:
+With $p_S W$ the projected vector of the student and $p_T$ the teacher's, of $D$ features each, the mean over rows of
 
-    normalised:  loss = mean over rows of || p_S W / ||p_S W|| - p_T / ||p_T|| ||^2
-    cosine:      loss = mean over rows of 1 - cos(p_S W, p_T), which is half of the above
-    mse:         loss = mean over rows and features of (p_S W - p_T)^2
+    L_\text{normalised} = \left\lVert \frac{p_S W}{\lVert p_S W \rVert} - \frac{p_T}{\lVert p_T \rVert} \right\rVert^2
+        = 2\, L_\text{cosine} \\
+    L_\text{cosine} = 1 - \cos(p_S W,\, p_T) \qquad L_\text{mse} = \frac{1}{D} \lVert p_S W - p_T \rVert^2
 
 It needs no encoder layers, so it works for every student.
 
 Source: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", arXiv:1412.6550, eq. 3, for the trained
 projection; Sun et al. 2019, "Patient Knowledge Distillation for BERT Model Compression", arXiv:1908.09355,
-section 3.2, for the normalised difference. Differs: both papers compare layers in the middle of the network,
-this is the last vector before the head.
+section 3.2, for the normalised difference.
+Differs: both papers compare layers in the middle of the network, this is the last vector before the head.
 """
 
 from __future__ import annotations

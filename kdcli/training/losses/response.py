@@ -1,13 +1,14 @@
-"""Response distillation: the student imitates the teacher's softened answers.
+r"""Response distillation: the student imitates the teacher's softened answers.
 
-With t_T and s_T the softmax of teacher and student logits divided by the temperature T:
+With $t_T$ and $s_T$ the softmax of teacher and student logits divided by the temperature $T$, averaged over the rows
+(batchmean):
 
-    loss = T^2 * KL(t_T || s_T),    KL averaged over the rows (batchmean)
+    L = T^2\, \mathrm{KL}(t_T \,\Vert\, s_T)
 
 Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531,
-section 2 and eq. 1; the factor T^2 from the end of section 2 (gradients shrink as 1/T^2, eq. 2 to 4 of
-section 2.1: for T -> infinity what is left is half the mean squared difference of centred logits).
-Differs: the paper minimises the cross entropy H(t_T, s_T); the divergence has the same gradient, because
+section 2 and eq. 1; the factor $T^2$ from the end of section 2 (gradients shrink as $1/T^2$, eq. 2 to 4 of
+section 2.1: for $T \to \infty$ what is left is half the mean squared difference of centred logits).
+Differs: the paper minimises the cross entropy $H(t_T, s_T)$; the divergence has the same gradient, because
 it differs by the teacher's entropy only, and it is zero when the student agrees.
 """
 

@@ -1,15 +1,15 @@
-"""Relational distillation (RKD): distances and angles between rows of a batch are the teacher's.
+r"""Relational distillation (RKD): distances and angles between rows of a batch are the teacher's.
 
-With x the rows (B, D) of either model, h the Huber loss with threshold 1, and means over distinct indices:
+With $x$ the rows (B, D) of either model, $h$ the Huber loss with threshold 1, and means over distinct indices:
 
-    d_ij  = ||x_i - x_j|| / mean of the distances that are not zero
-    a_ijk = cosine of the angle at x_i between x_j and x_k
-    loss  = distance_weight * mean_ij h(d_student - d_teacher)
-          + angle_weight * mean_ijk h(a_student - a_teacher)
+    d_{ij} = \lVert x_i - x_j \rVert \,/\, \text{mean of the distances that are not zero} \\
+    a_{ijk} = \cos \angle(x_j - x_i,\; x_k - x_i) \\
+    L = w_d\, \underset{ij}{\text{mean}}\; h(d^S_{ij} - d^T_{ij})
+    + w_a\, \underset{ijk}{\text{mean}}\; h(a^S_{ijk} - a^T_{ijk})
 
 Source: Park, Kim, Lu, Cho 2019, "Relational Knowledge Distillation", arXiv:1904.05068, sections 3.2.1
 (distance) and 3.2.2 (angle); the weights 25 and 50 as in mdistiller.
-Differs: the paper sums over pairs and triplets; mdistiller takes the mean over all B^2 and B^3 entries, those
+Differs: the paper sums over pairs and triplets; mdistiller takes the mean over all $B^2$ and $B^3$ entries, those
 that are zero by definition included, here only over distinct indices. The angles are of the first
 ``angle_rows`` rows of the batch, because their number grows with the third power.
 """

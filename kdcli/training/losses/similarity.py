@@ -1,8 +1,8 @@
-"""Similarity distillation: rows of a batch are as similar to each other as the teacher finds them.
+r"""Similarity distillation: rows of a batch are as similar to each other as the teacher finds them.
 
-With X the rows (B, D) of either model, each of length 1 under the cosine kernel, and G = X X^T (B, B):
+With $X$ the rows (B, D) of either model, each of length 1 under the cosine kernel, and $G = X X^\top$ (B, B):
 
-    loss = ||G_student - G_teacher||_F^2 / B^2
+    L = \frac{1}{B^2} \lVert G_S - G_T \rVert_F^2
 
 Only similarities are compared, so the widths of both models may differ and nothing is projected.
 

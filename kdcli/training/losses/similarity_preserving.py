@@ -1,12 +1,11 @@
-"""Similarity-preserving distillation (SP): row-normalised Gram matrices of the batch agree.
+r"""Similarity-preserving distillation (SP): row-normalised Gram matrices of the batch agree.
 
-With F the rows (B, D) of either model:
+With $F$ the rows (B, D) of either model, and every row of $G = F F^\top$ (B, B) divided by its Euclidean norm:
 
-    G = F F^T (B, B),   every row of G divided by its Euclidean norm
-    loss = ||G_student - G_teacher||_F^2 / B^2
+    L = \frac{1}{B^2} \lVert G_S - G_T \rVert_F^2
 
 Source: Tung, Mori 2019, "Similarity-Preserving Knowledge Distillation", arXiv:1907.09682, section 3:
-the loss L_SP.
+the loss.
 Differs: on the pooled rows or the logits of an encoder instead of the flattened activations of one or several
 layers of a CNN. A row of zeros stays zero, where the division would give NaN.
 """

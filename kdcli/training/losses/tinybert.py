@@ -1,12 +1,13 @@
-"""TinyBERT's intermediate layers: attention scores before the softmax, and hidden states with the embeddings.
+r"""TinyBERT's intermediate layers: attention scores before the softmax, and hidden states with the embeddings.
 
-For every pair (m, g(m)) of the layer map, with A = Q K^T / sqrt(E) of a head and h the state of a token:
+For every pair $(m, g(m))$ of the layer map, with $A = Q K^\top / \sqrt{E}$ of a head and $h$ the state of a token,
+with means over heads and real (query, key) pairs, and over real tokens and features:
 
-    attention = sum over pairs of the mean over heads and real (query, key) pairs of (A_S - A_T)^2
-    hidden    = sum over pairs and (0, 0) of the mean over real tokens and features of (h_S W - h_T)^2
-    loss      = attention_weight * attention + hidden_weight * hidden
+    L_\text{attention} = \sum_{m \ge 1} \text{mean}\; (A^S_m - A^T_{g(m)})^2 \\
+    L_\text{hidden} = \sum_{m \ge 0} \text{mean}\; (h^S_m W - h^T_{g(m)})^2, \qquad g(0) = 0 \\
+    L = w_\text{attention}\, L_\text{attention} + w_\text{hidden}\, L_\text{hidden}
 
-W is one projection for all layers, the embeddings (layer 0) included. Where the two models have different
+$W$ is one projection for all layers, the embeddings (layer 0) included. Where the two models have different
 numbers of heads, the scores are averaged over the heads of each model first.
 
 Source: Jiao et al. 2020, "TinyBERT: Distilling BERT for Natural Language Understanding", arXiv:1909.10351,

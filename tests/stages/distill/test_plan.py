@@ -118,7 +118,7 @@ def test_the_distillations_own_settings_are_no_methods() -> None:
         ({"strategy": "online", "augment": 2}, "labels no further texts"),
         ({"layer_map": "uniforn"}, "unknown layer map 'uniforn': did you mean 'uniform'"),
         ({"layer_map": "1:2,1:3"}, "student layer 1 is given twice"),
-        ({"layer_map": "0:1"}, "'0:1' is no pair student:teacher"),
+        ({"layer_map": "0:1"}, "'0:1' is not a pair student:teacher"),
         ({"strategy": "layer-wise"}, "unknown strategy 'layer-wise': did you mean 'layerwise'"),
         ({"init": "teachers"}, "unknown init 'teachers': did you mean 'teacher'"),
         ({"student": "0x16"}, "out of range"),

@@ -215,7 +215,7 @@ def test_another_family_can_teach(data_dir: Path, tmp_path: Path) -> None:
         ({"student": "0x16"}, {}, UsageError, "out of range"),
         ({"methods": ("respons",)}, {}, UsageError, "did you mean 'response'"),
         ({"strategy": "layer-wise"}, {}, UsageError, "did you mean 'layerwise'"),
-        ({"alpha": 1.5}, {}, UsageError, "outside"),
+        ({"alpha": 1.5}, {}, UsageError, "at most 1"),
         ({"beta": 1.0}, {}, UsageError, "--beta weighs feature methods, and none was chosen"),
         ({"labels": 1}, {}, UsageError, "out of range"),
         ({}, {"settings": {"temperatur": "3"}}, UsageError, "did you mean 'temperature'"),

@@ -214,7 +214,7 @@ def test_matrices_of_a_text_model_of_convolutions_are_refused_with_the_way_out(t
     [
         ('"tucker2"', '"tucker9"', "unknown form 'tucker9'"),
         ('"convolutions.1"', '"convolutions.7"', r"convolutions\.7"),
-        ('"convolutions.1"', '"classifier"', "no convolution"),
+        ('"convolutions.1"', '"classifier"', "not a convolution"),
     ],
 )
 def test_a_log_that_does_not_fit_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_the_share_that_diverges_least_on_held_rows_is_taken(
 
 def test_none_of_the_three_means_budget(tmp_path: Path) -> None:
     applied = contexts.applied(lowrank, context_of(tiny.checkpoint(), tmp_path))
-    assert applied.method.name == LowRankOptions.method
+    assert applied.method.name == LowRankOptions().method
     assert applied.method.params["budget"] == lowrank.BUDGET
     check_table(applied, lowrank.BUDGET)
 

@@ -276,10 +276,10 @@ def test_a_budget_that_layers_alone_have_met_takes_no_head(tmp_path: Path) -> No
         ({"structure": "layers", "method": "layer-kill"}, "did you mean 'layer-kl'"),
         ({"structure": "layers", "settings": {"preset": "top"}}, "unknown setting 'preset'"),
         ({"structure": "layers", "settings": {"taylor.samples": "8"}}, "unknown setting"),
-        ({"structure": "layers", "sparsity": 1.0}, "outside"),
-        ({"structure": "layers", "budget": 0.0}, "outside"),
+        ({"structure": "layers", "sparsity": 1.0}, "below 1"),
+        ({"structure": "layers", "budget": 0.0}, "above 0"),
         ({"structure": "layers", "sparsity": 0.5, "budget": 0.5}, "give one of them"),
-        ({"structure": "layers", "epochs": -1}, "negative"),
+        ({"structure": "layers", "epochs": -1}, "at least 0"),
         ({"structure": "layers", "schedule": "gradual", "epochs": 1}, "alone"),
         (
             {"structure": "layers+heads", "schedule": "gradually", "settings": {"keep_layers": "1"}},
@@ -293,9 +293,8 @@ def test_a_budget_that_layers_alone_have_met_takes_no_head(tmp_path: Path) -> No
 def test_bad_options_are_refused_before_anything_is_measured(
     options: dict, message: str, tmp_path: Path
 ) -> None:
-    context = context_of(tiny.checkpoint(layers=3), tmp_path, **options)
     with pytest.raises(UsageError) as caught:
-        prune.prepare(context)
+        prune.prepare(context_of(tiny.checkpoint(layers=3), tmp_path, **options))
     assert re.search(message, f"{caught.value}; {caught.value.hint}")
 
 

@@ -268,8 +268,8 @@ def test_plan_report_and_graph_name_the_oldest_onnxruntime(
     request = dataclasses.replace(
         context.request,
         model=str(tmp_path / "model"),
-        common=dataclasses.replace(
-            context.request.common, data=str(tmp_path / "data"), out=tmp_path / "not-made"
+        common=context.request.common.model_copy(
+            update={"data": str(tmp_path / "data"), "out": tmp_path / "not-made"}
         ),
     )
     planned = plan.plan(request, Progress())
@@ -308,7 +308,7 @@ def test_layers_kept_in_float_stay(tmp_path: Path) -> None:
         ({"scheme": "int4"}, {"bits": "1"}, UsageError, "bits"),
         ({"scheme": "int4"}, {"group": "48"}, UsageError, "group=48"),
         ({"scheme": "int4"}, {"group": "512"}, UsageError, "group=512"),
-        ({"scheme": "int4", "calibration_samples": 0}, {}, UsageError, "name some rows"),
+        ({"scheme": "int4", "calibration_samples": 0}, {}, UsageError, "must be at least 1"),
         ({"scheme": "int4"}, {"damp": "-1"}, UsageError, "damp"),
         ({"scheme": "int4"}, {"rounding": "hqq", "damp": "1"}, UsageError, "damp"),
         ({"scheme": "int4"}, {"rounding": "up"}, UsageError, "rounding"),

@@ -257,7 +257,7 @@ def test_a_model_without_matrices_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": -1}, "negative"),
+        ({"epochs": -1}, "must be at least 0"),
         ({"calibration": "mse"}, "--calibration"),
         ({"sensitivity": True}, "--sensitiv"),
     ],

@@ -234,7 +234,7 @@ def test_unsigned_weights_give_the_same_answers(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"calibration": "entropic"}, "did you mean 'entropy'"),
-        ({"calibration_samples": 0}, "name some rows"),
+        ({"calibration_samples": 0}, "must be at least 1"),
         ({"settings": {"percentile": "99.9"}}, "belongs to --calibration percentile"),
         ({"settings": {"percentile": "101"}, "calibration": "percentile"}, "percentile"),
         ({"epochs": 2}, "--epochs 2"),

@@ -1,8 +1,10 @@
-"""ASVD: inputs with large activations count more, each feature by itself.
+r"""ASVD: inputs with large activations count more, each feature by itself.
 
-    minimise  |(W - W') S|_F^2,    S = diag((mean |x_j|)^alpha),    W' = [W S]_r S^-1,
+    \min \lVert (W - W') S \rVert_F^2 \qquad S = \mathrm{diag}\bigl((\text{mean}\; |x_j|)^\alpha\bigr)
+    \qquad W' = [W S]_r\, S^{-1}
 
-[.]_r the truncated SVD. In the terms of ``kdcli.stages.lowrank.factors``: M = P^T P and K = Q S^2 Q^T.
+with $[\cdot]_r$ the truncated SVD. In the terms of ``kdcli.stages.lowrank.factors``: $M = P^\top P$ and
+$K = Q S^2 Q^\top$.
 
 Source: Yuan et al. 2023, "ASVD: Activation-aware Singular Value Decomposition for Compressing Large Language
 Models", arXiv:2312.05821, section 3.2 (scaling by the mean absolute activation, alpha 0.5).

@@ -1,11 +1,12 @@
-"""CP: a 1x1 convolution, a depthwise one along each axis of the kernel, and a 1x1 convolution again.
+r"""CP: a 1x1 convolution, a depthwise one along each axis of the kernel, and a 1x1 convolution again.
 
-A kernel of one group (O, I, h, w) as a sum of R products of vectors:
+A kernel of one group (O, I, h, w) as a sum of $R$ products of vectors:
 
-    K[o, i, x, y]  ~  sum_r  A[o, r] B[i, r] C[x, r] D[y, r]
+    K_{oixy} \approx \sum_{r=1}^{R} A_{or}\, B_{ir}\, C_{xr}\, D_{yr}
 
-so R (O + I + h + w) weights stand for O I h w; axes with one tap take no part. The factors minimise
-|K - K'|^2 + l (|A|^2 + |B|^2 + |C|^2 + |D|^2) for |K| = 1 and a tiny l, by alternating least squares.
+so $R\,(O + I + h + w)$ weights stand for $O I h w$; axes with one tap take no part. The factors minimise
+$\lVert K - K' \rVert^2 + \lambda (\lVert A \rVert^2 + \lVert B \rVert^2 + \lVert C \rVert^2 + \lVert D \rVert^2)$ for
+$\lVert K \rVert = 1$ and a tiny $\lambda$, by alternating least squares.
 
 Source: Lebedev et al. 2015, "Speeding-up Convolutional Neural Networks Using Fine-tuned CP-Decomposition", ICLR,
 arXiv:1412.6553, section 3; the alternation as in Kolda and Bader 2009, "Tensor Decompositions and Applications",

@@ -1,17 +1,18 @@
-"""Fisher-weighted SVD: rows of weights that the loss depends on are approximated better than the others.
+r"""Fisher-weighted SVD: rows of weights that the loss depends on are approximated better than the others.
 
-With F_i the empirical Fisher information summed over row i of W (the mean over data rows of the squared
+With $F_i$ the empirical Fisher information summed over row $i$ of $W$ (the mean over data rows of the squared
 gradients of the loss),
 
-    minimise  sum_i F_i |W_i - W'_i|^2,    W' = I^-1 [I W]_r,    I = diag(sqrt(F)),
+    \min \sum_i F_i\, \lVert W_i - W'_i \rVert^2 \qquad W' = J^{-1} [J W]_r \qquad J = \mathrm{diag}(\sqrt{F})
 
-[.]_r the truncated SVD. In the terms of ``kdcli.stages.lowrank.factors``: M = P^T diag(F) P and K = Q Q^T for rows that
-are outputs, M = P^T P and K = Q diag(F) Q^T for rows that are inputs.
+with $[\cdot]_r$ the truncated SVD. In the terms of ``kdcli.stages.lowrank.factors``:
+$M = P^\top \mathrm{diag}(F)\, P$ and $K = Q Q^\top$ for rows that are outputs, $M = P^\top P$ and
+$K = Q\, \mathrm{diag}(F)\, Q^\top$ for rows that are inputs.
 
 Source: Hsu et al. 2022, "Language model compression with weighted low-rank factorization", ICLR 2022,
 arXiv:2207.00112, equations 6 to 10.
-Differs: the rows of W may be its outputs, as ``nn.Linear.weight`` has them (the default), or its inputs, which are
-the rows where a layer is written x W (``rows="inputs"``). The root
+Differs: the rows of $W$ may be its outputs, as ``nn.Linear.weight`` has them (the default), or its inputs, which are
+the rows where a layer is written $x W$ (``rows="inputs"``). The root
 is the one that makes the objective above come true; implementations without it weigh by F squared. Gradients
 are taken row by row of the data, not batch by batch. F has a floor of 1e-8 of its mean.
 """

@@ -1,8 +1,10 @@
-"""Plain truncated SVD: the matrix closest to the weights, whatever flows through them.
+r"""Plain truncated SVD: the matrix closest to the weights, whatever flows through them.
 
-W' = U_r D_r V_r^T, the leading singular values and vectors of W, minimises |W - W'|_F. In the terms of
-``kdcli.stages.lowrank.factors``: M = P^T P and K = Q Q^T. No data decide anything. With ``centred``, which is off by
-default, the mean output of what is dropped moves into the bias.
+    W' = U_r D_r V_r^\top
+
+the leading singular values and vectors of $W$, minimises $\lVert W - W' \rVert_F$. In the terms of
+``kdcli.stages.lowrank.factors``: $M = P^\top P$ and $K = Q Q^\top$. No data decide anything. With ``centred``,
+which is off by default, the mean output of what is dropped moves into the bias.
 
 Source: Eckart and Young 1936, "The approximation of one matrix by another of lower rank", Psychometrika 1, 211.
 Differs: nothing without ``centred``, which takes a mean that the weights alone do not give.

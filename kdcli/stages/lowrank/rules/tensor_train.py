@@ -1,12 +1,13 @@
-"""Tensor train: a 1x1 convolution, one along each axis of the kernel, and a 1x1 convolution again.
+r"""Tensor train: a 1x1 convolution, one along each axis of the kernel, and a 1x1 convolution again.
 
-A kernel of one group, read as (I, h, w, O), with ranks R1, R2, R3:
+A kernel of one group, read as (I, h, w, O), with ranks $R_1, R_2, R_3$:
 
-    K[i, x, y, o]  ~  sum_a,b,c  P[i, a] X[a, x, b] Y[b, y, c] Q[c, o]
+    K_{ixyo} \approx \sum_{a,b,c} P_{ia}\, X_{axb}\, Y_{byc}\, Q_{co}
 
 and so on for any number of axes; those with one tap take no part. The factors come from one truncated SVD after the
-other, and |K - K'|^2 is at most the sum, over the ranks, of the squared singular values that the unfolding at that
-place drops. A rank of all inputs or outputs leaves that end out; a 1x1 kernel is a matrix and gets its SVD.
+other, and $\lVert K - K' \rVert^2$ is at most the sum, over the ranks, of the squared singular values that the
+unfolding at that place drops. A rank of all inputs or outputs leaves that end out; a 1x1 kernel is a matrix and
+gets its SVD.
 
 Source: Oseledets 2011, "Tensor-Train Decomposition", SIAM J. Sci. Comput. 33(5), algorithm 1 and theorem 2.2;
 for convolutions Garipov et al. 2016, "Ultimate Tensorization: compressing convolutional and FC layers alike",

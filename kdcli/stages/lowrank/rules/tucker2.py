@@ -1,13 +1,14 @@
-"""Tucker-2: a convolution between fewer channels, with a 1x1 convolution before and after it.
+r"""Tucker-2: a convolution between fewer channels, with a 1x1 convolution before and after it.
 
-For a kernel K (O, I, k) with k taps in all, and ranks A of the inputs and B of the outputs:
+For a kernel $K$ (O, I, k) with $k$ taps in all, and ranks $A$ of the inputs and $B$ of the outputs:
 
-    K[o, i, t]  ~  sum_a,b  U[o, b] C[b, a, t] V[i, a],    C = K x_0 U^T x_1 V^T
+    K_{oit} \approx \sum_{a,b} U_{ob}\, C_{bat}\, V_{ia} \qquad C = K \times_0 U^\top \times_1 V^\top
 
-with orthonormal columns in U (O, B) and V (I, A). They start as the leading left singular vectors of the unfoldings
-of K by outputs and by inputs, for which |K - K'|^2 is at most the sum of the squared singular values that both drop;
-higher-order orthogonal iteration then lowers the error further. A = I or B = O leaves that factor out (Tucker-1),
-where the truncated SVD of the other unfolding is the optimum. A 1x1 kernel is a matrix: A = B, by its SVD.
+with orthonormal columns in $U$ (O, B) and $V$ (I, A). They start as the leading left singular vectors of the
+unfoldings of $K$ by outputs and by inputs, for which $\lVert K - K' \rVert^2$ is at most the sum of the squared
+singular values that both drop; higher-order orthogonal iteration then lowers the error further. $A = I$ or $B = O$
+leaves that factor out (Tucker-1), where the truncated SVD of the other unfolding is the optimum. A 1x1 kernel is a
+matrix: $A = B$, by its SVD.
 
 Source: Kim et al. 2016, "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile
 Applications", ICLR, arXiv:1511.06530, section 3.1; the iteration and the bound from De Lathauwer, De Moor and

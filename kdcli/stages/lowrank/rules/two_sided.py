@@ -1,16 +1,16 @@
-"""Two-sided whitening: inputs by their covariance, outputs by how much the model's answers feel them.
+r"""Two-sided whitening: inputs by their covariance, outputs by how much the model's answers feel them.
 
-    minimise  E (x - mu)^T (W - W')^T G (W - W') (x - mu) = |G^(1/2) (W - W') S|_F^2,
+    \min\; \mathrm{E}\, (x - \mu)^\top (W - W')^\top G\, (W - W') (x - \mu) = \lVert G^{1/2} (W - W') S \rVert_F^2
 
-S S^T = C the covariance of the inputs and G the Gauss-Newton matrix of the divergence KL(model || factorised
-model) for the layer's outputs, by gradients of the outputs (``curvature``). In mu and C a token counts
-as much as the squared gradient of its output to the power ``token_power``. With the power 0 half the minimum is the
-divergence that is lost, to second order. In the terms of ``kdcli.stages.lowrank.factors``: M = P^T G P with a share
-of P^T P, K = Cov(Q x).
+with $S S^\top = C$ the covariance of the inputs and $G$ the Gauss-Newton matrix of the divergence
+$\mathrm{KL}(\text{model} \Vert \text{factorised model})$ for the layer's outputs, by gradients of the outputs
+(``curvature``). In $\mu$ and $C$ a token counts as much as the squared gradient of its output to the power
+``token_power``. With the power 0 half the minimum is the divergence that is lost, to second order. In the terms of
+``kdcli.stages.lowrank.factors``: $M = P^\top G P$ with a share of $P^\top P$, and $K = \mathrm{Cov}(Q x)$.
 
 Source: the closed form of the Kronecker-factored quadratic model of Martens and Grosse 2015,
 arXiv:1503.05671, section 3, solved under a rank constraint; DRONE and SVD-LLM (see ``whitening``) are the case
-G = 1, and FWSVD (see ``fwsvd``) is G diagonal and C = 1.
+$G = I$, and FWSVD (see ``fwsvd``) is $G$ diagonal and $C = I$.
 Differs: labels play no part; gradients are those of random combinations of the logits whose covariance is that of
 an answer drawn from the model. Tokens are weighed. Directions that the sample
 did not reach count by ``floor`` of the mean.

@@ -1,21 +1,22 @@
-"""Whitened, centred truncated SVD: the factor pair whose outputs differ least on calibration tokens.
+r"""Whitened, centred truncated SVD: the factor pair whose outputs differ least on calibration tokens.
 
-For a layer y = W x + b and calibration inputs of mean mu and covariance C = S S^T (S by Cholesky, float64), the
-rank-r matrix that minimises the mean squared output error
+For a layer $y = W x + b$ and calibration inputs of mean $\mu$ and covariance $C = S S^\top$ ($S$ by Cholesky,
+float64), the matrix of rank $r$ that minimises the mean squared output error
 
-    E |(W - W') (x - mu)|^2 = |(W - W') S|_F^2 = sum of the squared singular values of W S beyond the r-th
+    \mathrm{E}\, \lVert (W - W') (x - \mu) \rVert^2 = \lVert (W - W') S \rVert_F^2 = \sum_{i > r} \sigma_i(W S)^2
 
-is W' = [W S]_r S^-1, [.]_r the truncated SVD. The mean moves into the bias, b' = b + (W - W') mu, so it costs no
-rank. In the terms of ``kdcli.stages.lowrank.factors``: M = P^T P and K = Cov(Q x).
+is $W' = [W S]_r\, S^{-1}$, with $[\cdot]_r$ the truncated SVD and $\sigma_i$ the singular values. The mean moves
+into the bias, $b' = b + (W - W') \mu$, so it costs no rank. In the terms of ``kdcli.stages.lowrank.factors``:
+$M = P^\top P$ and $K = \mathrm{Cov}(Q x)$.
 
 Layers are replaced in the order in which they run. Each is fitted to what the dense model's layer gives,
 on what the already factorised layers before it give (``sequential``).
 
 Source: Chen et al. 2021, "DRONE: Data-aware Low-rank Compression for Large NLP Models", NeurIPS 2021, and
 Wang et al. 2024, "SVD-LLM", arXiv:2403.07378, section 3 (truncation-aware whitening).
-Differs: both whiten the inputs and multiply by the inverse of S afterwards, which needs a repair where C is
-singular (after GELU it often is). The same W' is found from the narrow side of the layer, where C may be
-singular: the eigenvectors of W C W^T replace the left singular vectors of W S. Inputs are centred, padding is
+Differs: both whiten the inputs and multiply by the inverse of $S$ afterwards, which needs a repair where $C$ is
+singular (after GELU it often is). The same $W'$ is found from the narrow side of the layer, where $C$ may be
+singular: the eigenvectors of $W C W^\top$ replace the left singular vectors of $W S$. Inputs are centred, padding is
 left out, query, key and value share one covariance, and the square roots of the singular values are shared by
 the two factors, so that what flows between them has an even scale. SVD-LLM updates the inputs of later
 layers only; here the targets stay those of the dense model, and what the residual stream has lost before is

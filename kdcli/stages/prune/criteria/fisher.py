@@ -1,24 +1,28 @@
-"""Fisher pruning without training: a search over masks, a rearrangement, and masks tuned by least squares.
+r"""Fisher pruning without training: a search over masks, a rearrangement, and masks tuned by least squares.
 
-Shape letters: N rows, L layers, H heads and F neurons of a layer, U either of them, O outputs.
+Shape letters: $N$ rows, $L$ layers, $H$ heads and $F$ neurons of a layer, $U$ either of them, $O$ outputs.
 
-With gates c on all heads and neurons (see ``taylor``) and g_n (U,) the gradient of row n's loss, the loss at a
-mask m is to second order, at a trained model,
+With gates $c$ on all heads and neurons (see ``taylor``) and $g_n$ (U,) the gradient of row $n$'s loss, the loss at a
+mask $m$ is to second order, at a trained model,
 
-    L(m) - L(1)  ~  1/2 (1 - m)^T I (1 - m),      I = 1/N sum_n g_n g_n^T, the empirical Fisher information.
+    L(m) - L(1) \approx \tfrac12 (1 - m)^\top I\, (1 - m), \qquad I = \frac{1}{N} \sum_n g_n g_n^\top
 
-1. Search. With the diagonal of I, pruned units add up. For every number of heads the best heads are taken, and
+with $I$ the empirical Fisher information.
+
+1. Search. With the diagonal of $I$, pruned units add up. For every number of heads the best heads are taken, and
    with the MACs that they leave the best neurons; the pair with the most importance wins.
-2. Rearrangement. With the block of I of every attention and feed-forward part, at the number of units that the
+2. Rearrangement. With the block of $I$ of every attention and feed-forward part, at the number of units that the
    search gave it: every unit that stays, the least important first, joins the pruned ones, and that one comes
-   back without which g^T g of the pruned is smallest.
+   back without which $g^\top g$ of the pruned is smallest.
 3. Tuning. Part by part, first to last, the mask of the units that stay is what brings the part's output closest
-   to that of the dense model, damped towards 1: least squares over the real tokens,
+   to that of the dense model, damped towards 1, by least squares over the real tokens $t$:
 
-    min_m  sum_t | W diag(m) h_t + b - y_t |^2 + damp * mean(diag A) * | m - 1 |^2,    A = (W^T W) * (sum h h^T),
+    \min_m \sum_t \lVert W\, \mathrm{diag}(m)\, h_t + b - y_t \rVert^2
+    + \text{damp} \cdot \overline{\mathrm{diag}\, A}\, \lVert m - 1 \rVert^2,
+    \qquad A = (W^\top W) \odot \sum_t h_t h_t^\top
 
-   summed over the features of a head; in the last layer tokens behind the first count a tenth, because the head reads
-   the first alone. m is folded into the columns of W, so that it costs nothing afterwards.
+summed over the features of a head; in the last layer tokens behind the first count a tenth, because the head reads
+the first alone. $m$ is folded into the columns of $W$, so that it costs nothing afterwards.
 
 Source: Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", arXiv:2204.09656, sections
 4.1 to 4.3 and algorithm 1.
@@ -65,7 +69,7 @@ class Config(BaseModel):
     tune: bool = Field(True, description="scale the units that stay so that every part gives what it gave")
     damp: float = Field(1.0, gt=0, description="how strongly tuned masks are held at 1")
     limit: float = Field(10.0, gt=1, description="largest size of a tuned mask; beyond it the damping rises")
-    batch_size: int = Field(32, ge=1, description="rows a batch; changes speed and memory, not the scores")
+    batch_size: int = Field(32, ge=1, description="rows per batch; changes speed and memory, not the scores")
 
 
 def allocate(scores: Units, cost: Units, budget: float) -> Units:

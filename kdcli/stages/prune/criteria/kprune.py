@@ -1,16 +1,18 @@
-"""Prune from the first sub-layer to the last by what each unit knows, refitting every output matrix on the way.
+r"""Prune from the first sub-layer to the last by what each unit knows, refitting every output matrix on the way.
 
 For every sub-layer in its order the knowledge of all units that are left from there on is measured in the model as it
-is now. For head or neuron u with gate m_u, features h_u and columns W_u of its output projection
+is now. For head or neuron $u$ with gate $m_u$, features $h_u$ and columns $W_u$ of its output projection, with means
+over rows and over tokens and answers $y$ drawn from $\mathrm{softmax}(z_\text{dense} / T)$:
 
-    predictive        P_u = 1/2 mean over rows of (T^2 d CE(y, z / T) / d m_u)^2,    y drawn from softmax(z_dense / T)
-    representational  R_u = mean over tokens of ||W_u h_u||^2
-    knowledge         K_u = P_u + representational * R_u
+    P_u = \tfrac12\, \text{mean} \left( T^2\, \frac{\partial\, \mathrm{CE}(y, z / T)}{\partial m_u} \right)^2 \qquad
+    R_u = \text{mean}\; \lVert W_u h_u \rVert^2 \\
+    K_u = P_u + w_\text{representational}\, R_u
 
-To second order P is T^2 times the rise of T^2 KL(dense_T || u gone), both with answers softened by T: a factor that
-all units share. The units with the most knowledge per cost are kept under
-what is left of the budget; only those of the sub-layer at hand are cut, and its output matrix is refitted by least
-squares to the dense model's outputs. No labels are used.
+$P$ is the predictive knowledge, $R$ the representational. To second order $P$ is $T^2$ times the rise of
+$T^2\, \mathrm{KL}(\text{dense}_T \Vert \text{without } u)$, both with answers softened by $T$: a factor that all
+units share. The units with the most knowledge $K$ per cost are kept under what is left of the budget; only those of
+the sub-layer at hand are cut, and its output matrix is refitted by least squares to the dense model's outputs. No
+labels are used.
 
 Source: Park, Choi, Kang 2024, "Accurate Retraining-free Pruning for Pretrained Encoder-based Language Models",
 arXiv:2308.03449, section 3.2 (knowledge, eq. 4 to 8), 3.3 (mask search) and 3.4 (weight tuning).
@@ -45,7 +47,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     samples: int = Field(2048, ge=1, description="training rows whose activations are fitted")
     scored: int = Field(256, ge=1, description="of these rows, those on which knowledge is measured")
-    batch_size: int = Field(256, ge=1, description="rows a batch; changes speed and memory only")
+    batch_size: int = Field(256, ge=1, description="rows per batch; changes speed and memory only")
     temperature: float = Field(2.0, gt=0, description="softens the answers whose knowledge is measured")
     representational: float = Field(2.5e-4, ge=0, description="weight of the representational knowledge")
     ridge: float = Field(

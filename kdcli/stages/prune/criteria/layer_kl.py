@@ -1,11 +1,13 @@
-"""Layer KL: drop, one by one, the layer without which the answers change least.
+r"""Layer KL: drop, one by one, the layer without which the answers change least.
 
-With p(x) the classes' probabilities of the dense model for row x and p_S(x) those of the model whose layers are S,
+With $p(x)$ the classes' probabilities of the dense model for row $x$ and $p_S(x)$ those of the model whose layers are
+$S$,
 
-    KL(S) = mean over x of sum_c p_c(x) (log p_c(x) - log p_S,c(x)),
+    \mathrm{KL}(S) = \underset{x}{\text{mean}} \sum_c p_c(x) \bigl( \log p_c(x) - \log p_{S,c}(x) \bigr)
 
-and each step drops the layer l with the least KL(S - l) / price_l, S being what the steps before have left. Of L
-layers, k steps take k L - k (k - 1) / 2 passes over the sample, each shorter than the last. It needs no labels.
+and each step drops the layer $l$ with the least $\mathrm{KL}(S \setminus l) / \text{price}_l$, $S$ being what the
+steps before have left. Of $L$ layers, $k$ steps take $k L - k (k - 1) / 2$ passes over the sample, each shorter
+than the last. It needs no labels.
 
 Sources: Song et al. 2024, "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer
 Blocks", arXiv:2402.09025, the third metric of its section on redundancy verification: every block of the model as it
@@ -38,7 +40,7 @@ class Config(BaseModel):
         None, ge=1, description="layers that stay; by default from --sparsity or --budget"
     )
     samples: int = Field(512, ge=1, description="training rows that the divergence is estimated on")
-    batch_size: int = Field(32, ge=1, description="rows a batch; changes speed and memory, not the result")
+    batch_size: int = Field(32, ge=1, description="rows per batch; changes speed and memory, not the result")
 
 
 def answers(model: nn.Module, batches: Iterable[Labelled]) -> Tensor:

@@ -1,13 +1,14 @@
-"""Layer preset: keep layers by their place alone, or exactly those that are named.
+r"""Layer preset: keep layers by their place alone, or exactly those that are named.
 
-Of L layers, n stay:
+Of $L$ layers, $n$ stay:
 
-    bottom      the first n
-    top         the last n
-    alternate   n spread evenly: layer round(i (L - 1) / (n - 1)) for i = 0 ... n - 1; the first when n is 1
-    keep=0,2,5  those, whatever ``--sparsity`` says
+- ``bottom``: the first $n$
+- ``top``: the last $n$
+- ``alternate``: $n$ spread evenly, layer $\mathrm{round}(i (L - 1) / (n - 1))$ for $i = 0 \ldots n - 1$; the first
+  when $n$ is 1
+- ``keep=0,2,5``: those, whatever ``--sparsity`` says
 
-It reads no rows. n is the largest number for which what goes costs as much as it should.
+It reads no rows. $n$ is the largest number for which what goes costs as much as it should.
 
 Source: Sajjad, Dalvi, Durrani, Nakov 2023, "On the Effect of Dropping Layers of Pre-trained Transformer Models",
 arXiv:2004.03844 (top, bottom and alternate dropping; there the names say what is dropped).

@@ -1,13 +1,13 @@
-"""Magnitude pruning: the weights, heads or neurons closest to zero go, without a look at any data.
+r"""Magnitude pruning: the weights, heads or neurons closest to zero go, without a look at any data.
 
-Single weights are ranked by |w|. With scope ``global`` the k = round(sparsity * n) smallest among the n
-weights of all matrices together are zeroed, with scope ``layer`` the same share of each matrix; with N:M the
-M - N smallest of every M neighbours along the input. Of equal magnitudes at the limit the earlier ones go
-(matrices in their order, each row by row), so that the number of zeros is exact.
+Single weights are ranked by $|w|$. With scope ``global`` the $k = \mathrm{round}(\text{sparsity} \cdot n)$ smallest
+among the $n$ weights of all matrices together are zeroed, with scope ``layer`` the same share of each matrix; with
+N:M the $M - N$ smallest of every $M$ neighbours along the input. Of equal magnitudes at the limit the earlier ones
+go (matrices in their order, each row by row), so that the number of zeros is exact.
 
-A head or a neuron u has the score
+A head or a neuron $u$ has the score
 
-    l1   sum |w|          l2   sum w^2
+    s_u = \sum_{w \in u} |w| \;\; (\text{l1}) \qquad \text{or} \qquad s_u = \sum_{w \in u} w^2 \;\; (\text{l2})
 
 over the weights that go with it: a head's rows of query, key and value and its columns of the attention
 output, a neuron's row of the first feed-forward layer and its column of the second.

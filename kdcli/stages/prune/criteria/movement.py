@@ -1,18 +1,18 @@
-"""Movement pruning: while the model trains, weights that move towards zero go and those that move away stay.
+r"""Movement pruning: while the model trains, weights that move towards zero go and those that move away stay.
 
-Every weight W_ij has a score S_ij, at first b * |W_ij| / mean |W| with b = ``bias``. The forward pass uses W * M with
-M = 1 for the highest scores (all but a share v of them) and 0 elsewhere; the backward pass treats M as S
-(straight-through), so that
+Every weight $W_{ij}$ has a score $S_{ij}$, at first $b\, |W_{ij}| / \text{mean} |W|$ with $b$ = ``bias``. The
+forward pass uses $W' = W \odot M$ with $M = 1$ for the highest scores (all but a share $v$ of them) and 0
+elsewhere; the backward pass treats $M$ as $S$ (straight-through), so that, also where $M$ is 0,
 
-    dL/dS_ij = dL/dW'_ij * W_ij        W' = W * M, also where M is 0
+    \frac{\partial L}{\partial S_{ij}} = \frac{\partial L}{\partial W'_{ij}}\, W_{ij}
 
 and a score rises as long as the loss wants its weight larger in size. A weight that went can come back. The
-share of zeros rises with t, the share of the training that is done:
+share of zeros rises with $t$, the share of the training that is done:
 
-    v(t) = v_f - (v_f - v_0) * (1 - u)^3        u = (t - t_0) / (1 - t_0 - t_1), clipped to [0, 1]
+    v(t) = v_f - (v_f - v_0)(1 - u)^3, \qquad u = \frac{t - t_0}{1 - t_0 - t_1} \text{ clipped to } [0, 1]
 
-with t_0 = ``warmup`` and t_1 = ``cooldown``. With N:M the same share decides how many of every M neighbours have
-gone, rounded down, from none to M - N.
+with $t_0$ = ``warmup`` and $t_1$ = ``cooldown``. With N:M the same share decides how many of every $M$ neighbours
+have gone, rounded down, from none to $M - N$.
 
 Sources: Sanh, Wolf, Rush 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", arXiv:2005.07683, section 3
 (scores, straight-through), table 1 (hard movement); Zhu, Gupta 2017, arXiv:1710.01878, eq. 1 (schedule).

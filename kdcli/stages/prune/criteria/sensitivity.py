@@ -1,17 +1,22 @@
-"""Prune every sub-layer where the model's answers suffer least, and refit what is left to the dense model.
+r"""Prune every sub-layer where the model's answers suffer least, and refit what is left to the dense model.
 
 1. Curves. For every sub-layer its heads or neurons are removed one after the other, the cheapest first by the
-   optimal brain surgeon, until none is left; what stays is refitted at each step (:mod:`..output_refit`).
-   That gives the reconstruction error e(k) of the sub-layer with k units gone.
+   optimal brain surgeon, until none is left; what stays is refitted at each step (``prune/output_refit.py``). That
+   gives the reconstruction error $e(k)$ of the sub-layer with $k$ units gone.
 2. Sensitivity. Each sub-layer alone is pruned at several shares of its units and the model's answers are compared
-   with the dense ones: KL(dense || pruned) in nats, mean over the rows. Between the shares the rise is a power of e,
-   which is known at every k: log KL is interpolated linearly in log e; below the first share it is proportional to e.
-   It never falls with k.
-3. Shares. The numbers of units k_l that minimise the sum over sub-layers of the interpolated rise, under the budget:
-   with a price L of one unit of cost, every sub-layer takes its own minimum of rise + L * cost on the lower convex
-   hull of its curve; L is bisected until the budget is met.
+   with the dense ones: the rise is $\mathrm{KL}(\text{dense} \Vert \text{pruned})$ in nats, mean over the rows.
+   Between the shares it is a power of $e$, which is known at every $k$: $\log \mathrm{KL}$ is interpolated linearly
+   in $\log e$; below the first share it is proportional to $e$. It never falls with $k$.
+3. Shares. The numbers of units $k_l$ that minimise, under the budget, the sum of the interpolated rises $\rho_l$ of
+   all sub-layers: with a price $\lambda$ of one unit of cost, every sub-layer takes its own minimum
+
+    \min_{k_l}\; \rho_l(k_l) + \lambda\, \text{cost}_l(k_l)
+
+on the lower convex hull of its curve; $\lambda$ is bisected until the budget is met.
+
 4. Cut. From the first layer to the last: curves again, on what the pruned layers below really give, the units that
-   stay, and their output matrix by least squares on the dense model's outputs. The linear layers of the head likewise.
+   stay, and their output matrix by least squares on the dense model's outputs. The linear layers of the head
+   likewise.
 
 No labels and no gradients are used.
 
@@ -50,7 +55,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     samples: int = Field(2048, ge=1, description="training rows whose activations are fitted")
     probes: int = Field(128, ge=1, description="of these rows, those on which the answers are compared")
-    batch_size: int = Field(256, ge=1, description="rows a batch; changes speed and memory only")
+    batch_size: int = Field(256, ge=1, description="rows per batch; changes speed and memory only")
     ridge: float = Field(
         1e-3, gt=0, description="pull towards the dense weights, a share of the mean variance"
     )

@@ -1,16 +1,18 @@
-"""SparseGPT: weights go one column after another, and the later ones are moved to make up for it.
+r"""SparseGPT: weights go one column after another, and the later ones are moved to make up for it.
 
-For one linear layer W (O, I) with inputs X (I, N), N real tokens, the error ||W X - W' X||^2 is quadratic
-with the Hessian H = 2/N X X^T for every row. Columns j are settled from left to right. With the upper Cholesky
-factor U of the inverse, H^-1 = U^T U, the square U_jj^2 is entry (j, j) of the inverse Hessian of the columns
-from j on, so that a weight of column j
+For one linear layer $W$ (O, I) with inputs $X$ (I, N), $N$ real tokens, the error $\lVert W X - W' X \rVert^2$ is
+quadratic with the Hessian $H = \tfrac{2}{N} X X^\top$ for every row. Columns $j$ are settled from left to right.
+With the upper Cholesky factor $U$ of the inverse, $H^{-1} = U^\top U$, the square $U_{jj}^2$ is entry $(j, j)$ of
+the inverse Hessian of the columns from $j$ on, so that a weight of column $j$ that becomes zero costs, and corrects
+the later ones by,
 
-    costs     w_j^2 / U_jj^2        (twice the loss increase after the best correction)
-    corrects  w_k -= (w_j / U_jj) * U_jk   for all k > j
+    \text{cost} = \frac{w_j^2}{U_{jj}^2} \qquad w_k \leftarrow w_k - \frac{w_j}{U_{jj}}\, U_{jk}
+    \quad \text{for all } k > j
 
-when it becomes zero. The cheapest weights of every block of columns go, so many that the matrix loses exactly
-round(sparsity * O * I); with N:M the M - N cheapest of every M neighbours. What the block does to the columns
-behind it is applied when it is done. Layers follow each other, each judged on what the pruned ones pass on.
+where the cost is twice the loss increase after the best correction. The cheapest weights of every block of columns
+go, so many that the matrix loses exactly $\mathrm{round}(\text{sparsity} \cdot O I)$; with N:M the $M - N$ cheapest
+of every $M$ neighbours. What the block does to the columns behind it is applied when it is done. Layers follow each
+other, each judged on what the pruned ones pass on.
 
 Source: Frantar, Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
 arXiv:2301.00774, algorithm 1, and the code of the authors (damping, dead inputs). The exact correction is that of
@@ -38,7 +40,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     samples: int = Field(1024, ge=1, description="training rows that the inputs of the layers are taken from")
-    batch_size: int = Field(32, ge=1, description="rows a batch; changes speed and memory, not the weights")
+    batch_size: int = Field(32, ge=1, description="rows per batch; changes speed and memory, not the weights")
     damping: float = Field(0.01, ge=0, description="added to the Hessian's diagonal, as a share of its mean")
     block: int = Field(128, ge=1, description="columns whose weights are chosen together")
 

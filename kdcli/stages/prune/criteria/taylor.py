@@ -1,14 +1,15 @@
-"""Taylor importance: what the loss says about switching off a head or a neuron, from one gradient.
+r"""Taylor importance: what the loss says about switching off a head or a neuron, from one gradient.
 
-Every unit u gets a gate c_u, equal to 1, that multiplies its output: a head's part of the input of the
-attention output projection (B, T, H * dh), a neuron's entry of the input of the second feed-forward
-layer (B, T, F). For one row with loss L, to first order
+Every unit $u$ gets a gate $c_u$, equal to 1, that multiplies its output $x$: a head's part of the input of the
+attention output projection (B, T, H E), a neuron's entry of the input of the second feed-forward
+layer (B, T, F). For one row with loss $L$, to first order, summed over tokens and features,
 
-    L(c_u = 0) - L(c_u = 1)  ~  -dL/dc_u  =  -sum over tokens and features of x * dL/dx,
+    L(c_u = 0) - L(c_u = 1) \approx -\frac{\partial L}{\partial c_u} = -\sum x\, \frac{\partial L}{\partial x}
 
 and the importance of a unit is, over the rows of the sample,
 
-    absolute   sum |dL/dc_u|          squared   sum (dL/dc_u)^2
+    \text{absolute: } \sum_n \left| \frac{\partial L_n}{\partial c_u} \right| \qquad
+    \text{squared: } \sum_n \left( \frac{\partial L_n}{\partial c_u} \right)^2
 
 Sources: Molchanov et al. 2017, arXiv:1611.06440, eq. 7 (absolute, features of CNNs); Michel, Levy, Neubig
 2019, arXiv:1905.10650, eq. 2 (absolute, heads); Kwon et al. 2022, arXiv:2204.09656, section 4.1 (squared:
@@ -48,7 +49,7 @@ class Config(BaseModel):
     samples: int = Field(1024, ge=1, description="training rows that the importance is estimated on")
     steps: int = Field(8, ge=1, description="estimates of the iterative schedule, each followed by a cut")
     score: Score = Field("squared", description="what is summed over the rows: |gradient| or its square")
-    batch_size: int = Field(32, ge=1, description="rows a batch; changes speed and memory, not the scores")
+    batch_size: int = Field(32, ge=1, description="rows per batch; changes speed and memory, not the scores")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Token count: keep the tokens that given texts use, and those from which any word can be spelled.
+r"""Token count: keep the tokens that given texts use, and those from which any word can be spelled.
 
-With n(t) how often token t occurs in the texts, the set of tokens that stay is
+With $n(t)$ how often token $t$ occurs in the texts, the set of tokens that stay is
 
-    { t : n(t) >= min_count }  and  { t : t is special, unknown, a single character or its continuation form }.
+    \{\, t : n(t) \ge \text{min\_count} \,\} \;\cup\;
+    \{\, t : t \text{ is special, unknown, a single character or its continuation form} \,\}
 
-The texts are the training and validation rows, and those of ``vocab_text``. With min_count 1 they are split into
+The texts are the training and validation rows, and those of ``vocab_text``. With ``min_count`` 1 they are split into
 the same tokens as before. Other texts may be split into more and shorter tokens; the share of unknown ones is
 reported. BPE also keeps what it makes on its way to a token that stays.
 

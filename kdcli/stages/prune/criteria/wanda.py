@@ -1,13 +1,14 @@
-"""Wanda: the weights go whose size times the norm of their input is smallest in their output row.
+r"""Wanda: the weights go whose size times the norm of their input is smallest in their output row.
 
-The score of weight W_ij, over the N real tokens x of the sample as they reach the layer,
+The score of weight $W_{ij}$, over the $N$ real tokens $x$ of the sample as they reach the layer,
 
-    S_ij = |W_ij| * ||x_j||_2          ||x_j||_2 = sqrt(1/N sum over tokens of x_j^2)
+    S_{ij} = |W_{ij}| \cdot \lVert x_j \rVert_2,
+    \qquad \lVert x_j \rVert_2 = \sqrt{ \frac{1}{N} \sum_\text{tokens} x_j^2 }
 
-is what the output of row i loses, in root mean square, without that weight alone. Of every row of (O, I) the
-round(sparsity * I) lowest scores go; with N:M the M - N lowest of every M neighbours. No weight is changed
-otherwise, and layers are pruned one after another, so that each is judged on what the pruned ones before
-it pass on.
+is what the output of row $i$ loses, in root mean square, without that weight alone. Of every row of (O, I) the
+$\mathrm{round}(\text{sparsity} \cdot I)$ lowest scores go; with N:M the $M - N$ lowest of every $M$ neighbours. No
+weight is changed otherwise, and layers are pruned one after another, so that each is judged on what the pruned ones
+before it pass on.
 
 Source: Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language Models",
 arXiv:2306.11695, eq. 1 and section 3, and the code of the authors (running mean of the squared inputs).
@@ -30,7 +31,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     samples: int = Field(1024, ge=1, description="training rows that the norms of the inputs are taken on")
-    batch_size: int = Field(32, ge=1, description="rows a batch; changes speed and memory, not the scores")
+    batch_size: int = Field(32, ge=1, description="rows per batch; changes speed and memory, not the scores")
 
 
 def scores(weight: Tensor, squares: Tensor) -> Tensor:

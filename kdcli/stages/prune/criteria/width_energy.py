@@ -1,20 +1,23 @@
-"""Width energy: keep the loudest features of the residual stream, and let them speak for the others.
+r"""Width energy: keep the loudest features of the residual stream, and let them speak for the others.
 
-A transformer's layers read the stream through layer norms y = gamma * n + beta, one for each of M sites: after the
-embeddings, and after each sub-layer. The score of feature i of D is its share of the energy at every site, over the
-tokens of a sample,
+A transformer's layers read the stream through layer norms $y = \gamma n + \beta$, one for each of $M$ sites: after
+the embeddings, and after each sub-layer. The score of feature $i$ of $D$ is its share of the energy at every site
+$m$, over the tokens of a sample,
 
-    s_i = sum over sites m of  E[(gamma_mi n_mi)^2] / sum_j E[(gamma_mj n_mj)^2],
+    s_i = \sum_m \frac{\mathrm{E}[(\gamma_{mi}\, n_{mi})^2]}{\sum_j \mathrm{E}[(\gamma_{mj}\, n_{mj})^2]}
 
-and the D' features with the highest scores are kept: a set S, the others O. With ``refit``, two least-squares fits
-on the same tokens of the dense model put right what can be put right without training. A layer norm over S alone
-has another mean and variance, so each of its features gets the gamma and beta that bring it closest to what it was:
+and the $D'$ features with the highest scores are kept: a set $S$, the others $O$. With ``refit``, two least-squares
+fits on the same tokens of the dense model put right what can be put right without training. A layer norm over $S$
+alone has another mean and variance, so each of its features gets the $\gamma$ and $\beta$ that bring it closest to
+what it was, with $n'$ normalised over $S$:
 
-    gamma_i' = Cov(n'_i, y_i) / Var(n'_i),     beta_i' = E[y_i] - gamma_i' E[n'_i],     n' normalised over S;
+    \gamma'_i = \frac{\mathrm{Cov}(n'_i, y_i)}{\mathrm{Var}(n'_i)}
+    \qquad \beta'_i = \mathrm{E}[y_i] - \gamma'_i\, \mathrm{E}[n'_i]
 
-and whatever reads y gets what S can tell of O, with C the covariance of y, r ridge * mean of diag C_SS:
+and whatever reads $y$ gets what $S$ can tell of $O$, with $C$ the covariance of $y$ and $r$ = ``ridge`` times the
+mean of the diagonal of $C_{SS}$:
 
-    R = C_OS (C_SS + r I)^-1,     W' = W_S + W_O R,     b' = b + W_O (E[y_O] - R E[y_S]).
+    R = C_{OS} (C_{SS} + r I)^{-1} \qquad W' = W_S + W_O R \qquad b' = b + W_O (\mathrm{E}[y_O] - R\, \mathrm{E}[y_S])
 
 Sources: the cut is the hidden dimension of Xia, Zhong, Chen 2022, "Structured Pruning Learns Compact and Accurate
 Models", arXiv:2204.00408, section 3.1; the energy of normalised activations as a score is that of Muralidharan et
@@ -57,7 +60,7 @@ class Config(BaseModel):
     refit: bool = Field(True, description="fit layer norms and readers to the dense model's activations")
     ridge: float = Field(1e-4, ge=0, description="of the fit of the readers, relative to the mean variance")
     samples: int = Field(512, ge=1, description="training rows that the energy is estimated on")
-    batch_size: int = Field(32, ge=1, description="rows a batch; changes speed and memory, not the result")
+    batch_size: int = Field(32, ge=1, description="rows per batch; changes speed and memory, not the result")
 
 
 @dataclass

@@ -1,17 +1,19 @@
-"""GPTQ: columns are rounded one after the other, and the columns to come make up for the error of each.
+r"""GPTQ: columns are rounded one after the other, and the columns to come make up for the error of each.
 
-For a layer with weight W (O, I) and inputs X (N, I), the output error ||X (W - Q)^T||^2 has the Hessian
-H = 2 X^T X. With U the upper Cholesky factor of (H + damp mean(diag H) 1)^-1, for each column j in turn
+For a layer with weight $W$ (O, I) and inputs $X$ (N, I), the output error $\lVert X (W - Q)^\top \rVert^2$ has the
+Hessian $H = 2 X^\top X$. With $U$ the upper Cholesky factor of
+$(H + \text{damp} \cdot \overline{\mathrm{diag}\, H}\, I)^{-1}$, for each column $j$ in turn
 
-    Q_j = round(W_j),    W_k = W_k - (W_j - Q_j) U_jk / U_jj    for all k > j
+    Q_j = \mathrm{round}(W_j) \qquad W_k \leftarrow W_k - (W_j - Q_j)\, \frac{U_{jk}}{U_{jj}}
+    \quad \text{for all } k > j
 
 where round takes the scale and zero point of the column's block, which are chosen when its first column is due.
 A weight that is 0 stays 0 and its error goes to the others too, so what was pruned stays pruned (Frantar and
 Alistarh 2023, "SparseGPT", arXiv:2301.00774, section 3.5). An input feature that is always 0 has the weight 0.
-With ``order`` the columns with the largest H_jj come first, and scales and zero points are chosen beforehand.
+With ``order`` the columns with the largest $H_{jj}$ come first, and scales and zero points are chosen beforehand.
 
-X is what the layer reads in the model in which everything before it is rounded already, tables too: layers are taken
-in the order in which they run, those that read the same tensor (query, key and value) together.
+$X$ is what the layer reads in the model in which everything before it is rounded already, tables too: layers are
+taken in the order in which they run, those that read the same tensor (query, key and value) together.
 
 Source: Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv:2210.17323, algorithm 1, with the damping and the blocks of 128 columns of section 4.

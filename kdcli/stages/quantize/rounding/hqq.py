@@ -1,17 +1,17 @@
-"""HQQ: integers, scales and zero points that minimise a sparse error of the weights, without data.
+r"""HQQ: integers, scales and zero points that minimise a sparse error of the weights, without data.
 
-For a block w of weights, with r(q) = (q - z) s and p < 1,
+For a block $w$ of weights, with $r(q) = (q - z)\, s$ and $p < 1$,
 
-    minimise over q, s, z, e   ||e||_p^p + (beta / 2) ||w - r(q) - e||^2
+    \min_{q, s, z, e}\; \lVert e \rVert_p^p + \frac{\beta}{2} \lVert w - r(q) - e \rVert^2
 
-in turns, beta growing by ``kappa`` each time:
+in turns, $\beta$ growing by ``kappa`` each time, with $d = w - r(q)$:
 
-    q = clip(round(w / s) + z)
-    e = sign(d) max(0, |d| - |d|^(p-1) / beta),    d = w - r(q)
-    z = round(mean(q - (w - e) / s))
-    s = <q - z, w - e> / ||q - z||^2
+    q = \mathrm{clip}(\mathrm{round}(w / s) + z) \\
+    e = \mathrm{sign}(d) \max\bigl(0,\; |d| - |d|^{p-1} / \beta\bigr) \\
+    z = \mathrm{round}\bigl(\text{mean}\,(q - (w - e) / s)\bigr) \\
+    s = \langle q - z,\, w - e \rangle \,/\, \lVert q - z \rVert^2
 
-A block keeps the best of all rounds by ||w - r(q)||_p, the first of which is rounding to the rtn.
+A block keeps the best of all rounds by $\lVert w - r(q) \rVert_p$, the first of which is rounding to the nearest.
 
 Source: Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models" (technical report of
 Mobius Labs), equations 2 to 5, and its defaults for p, beta and kappa.

@@ -1,12 +1,14 @@
-"""Rounding to the nearest (RTN): every weight by itself, without data; what all schemes share.
+r"""Rounding to the nearest (RTN): every weight by itself, without data; what all schemes share.
 
-Shape letters: O rows, I columns, G groups of neighbouring columns that share a scale. With b bits,
+Shape letters: $O$ rows, $I$ columns, $G$ groups of neighbouring columns that share a scale. With $b$ bits,
+symmetric and asymmetric,
 
-    symmetric     s = max|w| / L, L = 2^(b-1) - 1;                q = round(w / s)
-    asymmetric    s = (max(w, 0) - min(w, 0)) / (2^b - 1);        z = -2^(b-1) - round(min(w, 0) / s)
-                  q = clip(round(w / s) + z, -2^(b-1), 2^(b-1) - 1)
+    \text{symmetric: } s = \max |w| / L, \quad L = 2^{b-1} - 1, \quad q = \mathrm{round}(w / s) \\
+    \text{asymmetric: } s = \frac{\max(w, 0) - \min(w, 0)}{2^b - 1},
+    \quad z = -2^{b-1} - \mathrm{round}(\min(w, 0) / s) \\
+    q = \mathrm{clip}(\mathrm{round}(w / s) + z,\; -2^{b-1},\; 2^{b-1} - 1)
 
-with ties to even, and w ~ (q - z) s.
+with ties to even, and $w \approx (q - z)\, s$.
 
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", arXiv:1712.05877, section 2.1, equation 1.

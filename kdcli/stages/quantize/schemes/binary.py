@@ -1,9 +1,9 @@
-"""Binary weights: every weight is -a or a, trained with the full-precision model as teacher.
+r"""Binary weights: every weight is -a or a, trained with the full-precision model as teacher.
 
-    q_i = 1 if w_i >= 0 else -1,    a = mean |w_i|
+    q_i = \begin{cases} 1 & w_i \ge 0 \\ -1 & w_i < 0 \end{cases} \qquad a = \text{mean}\; |w_i|
 
-which minimises |w - a q|^2, with one a for every row of a matrix. The float weights are trained and rounded anew
-at every step; gradients go through the rounding as if it were not there. The loss is that of ternary.
+which minimises $\lVert w - a q \rVert$, with one $a$ for every row of a matrix. The float weights are trained and
+rounded anew at every step; gradients go through the rounding as if it were not there. The loss is that of ternary.
 
 Source: Rastegari et al. 2016, "XNOR-Net", ECCV, arXiv:1603.05279, section 3.1 (binary weights); Bai et al. 2021,
 "BinaryBERT: Pushing the Limit of BERT Quantization", ACL, arXiv:2012.15701 (the loss and what is left out).

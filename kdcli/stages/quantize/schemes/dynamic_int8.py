@@ -1,26 +1,27 @@
-"""Dynamic int8: weights as 8-bit integers with a scale a row, activations rounded at run time.
+r"""Dynamic int8: weights as 8-bit integers with a scale a row, activations rounded at run time.
 
-For a weight W (O, I), row by row (an embedding table: entry by entry),
+For a weight $W$ (O, I), row by row (an embedding table: entry by entry),
 
-    s_o = max_i |W_oi| / L,   q_oi = round(W_oi / s_o),   W_oi ~ q_oi * s_o,   |W_oi - q_oi * s_o| <= s_o / 2
+    s_o = \max_i |W_{oi}| / L \qquad q_{oi} = \mathrm{round}(W_{oi} / s_o) \qquad W_{oi} \approx q_{oi}\, s_o, \quad
+    |W_{oi} - q_{oi}\, s_o| \le s_o / 2
 
-with L = 64 (``reduce_range``) or L = 127, zero point 0, ties to even; with b < 8 ``bits``, L = 2^(b-1) - 1.
-Tables always have L = 127. Activations are rounded to uint8 when they are known, with one scale and zero point
+with $L = 64$ (``reduce_range``) or $L = 127$, zero point 0, ties to even; with $b < 8$ ``bits``, $L = 2^{b-1} - 1$.
+Tables always have $L = 127$. Activations are rounded to uint8 when they are known, with one scale and zero point
 a tensor (in the ONNX graph: DynamicQuantizeLinear).
 
-Why 64: x86 processors without VNNI multiply uint8 by int8 with VPMADDUBSW, which adds two products in
-16 bits and saturates above 32767 without a word: 2 * 255 * 64 = 32640 fits, 2 * 255 * 127 = 64770 does not.
-Being a power of two, 64 also makes s_o exact: quantising the rounded weights gives the same q and s again.
-Tables are looked up and never multiplied, so they cannot saturate. One scale an entry and L = 127 moves the
-logits of MiniLM on CLINC150 half as far as one scale a table does, or L = 64 (0.009 against 0.016 and 0.017).
+Why 64: x86 processors without VNNI multiply uint8 by int8 with VPMADDUBSW, which adds two products in 16 bits and
+saturates above 32767 without a word: $2 \cdot 255 \cdot 64 = 32640$ fits, $2 \cdot 255 \cdot 127 = 64770$ does not.
+Being a power of two, 64 also makes $s_o$ exact: quantising the rounded weights gives the same $q$ and $s$ again.
+Tables are looked up and never multiplied, so they cannot saturate. One scale an entry and $L = 127$ moves the
+logits of MiniLM on CLINC150 half as far as one scale a table does, or $L = 64$ (0.009 against 0.016 and 0.017).
 
-The other way out is ``unsigned``: L = 127, and the graph holds q + 128 as uint8 with zero point 128. Products of
+The other way out is ``unsigned``: $L = 127$, and the graph holds $q + 128$ as uint8 with zero point 128. Products of
 two uint8 are summed in 32 bits by every kernel, which is slower where VPMADDUBSW would have been used.
 
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", arXiv:1712.05877, section 2.1, with zero point 0; a scale a row as in
 Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference", arXiv:1806.08342.
-The matrices are those of onnxruntime's quantize_dynamic(per_channel=True, reduce_range=...).
+The matrices are those of onnxruntime's ``quantize_dynamic(per_channel=True, reduce_range=...)``.
 Differs: embeddings have a scale a row, where onnxruntime has one scale and zero point a table.
 """
 

@@ -1,6 +1,7 @@
-"""Half precision: matrices and embedding tables as 16-bit floats, computed in 32 bits.
+r"""Half precision: matrices and embedding tables as 16-bit floats, computed in 32 bits.
 
-    w ~ fl16(w),    |w - fl16(w)| <= 2^-11 |w|  for 2^-14 <= |w| <= 65504
+    w \approx \mathrm{fl}_{16}(w), \qquad |w - \mathrm{fl}_{16}(w)| \le 2^{-11} |w|
+    \quad \text{for } 2^{-14} \le |w| \le 65504
 
 to the nearest, ties to even. Vectors (biases, layer norms) stay as they are. Processors without half-precision
 arithmetic widen the weights when the model is loaded: half the file, the latency and memory of before.

@@ -1,15 +1,16 @@
-"""Weight-only int4: integers of 4 bits with a scale for every block of columns, activations in float.
+r"""Weight-only int4: integers of 4 bits with a scale for every block of columns, activations in float.
 
-For each row of a weight W (O, I) and each block of ``group`` columns
+For each row of a weight $W$ (O, I) and each block $g$ of ``group`` columns, ``symmetric`` or not,
 
-    W_oi ~ q_oi s_og,             s_og = max|W| / 7,          q in [-7, 7]    (``symmetric``)
-    W_oi ~ (q_oi - z_og) s_og,    s_og = (max - min) / 15,    q in [-8, 7]
+    \text{symmetric: } W_{oi} \approx q_{oi}\, s_{og}, \qquad s_{og} = \max |W| / 7, \qquad q \in [-7, 7] \\
+    \text{otherwise: } W_{oi} \approx (q_{oi} - z_{og})\, s_{og}, \qquad s_{og} = (\max W - \min W) / 15,
+    \qquad q \in [-8, 7]
 
-with max and min over the block, zero included. ``bits`` says how many bits an integer has, ``rounding`` who chooses q,
-s and z: ``rtn`` rounds to the nearest and looks at nothing else, ``hqq`` minimises a sparse error of the weights,
-``gptq`` the error of the layer's output on calibration rows. With GPTQ the divergence
-from the answers of MiniLM on CLINC150 is 0.0017 nats with zero points and 0.0034 without; rounding to the nearest
-with zero points gives 0.0076.
+with max and min over the block, zero included. ``bits`` says how many bits an integer has, ``rounding`` who chooses
+$q$, $s$ and $z$: ``rtn`` rounds to the nearest and looks at nothing else, ``hqq`` minimises a sparse error of the
+weights, ``gptq`` the error of the layer's output on calibration rows. With GPTQ the divergence from the answers of
+MiniLM on CLINC150 is 0.0017 nats with zero points and 0.0034 without; rounding to the nearest with zero points
+gives 0.0076.
 
 Source: Yao et al. 2022, "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale
 Transformers", arXiv:2206.01861, section 4.1 (group-wise weights); formula as in Jacob et al. 2018, arXiv:1712.05877,

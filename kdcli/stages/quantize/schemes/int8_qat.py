@@ -1,12 +1,13 @@
-"""Quantisation-aware training: the model learns with the 8-bit weights and activations it will be run with.
+r"""Quantisation-aware training: the model learns with the 8-bit weights and activations it will be run with.
 
-Weights are rounded as static-int8 does, anew at every step, a = a row's largest magnitude / L; activations are
-rounded to uint8 with a range that follows the batches,
+Weights are rounded as static-int8 does, anew at every step, the scale being a row's largest magnitude / $L$;
+activations are rounded to uint8 with a range that follows the batches,
 
-    low <- (1 - m) low + m min(x),    high <- (1 - m) high + m max(x)
+    \text{low} \leftarrow (1 - m)\, \text{low} + m \min x \qquad \text{high} \leftarrow (1 - m)\, \text{high} + m \max x
 
-with m the ``momentum``, real tokens only. Gradients go through the rounding as if it were not there. The loss is
-the distillation of the model that came in: (1 - alpha) CE + alpha T^2 KL, with alpha 0.9 and T 2.
+with $m$ the ``momentum``, real tokens only. Gradients go through the rounding as if it were not there. The loss is
+the distillation of the model that came in: $(1 - \alpha)\, \mathrm{CE} + \alpha\, T^2\, \mathrm{KL}$, with
+$\alpha = 0.9$ and $T = 2$.
 
 Source: Zafrir et al. 2019, "Q8BERT: Quantized 8Bit BERT", arXiv:1910.06188, section 3; Jacob et al. 2018,
 arXiv:1712.05877, section 3.

@@ -1,9 +1,10 @@
-"""Static int8: weights as 8-bit integers with a scale a row, activations rounded with ranges fixed beforehand.
+r"""Static int8: weights as 8-bit integers with a scale a row, activations rounded with ranges fixed beforehand.
 
 Weights are rounded as dynamic-int8 does. What a matrix is multiplied by gets a range (low, high) from rows of
 training data (``--calibration``, ``--calibration-samples``) and is rounded to uint8,
 
-    s = (high - low) / 255,   z = round(-low / s),   x ~ s * (clip(round(x / s) + z, 0, 255) - z)
+    s = (\text{high} - \text{low}) / 255 \qquad z = \mathrm{round}(-\text{low} / s) \\
+    x \approx s \bigl( \mathrm{clip}(\mathrm{round}(x / s) + z,\, 0,\, 255) - z \bigr)
 
 Products are sums of integers; their outputs are floats again, except those of convolutions, which have a range
 of their own. Layer norms, GELU, residual sums and softmax are computed in float; ``operators`` rounds their

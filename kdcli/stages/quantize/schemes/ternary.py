@@ -1,8 +1,10 @@
-"""Ternary weights: every weight is -a, 0 or a, trained with the full-precision model as teacher.
+r"""Ternary weights: every weight is -a, 0 or a, trained with the full-precision model as teacher.
 
-    d = 0.7 mean|w|,    q_i = sign(w_i) if |w_i| > d else 0,    a = mean of |w_i| where |w_i| > d
+    d = 0.7\; \text{mean}\; |w|
+    \qquad q_i = \begin{cases} \mathrm{sign}(w_i) & |w_i| > d \\ 0 & \text{otherwise} \end{cases}
+    \qquad a = \underset{|w_i| > d}{\text{mean}}\; |w_i|
 
-with one a for a matrix and one for each row of the token table. The float weights are trained and rounded anew at
+with one $a$ for a matrix and one for each row of the token table. The float weights are trained and rounded anew at
 every step; gradients go through the rounding as if it were not there. The loss is the divergence from the teacher's
 answers, plus the squared differences of attention scores and hidden states of every layer (``tinybert``).
 

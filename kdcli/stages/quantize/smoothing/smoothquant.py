@@ -1,19 +1,20 @@
-"""SmoothQuant: move the range of activations into the weights that read them, column by column.
+r"""SmoothQuant: move the range of activations into the weights that read them, column by column.
 
-For an input x (I features) and the matrices W that read it, all of them together,
+For an input $x$ (I features) and the matrices $W$ that read it, all of them together,
 
-    s_j = max|x_j|^alpha / max|W_oj|^(1 - alpha),     y = (W diag(s)) (diag(1/s) x)
+    s_j = \frac{\max |x_j|^\alpha}{\max |W_{oj}|^{1 - \alpha}}
+    \qquad y = \bigl(W\, \mathrm{diag}(s)\bigr) \bigl(\mathrm{diag}(1/s)\, x\bigr)
 
 The product is the same, but features with outliers become smaller before they are rounded with one scale for
-all, and the weights, which have a scale a row, become larger there. alpha = 0.5 gives either the same range;
+all, and the weights, which have a scale a row, become larger there. $\alpha = 0.5$ gives either the same range;
 more takes more from the activations.
 
 Source: Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
 Models", ICML, arXiv:2211.10438, equations 3 and 4.
-Differs: the paper folds 1/s into the layer norm in front. In BERT the layer norm stands behind the residual sum,
+Differs: the paper folds $1/s$ into the layer norm in front. In BERT the layer norm stands behind the residual sum,
 so its output is read by that sum as well, and the division has to be carried out; only the factors of the
 attention output fold, into the rows of the value projection. Features that are zero on all calibration rows, or
-that no weight reads, keep s = 1.
+that no weight reads, keep $s = 1$.
 """
 
 from __future__ import annotations

@@ -74,21 +74,22 @@ def test_full_rank_changes_nothing_even_where_nothing_is_felt(shape: tuple[int, 
 class Classifier(nn.Module):
     """Logits are a linear map of the first token's outputs, so that the Gauss-Newton matrix is known."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, int], states: torch.Tensor) -> None:
         super().__init__()
+        self.states = states  # (V, I), of every token
         self.fc = problems.layer_of(shape)
         torch.manual_seed(4)
         self.head = nn.Linear(shape[0], 3)
 
-    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.head(self.fc(x)[:, 0]))
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.fc(self.states[input_ids])[:, 0]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_sampled_sensitivity_is_the_second_order_divergence(shape: tuple[int, int]) -> None:
-    model = Classifier(shape)
-    row = torch.randn(1, 2, shape[1])
-    batch = {"x": row.repeat(20000, 1, 1), "attention_mask": torch.ones(20000, 2, dtype=torch.long)}
+    model = Classifier(shape, torch.randn(2, shape[1]))
+    row = torch.arange(2)[None]
+    batch = {"input_ids": row.repeat(20000, 1), "attention_mask": torch.ones(20000, 2, dtype=torch.long)}
     found = curvature.sensitivity(model, {"fc": model.fc}, [batch], 0)
     p = model(row, None).logits[0].softmax(-1).detach().double().numpy()
     jacobian = model.head.weight.detach().double().numpy()
@@ -103,10 +104,10 @@ def test_the_sampled_sensitivity_is_the_second_order_divergence(shape: tuple[int
 
 
 def test_the_model_diverges_less_than_with_whitening() -> None:
-    model = Classifier((8, 8))
-    layer = model.fc
     x = problems.inputs(400, 8)
-    batch = {"x": x[:, None], "attention_mask": torch.ones(400, 1, dtype=torch.long)}
+    model = Classifier((8, 8), x)
+    layer = model.fc
+    batch = {"input_ids": torch.arange(400)[:, None], "attention_mask": torch.ones(400, 1, dtype=torch.long)}
     with torch.no_grad():
         model.head.weight *= 0.3  # near the dense model, where second order is enough
     dense = model(**batch).logits.log_softmax(-1).detach()
