@@ -18,6 +18,7 @@ from kdcli.models import checkpoint as checkpoints
 from kdcli.models import graph_only
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.references import Resolved
+from kdcli.report import metrics
 from kdcli.report.schema import Warning_
 
 FILE = "model.onnx"
@@ -37,17 +38,22 @@ class Agreement:
     same: int  # with the same answer
     largest: float  # difference of a probability, or of a number where that is the answer
     rounded: bool  # the graph computes with integers or rounded weights
+    ordered: bool = False  # answers are numbers: pairs of rows agree, ``same`` is their share of the rows
+    spread: float = 1.0  # that ``largest`` is held against: 1 of a probability, the deviation of numbers
 
     @property
     def differs(self) -> bool:
         """Whether they cannot be two forms of one model."""
         if self.rounded:
             return self.same < _SAME * self.rows
-        return self.same < _SAME_FLOAT * self.rows or not self.largest <= _CLOSE
+        return self.same < _SAME_FLOAT * self.rows or not self.largest <= _CLOSE * self.spread
 
     @property
     def words(self) -> str:
         """In part of a sentence."""
+        if self.ordered:
+            share = self.same / max(1, self.rows)
+            return f"{share:.0%} of the pairs of rows in the same order, numbers differ by up to {self.largest:.2g}"
         return f"the same answer on {self.same} of {self.rows} rows, probabilities differ by up to {self.largest:.2g}"
 
     def to_json(self) -> dict[str, Any]:
@@ -159,7 +165,9 @@ def agreement(checkpoint: Checkpoint, graph: Path, encoded: Encoded, *, threads:
     want, got = np.concatenate(wanted), np.concatenate(given)
     largest = np.abs(checkpoint.task.scores(want) - checkpoint.task.scores(got)).max()
     same = round(checkpoint.task.same(want, got) * len(at))
-    return Agreement(len(at), same, float(largest), classifier.rounds(graph))
+    ordered = metrics.of(checkpoint.task.primary).ordered
+    spread = float(want.std()) or 1.0 if ordered else 1.0
+    return Agreement(len(at), same, float(largest), classifier.rounds(graph), ordered, spread)
 
 
 def differ(checkpoint: Checkpoint, graph: Path, found: Agreement, consequence: str) -> Warning_:

@@ -84,6 +84,7 @@ def logits_of(
         threads=threads,
         task=task.name,
         cpu=_cpu(),
+        activation=task.about(labels).get("activation"),
     )
     path = cache.entry("predictions", f"{name}.npy")
     if (known := cache.load_array(path, shape=(len(encoded), labels))) is not None:
@@ -254,7 +255,9 @@ def _running(
 ) -> AbstractContextManager[Callable[[Mapping[str, np.ndarray]], np.ndarray]]:
     if runtime == "torch" or one.graph is None:
         return nullcontext(torch_runner(one.checkpoint))
-    return classifier.running(one.graph, threads=conditions.threads, device=conditions.device)
+    return classifier.running(
+        one.graph, threads=conditions.threads, device=conditions.device, task=one.checkpoint.task
+    )
 
 
 def latency_batches(encoded: Encoded, pad_id: int, size: int) -> list[dict[str, np.ndarray]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from kdcli import families
 from kdcli.errors import InputError
+from kdcli.tasks import CROSS_ENCODER
 
 MAX_JSON = 10 * 2**20  # bytes
 MAX_HEADER = 16 * 2**20  # bytes; a BERT has 25 kB
@@ -101,7 +102,21 @@ def check_checkpoint(directory: Path, *, weights: bool = True) -> CheckpointFile
     for name in _CONFIGS:
         if (directory / name).exists():
             _check_no_code(read_json(directory / name), directory / name)
-    return CheckpointFiles(config, found, _tokenizer(directory))
+    return CheckpointFiles(_with_activation(config, directory), found, _tokenizer(directory))
+
+
+def _with_activation(config: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Add what a directory of a ``CrossEncoder`` says of the activation.
+
+    sentence-transformers 6 keeps it in a file beside config.json, earlier ones in config.json, which counts first.
+    """
+    path = directory / "config_sentence_transformers.json"
+    if not path.exists() or config.get(CROSS_ENCODER) is not None:
+        return config
+    own = read_json(path)
+    if own.get("model_type") != "CrossEncoder":
+        return config
+    return config | {CROSS_ENCODER: {"activation_fn": own.get("activation_fn")}}
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:

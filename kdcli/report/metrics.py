@@ -26,6 +26,10 @@ class Metric:
     )
     needs: str = ""  # what rows must have for it to be measured
 
+    def of_score(self, score: float) -> float:
+        """The value of a score, which is its negative where lower is better."""
+        return score if self.higher_is_better else -score
+
     def points(self, difference: float) -> str:
         """The size of a difference in prose: ``1.5 points`` of a share, ``0.0150`` otherwise."""
         size = abs(difference)

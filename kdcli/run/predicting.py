@@ -124,7 +124,10 @@ def _onnx(
 ) -> Iterator[Callable[[Encoded], np.ndarray]]:
     size = 1 if measurement.dynamic_integers(graph) else how.batch_size
     device = devices.session_device(checkpoint.device)
-    with classifier.running(graph, threads=threads, device=device, labels=len(checkpoint.labels)) as run:
+    running = classifier.running(
+        graph, threads=threads, device=device, labels=len(checkpoint.labels), task=checkpoint.task
+    )
+    with running as run:
         yield lambda encoded: _logits(run, encoded, checkpoint.pad_id, size)
 
 

@@ -36,6 +36,10 @@ _PROBLEMS = {
 METRIC, THRESHOLDS = "kdcli_metric", "kdcli_thresholds"
 """Keys of config.json that kdcli adds to ``problem_type``; transformers keeps what it does not know."""
 
+CROSS_ENCODER = "sentence_transformers"
+"""Key of config.json under which sentence-transformers keeps what it applies to a cross-encoder's output; kdcli writes
+it, so that ``CrossEncoder`` gives the numbers that were judged."""
+
 KEYS = frozenset({METRIC, THRESHOLDS})
 
 
@@ -143,7 +147,7 @@ def of_config(config: Mapping[str, Any], where: str = "config.json") -> str | No
 
 
 def recorded(config: Mapping[str, Any], where: str = "config.json", metric: str | None = None) -> Task | None:
-    """The task of :func:`of_config` with all that config.json keeps of it: thresholds and primary metric.
+    """The task of :func:`of_config` with all that config.json keeps of it: thresholds, activation, primary metric.
 
     Args:
         config: config.json.
@@ -166,6 +170,10 @@ def recorded(config: Mapping[str, Any], where: str = "config.json", metric: str 
         raise InputError(f"{METRIC} in {where}: {error}", "remove that key") from error
     if metric is not None:
         found = get(name, metric)
+    if name == "regression":
+        from kdcli.tasks import links
+
+        return replace(found, activation=links.of_config(config, where).name)  # type: ignore[type-var]
     if name != "multi-label" or config.get(THRESHOLDS) is None:
         return found
     from kdcli.tasks.multi_label import MultiLabel

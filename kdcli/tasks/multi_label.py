@@ -117,6 +117,12 @@ class MultiLabel:
         rank = np.where(has, rarity, labels.shape[1]).min(1)
         return np.append(np.argsort(rarity, kind="stable"), labels.shape[1])[rank]
 
+    def check_learnable(self, labels: np.ndarray) -> None:
+        """All of them are."""
+
+    def unit(self, labels: np.ndarray) -> None:
+        """None: an output is a logit."""
+
     def blind(self, labels: np.ndarray) -> Blind | None:
         """The loss of every label's own share, and the best score of a fixed set: the k most frequent labels, for any
         k, or the most frequent set."""

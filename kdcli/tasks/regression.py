@@ -1,11 +1,13 @@
 """One number a row: a score of a text or a pair, a reranker's relevance.
 
-The answer z is read as the mean of a Gaussian with variance 1, which gives every term one scale:
+The output z is read through a link (:mod:`kdcli.tasks.links`). Without an activation it is the mean of a Gaussian with
+variance 1, which gives every term one scale:
 
     loss        (z - y)^2 / 2, the negative log likelihood less a constant      half of transformers' squared error
     divergence  (z_after - z_before)^2 / 2, the KL of the two Gaussians
 
-A temperature changes nothing: T^2 times the divergence of z / T is the divergence.
+A temperature changes nothing: T^2 times the divergence of z / T is the divergence. With a cross-encoder's sigmoid z
+is the logit of a Bernoulli distribution. Logits are the outputs before the link; metrics judge the numbers after it.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import torch
 
 from kdcli.errors import InputError, UsageError
 from kdcli.report.schema import MetricValue, Warning_
-from kdcli.tasks import METRIC, intervals, ranking
+from kdcli.tasks import CROSS_ENCODER, METRIC, intervals, links, ranking
 from kdcli.tasks.intervals import Statistic, ratio
+from kdcli.tasks.links import Link
 from kdcli.tasks.task import Blind, Comparison, Kind, Plain, Reduction, check_finite
 
 if TYPE_CHECKING:
@@ -35,16 +38,27 @@ class Regression(Plain):
 
     Args:
         primary: The primary metric, as in the contract.
+        activation: Name of the link from the output to the number.
     """
 
     primary: str = "spearman"
+    activation: str = links.IDENTITY.name
 
     name = "regression"
     kind: ClassVar[Kind] = "number"
     metrics = ("spearman", "pearson", "rmse", "r2", "pair_order", *_RANKING)
-    problem_type = "regression"
     pipeline_tag = "text-classification"
     limit = "It answers every text with a number, also one that is unlike all that it was trained on."
+
+    @property
+    def link(self) -> Link:
+        """From the output to the number."""
+        return links.LINKS[self.activation]
+
+    @property
+    def problem_type(self) -> str | None:
+        """``regression``; None with a sigmoid, which transformers' pipeline applies only without one."""
+        return "regression" if self.link is links.IDENTITY else None
 
     def outputs(self, labels: Sequence[str]) -> int:
         """One."""
@@ -59,15 +73,18 @@ class Regression(Plain):
         return self
 
     def config_fields(self) -> dict[str, object]:
-        """``problem_type``, and the metric where it is not the default one."""
-        found: dict[str, object] = {"problem_type": self.problem_type}
+        """``problem_type``, the activation as CrossEncoder reads it, and the metric where it is not the default one."""
+        found: dict[str, object] = {
+            "problem_type": self.problem_type,
+            CROSS_ENCODER: {"activation_fn": self.link.path},
+        }
         if self.primary != Regression.primary:
             found[METRIC] = self.primary
         return found
 
     def about(self, outputs: int) -> dict[str, str]:
-        """``task``."""
-        return {"task": self.name}
+        """``task``, and ``activation``: the graph's output is what comes before it."""
+        return {"task": self.name, "activation": self.activation}
 
     # Labels as arrays.
 
@@ -91,7 +108,8 @@ class Regression(Plain):
         n = len(labels)
         if (labels == labels[0]).all():
             return None
-        square = (labels.astype(np.float64) - labels.mean(dtype=np.float64)) ** 2
+        mean = labels.mean(dtype=np.float64)
+        square = (labels.astype(np.float64) - mean) ** 2
         deviation = float(np.sqrt(square.mean()))
         chance = 2 / float(
             np.sqrt(n - 1)
@@ -102,37 +120,51 @@ class Regression(Plain):
             "pair_order": (0.5, chance / 2),
             "rmse": (-deviation, float(square.std()) / deviation / float(np.sqrt(n))),
         }.get(self.primary, (0.0, 0.0))
-        return Blind(float(square.mean()) / 2, score, noise)
+        loss = float(square.mean()) / 2
+        if self.link is links.SIGMOID:
+            loss = float(-mean * np.log(mean) - (1 - mean) * np.log1p(-mean)) if 0 < mean < 1 else 0.0
+        return Blind(loss, score, noise)
+
+    def check_learnable(self, labels: np.ndarray) -> None:
+        """Labels of a sigmoid are in [0, 1]."""
+        self.link.check(labels)
+
+    def unit(self, labels: np.ndarray) -> tuple[float, float] | None:
+        """Mean and standard deviation; None with an activation, of labels that are all equal, and of none."""
+        if self.link is not links.IDENTITY or not len(labels):
+            return None
+        deviation = float(labels.std(dtype=np.float64))
+        return (float(labels.mean(dtype=np.float64)), deviation) if deviation > 0 else None
 
     # Tensors.
 
     def loss(self, logits: Tensor, labels: Tensor, reduction: Reduction = "none") -> Tensor:
-        """(B,) half squared errors; 0 for a row without a label."""
+        """(B,) losses of the link; 0 for a row without a label."""
         known = ~labels.isnan()
-        each = (logits[:, 0] - torch.where(known, labels, 0.0).to(logits.dtype)).square() / 2 * known
+        each = self.link.loss(logits[:, 0], torch.where(known, labels, 0.0).to(logits.dtype)) * known
         return each.sum() if reduction == "sum" else each
 
     def divergence(self, after: Tensor, before: Tensor, reduction: Reduction = "none") -> Tensor:
-        """(B,) half squared differences."""
-        each = (after[:, 0] - before[:, 0]).square() / 2
+        """(B,) divergences of the link."""
+        each = self.link.divergence(after[:, 0], before[:, 0])
         return each.sum() if reduction == "sum" else each
 
     def own(self, logits: Tensor) -> Tensor:
         """(B,) the numbers themselves."""
-        return logits.detach()[:, 0]
+        return self.link.mean(logits.detach()[:, 0])
 
     def drawn(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """(B,) the number plus a standard normal draw."""
-        return logits.detach()[:, 0] + torch.randn(len(logits), generator=generator).to(logits)
+        """(B,) draws from the link's distributions."""
+        return self.link.drawn(logits.detach()[:, 0], generator)
 
     def curved(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """(B, 1) standard normal draws: the Hessian is 1."""
-        return torch.randn(logits.shape, generator=generator).to(logits)
+        """(B, 1) centred draws: the Hessian of a canonical link is the variance of its distribution."""
+        return self.link.noise(logits.detach()[:, 0], generator)[:, None]
 
     def combined(self, every: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-        """(B, 1) the mean number."""
+        """(B, 1) the output whose number is the mean number."""
         z = torch.stack(list(every))
-        return (z * z.new_tensor(weights or [1 / len(every)] * len(every))[:, None, None]).sum(0)
+        return self.link.combined(z, z.new_tensor(weights or [1 / len(every)] * len(every)))
 
     # Arrays.
 
@@ -178,7 +210,7 @@ class Regression(Plain):
 
     def same(self, before: np.ndarray, after: np.ndarray, first: Self | None = None) -> float:
         """Share of pairs of rows in the same order."""
-        return ranking.same_order(before[:, 0], after[:, 0])
+        return ranking.same_order(self.scores(before)[:, 0], self.scores(after)[:, 0])
 
     def doubts(
         self, logits: np.ndarray, labels: np.ndarray, names: Sequence[str], *, of_input: bool = False
@@ -189,9 +221,15 @@ class Regression(Plain):
         if (labels == labels[0]).all():
             message = f"all {n} rows have the number {labels[0]:g}: there is no order to get right"
             return [Warning_(code="one-label", message=message)]
+        if self.link is links.SIGMOID and (labels.min() < 0 or labels.max() > 1):
+            message = (
+                f"{who} gives numbers between 0 and 1 ({self.activation}), and the labels go from {labels.min():g} to "
+                f"{labels.max():g}: their order can be compared, their distance (RMSE, R2) cannot"
+            )
+            return [Warning_(code=f"{code}label-range", message=message)]
         if (logits == logits[0]).all():
             message = (
-                f"{who} gives all {n} rows the number {float(logits[0, 0]):.6g}: it tells nothing apart, and a "
+                f"{who} gives all {n} rows the number {self.scores(logits)[0, 0]:.6g}: it tells nothing apart, and a "
                 "correlation with it is undefined and counted as 0"
             )
             return [Warning_(code=f"{code}one-answer", message=message)]
@@ -200,14 +238,14 @@ class Regression(Plain):
     # What people get.
 
     def unactivated(self, scores: np.ndarray, activation: str, where: str) -> np.ndarray:
-        """The numbers themselves, which are what the owner of a reranker with a sigmoid gets; a softmax is refused."""
+        """What gives these numbers: themselves where no activation comes after the graph; a softmax is refused."""
         if activation != "sigmoid":
             raise InputError(f"{where} ends in a {activation}: of one number that is always 1")
-        return scores
+        return self.link.inverse(scores)
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
         """(N, 1) the numbers."""
-        return logits.astype(np.float64)
+        return self.link.number(logits)
 
     def answer(
         self, logits: np.ndarray, names: Sequence[str], top: int | None = None
@@ -215,11 +253,15 @@ class Regression(Plain):
         """``score``: the number."""
         if top is not None:
             raise UsageError(f"an answer of the task {self.name} is a number: there are no labels to rank")
-        return [{"score": number} for number in logits[:, 0].tolist()]
+        return [{"score": number} for number in self.scores(logits)[:, 0].tolist()]
 
     def snippet(self, of_graph: bool) -> str:
         """The number."""
-        return "print(float(logits[0, 0]))" if of_graph else "print(float(logits[0]))"
+        if self.link is links.IDENTITY:
+            return "print(float(logits[0, 0]))" if of_graph else "print(float(logits[0]))"
+        if of_graph:
+            return "print(1 / (1 + np.exp(-float(logits[0, 0]))))  # " + self.activation
+        return "print(float(logits[0].sigmoid()))"
 
     def _given(self, queries: np.ndarray | None) -> tuple[str, ...]:
         if queries is None and self.primary in _RANKING:
@@ -232,7 +274,7 @@ class Regression(Plain):
     def _statistic(
         self, metric: str, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None
     ) -> Statistic:
-        x, y = logits[:, 0].astype(np.float64), labels.astype(np.float64)
+        x, y = self.scores(logits)[:, 0], labels.astype(np.float64)
         if metric in _RANKING:
             self._given(queries)
             assert queries is not None

@@ -85,6 +85,13 @@ class Plain:
         """Nothing."""
         return None
 
+    def check_learnable(self, labels: np.ndarray) -> None:
+        """All of them are."""
+
+    def unit(self, labels: np.ndarray) -> tuple[float, float] | None:
+        """None: an output has no unit."""
+        return None
+
     def score(self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None) -> float:
         """As :meth:`Task.score` has it."""
         raise NotImplementedError
@@ -139,8 +146,8 @@ class Task(Protocol):
         ...
 
     @property
-    def problem_type(self) -> str:
-        """As transformers' ``config.problem_type`` has it."""
+    def problem_type(self) -> str | None:
+        """As transformers' ``config.problem_type`` has it; None where none of its values gives this answer."""
         ...
 
     @property
@@ -207,6 +214,18 @@ class Task(Protocol):
 
     def strata(self, labels: np.ndarray) -> np.ndarray | None:
         """(N,) groups that a sample of the rows should have in their shares; None where there are none."""
+        ...
+
+    def check_learnable(self, labels: np.ndarray) -> None:
+        """Refuse training on labels that no answer can be.
+
+        Raises:
+            InputError: Which, and what to do.
+        """
+        ...
+
+    def unit(self, labels: np.ndarray) -> tuple[float, float] | None:
+        """Mean and standard deviation of known labels where an output is measured in their unit; None elsewhere."""
         ...
 
     def blind(self, labels: np.ndarray) -> Blind | None:

@@ -18,6 +18,7 @@ from kdcli.inputs.feeding import model_inputs, real
 from kdcli.inputs.text import Encoded
 from kdcli.interrupts import Steps
 from kdcli.progress import Progress
+from kdcli.report import metrics
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
 from kdcli.training import distributed
@@ -70,9 +71,12 @@ class FitResult:
     metric: str = "accuracy"
 
     def detail(self) -> dict[str, Any]:
-        """For the report, where the best score goes by the name of the metric."""
+        """For the report, where the best score is a value of the metric and goes by its name."""
         found = asdict(self)
         metric = found.pop("metric")
+        shown, of_epoch = metrics.of(metric).of_score, f"validation_{metric}"
+        found["best_score"] = shown(self.best_score)
+        found["history"] = [row | {of_epoch: shown(row[of_epoch])} for row in self.history]
         return {f"best_{metric}" if name == "best_score" else name: value for name, value in found.items()}
 
 
@@ -151,6 +155,8 @@ def fit(
         InterruptedRun: SIGINT or SIGTERM arrived; the resume point holds the state after the last step.
         InputError: The training diverged: see :mod:`kdcli.training.divergence`.
     """
+    if train.labels is not None:
+        task.check_learnable(train.labels)
     with compacted(model, [train, validation], pad_id) as (compact_train, compact_validation):
         if begin is not None:
             begin(compact_train)
@@ -231,7 +237,8 @@ class _Run:
                 state.judge(self.model, score, validation_loss, mean, options, self.task.primary)
                 if state.done:
                     divergence.of_result(state.first_loss, state.history[state.best_epoch - 1], before)
-                reading = f"epoch {state.epoch}/{options.epochs} loss {mean:.3f} validation {score:.3f}"
+                reached = metrics.of(self.task.primary).of_score(score)
+                reading = f"epoch {state.epoch}/{options.epochs} loss {mean:.3f} validation {reached:.3f}"
                 task.advance(0, reading)
                 # Several processes agree on it, as after a step.
                 signalled = torch.tensor(float(interrupt.signal is not None), device=self.device)

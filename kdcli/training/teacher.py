@@ -22,14 +22,14 @@ from kdcli.measure import measurement
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
-from kdcli.training import distributed, resumable
+from kdcli.training import distributed, number_head, resumable
 from kdcli.training.first_token import first_token_only
 from kdcli.training.label_loss import label_loss
 from kdcli.training.loop import FitOptions
 from kdcli.training.resumable import TrainingId
 from kdcli.training.terms import Needs
 
-_FORMAT = 4  # raise it when the same inputs would give other cached content
+_FORMAT = 5  # raise it when the same inputs would give other cached content
 _BATCH_TOKENS = 4096
 
 
@@ -71,6 +71,7 @@ def fine_tuned(
     train = train.take(np.flatnonzero(teacher.task.known(train.labels)))
     assert train.labels is not None
     teacher.task = teacher.task.opened()
+    number_head.start(teacher, train.labels)
     with first_token_only(teacher, Needs()):
         training = TrainingId(title="fine-tuning the teacher", place="teacher", identity={"teacher": name})
         loss = label_loss(teacher.task, train.labels, device)

@@ -383,7 +383,7 @@ def test_answers_and_the_lines_of_the_card_give_the_number(capsys: pytest.Captur
     exec(TASK.snippet(of_graph=False), {"logits": torch.from_numpy(logits[1])})
     assert capsys.readouterr().out == "0.5\n-2.25\n"
     assert (TASK.about(1), TASK.outputs(["score"]), TASK.strata(logits[:, 0])) == (
-        {"task": "regression"},
+        {"task": "regression", "activation": "identity"},
         1,
         None,
     )

@@ -28,6 +28,7 @@ from kdcli.inputs.feeding import torch_runner
 from kdcli.inputs.picked import pick
 from kdcli.inputs.text import Encoded
 from kdcli.models.checkpoint import Checkpoint
+from kdcli.report import metrics
 from kdcli.report.facts import SIGNIFICANT
 from kdcli.report.findings import control_words
 from kdcli.report.schema import Warning_
@@ -188,15 +189,16 @@ def compare(
     labels = rows.labels
     assert labels is not None
     own, metric = task.score(student, labels, rows.queries), task.primary
+    value = metrics.of(metric).of_score
     made = []
     for run, other, given in zip(runs, tasks, controls, strict=True):
         score = other.score(given, labels, rows.queries)
         p_value = task.compare(given, student, labels, rows.queries, first=other).p_value
-        made.append(run | {metric: score, "gain": own - score, "p_value": p_value})
-    best = max(made, key=lambda run: float(run[metric]))
+        made.append(run | {metric: value(score), "gain": own - score, "p_value": p_value})
+    best = min(made, key=lambda run: float(run["gain"]))
     found = {
         "metric": metric,
-        f"student_{metric}": own,
+        f"student_{metric}": value(own),
         metric: best[metric],
         "best": best["name"],
         "rows": len(labels),
@@ -207,13 +209,12 @@ def compare(
     return found, [Warning_(code="no-gain", message=f"the teacher did not help: {_without(best, metric)}")]
 
 
-def _without(best: dict[str, Any], metric: str) -> str:
-    reached = f"without it the student reaches {best[metric]:.1%}"
-    if best["gain"] <= 0:
-        return f"{reached} ({100 * -best['gain']:.1f} points more)"
-    return (
-        f"{reached}, and {100 * best['gain']:.1f} points are no more than noise (p = {best['p_value']:.2g})"
-    )
+def _without(best: dict[str, Any], name: str) -> str:
+    metric, gain = metrics.of(name), best["gain"]
+    reached = f"without it the student reaches {metric.percent(best[name])} ({metric.title})"
+    if gain <= 0:
+        return f"{reached}, better by {metric.points(gain)}"
+    return f"{reached}, and {metric.points(gain)} are no more than noise (p = {best['p_value']:.2g})"
 
 
 def _repeats(rows: int, size: int) -> int:

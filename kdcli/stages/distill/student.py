@@ -20,7 +20,7 @@ from kdcli.report.schema import Warning_
 from kdcli.stages.distill.fitting import augmented
 from kdcli.stages.distill.options import STUDENT_PRESETS, DistillOptions
 from kdcli.stages.distill.plan import DistillPlan
-from kdcli.training import layer_map, vocabulary
+from kdcli.training import layer_map, number_head, vocabulary
 from kdcli.training.capture import shape_of
 from kdcli.training.loop import FitOptions, FitResult
 from kdcli.training.terms import LossSetting, Shape
@@ -133,6 +133,9 @@ def make(
         vectors=lambda: vocabulary.token_vectors(teacher, context.progress),
     )
     made.checkpoint.task = teacher.task.opened()
+    train = context.encoded["train"]
+    if train.labels is not None and (made.init != "checkpoint" or not made.checkpoint.has_head):
+        number_head.start(made.checkpoint, train.labels)
     made.checkpoint.model.to(context.device)
     set_dropout(made.checkpoint, plan.settings.dropout)
     for note in made.notes:

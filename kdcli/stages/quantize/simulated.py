@@ -35,11 +35,12 @@ class Answers:
     logits: np.ndarray
     labels: np.ndarray
     task: Task = CLASSIFICATION
+    queries: np.ndarray | None = None  # (N,), as the task's score has them
 
     @property
     def score(self) -> float:
         """The task's, against the labels."""
-        return self.task.selection_score(self.logits, self.labels)
+        return self.task.selection_score(self.logits, self.labels, self.queries)
 
     def divergence(self, other: Answers) -> float:
         """Mean divergence of the other's answers from these; in nats where it is a KL."""
@@ -128,4 +129,4 @@ def answer(checkpoint: Checkpoint, rows: Encoded) -> Answers:
             logits = np.empty((len(rows), part.shape[1]), dtype=np.float32)
         logits[index] = part
     assert logits is not None
-    return Answers(logits, rows.labels, checkpoint.task)
+    return Answers(logits, rows.labels, checkpoint.task, rows.queries)
