@@ -1,4 +1,4 @@
-"""Margin-MSE: the differences between the scores of a batch are the teacher's, wherever the scores themselves lie.
+"""Margin-MSE: the differences between the scores of a batch follow the teacher's, whatever their level.
 
 With s and t the scores (B,) of student and teacher, and the mean over the pairs i < j of the batch:
 

@@ -318,7 +318,9 @@ def test_search_goes_over_layers_too(tmp_path: Path, monkeypatch) -> None:
 
 def test_search_measures_on_validation_and_warns_when_nothing_holds(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(search, "TRIES", 2)
-    monkeypatch.setattr(search, "_keeps", lambda drop, limit: False)  # even the dense model drops by 0
+    monkeypatch.setattr(
+        search.bisection, "keeps", lambda drop, limit: False
+    )  # even the dense model drops by 0
     context = searched(deep(tmp_path, settings={"steps": "1"}), 0.0)
     applied = contexts.applied(prune, context)
     assert [w.code for w in applied.warnings] == ["max-drop-missed"]
