@@ -20,6 +20,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+# A file of tests runs in one process. Those that take longest begin first, so that no process works alone at the end.
+SLOW = (
+    "tests/test_pipeline.py",
+    "tests/run/test_processes.py",
+    "tests/run/test_evaluation.py",
+    "tests/stages/distill/test_strategies.py",
+    "tests/export/test_own_graph.py",
+    "tests/test_interrupts.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slow files first; the order inside a file stays."""
+    order = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(SLOW)))
+
+
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path_factory.mktemp("cache")

@@ -197,9 +197,8 @@ class _Life:
         self.warnings += told
         self.before = self._measured(context.checkpoint, graph, self.rows, "before")
         if (quality := self.before.measured.measurement.quality) is not None:
-            gates.check(
-                context.request.common.gates, quality.metrics
-            )  # a name that no metric has, before any work
+            # A gate on what is no metric of this task is told before any work.
+            gates.check(context.request.common.gates, quality.metrics)
         self.labels = list(context.checkpoint.labels)
         self.first = not context.checkpoint.log.lineage
         self.history = lineage.lineage_of(context.checkpoint, self.source, self.before.measured.measurement)
@@ -247,9 +246,8 @@ class _Life:
         if made.labels == self.labels and made.tokenizer.get_vocab() == given.tokenizer.get_vocab():
             reading.check_written(given, made, context.dataset.splits[split], self.read[split])
         else:
-            with self.timings.phase(
-                "data"
-            ):  # what ships reads texts in its own tokens, and counts its own labels
+            # What ships reads texts in its own tokens, and counts its own labels.
+            with self.timings.phase("data"):
                 encoded = Splits(context.dataset, made)
                 self.made_read, self.made_rows = encoded[split], self.picked.of(encoded)
         if made.task.decides and self._decides(applied):

@@ -9,7 +9,7 @@ its capacity on the teacher's. Where the numbers themselves count (RMSE), the la
 With d = s - t the loss is the unbiased variance of d, which is how it is computed: B numbers, not B^2.
 
 Source: Hofstätter, Althammer, Schröder, Sertkan, Hanbury 2020, "Improving Efficient Neural Ranking Models with
-Cross-Architecture Knowledge Distillation", arXiv:2010.02666, section 3.2, eq. 6.
+Cross-Architecture Knowledge Distillation", arXiv:2010.02666, the margin mean squared error.
 Differs: the paper takes one pair a query, a relevant and an irrelevant passage; here it is every pair of the batch, of
 one query or of two, because batches are cut by length. Halved, as the response loss of a number.
 """

@@ -251,9 +251,12 @@ def test_no_gain_is_said_when_it_may_be_chance_or_is_a_loss() -> None:
     # Four won and none lost: p = 0.125.
     _, (warning,) = compared(right * 100, right * 50 + wrong * 50, right * 96 + wrong * 4)
     assert warning.code == "no-gain"
-    assert "without it the student reaches 96.0%, and 4.0 points are no more than noise" in warning.message
+    assert (
+        "without it the student reaches 96.00 % (accuracy), and 4.0 points are no more than noise"
+        in warning.message
+    )
     _, (warning,) = compared(right * 90 + wrong * 10, right * 50 + wrong * 50, right * 100)
-    assert "without it the student reaches 100.0% (10.0 points more)" in warning.message
+    assert "without it the student reaches 100.00 % (accuracy), better by 10.0 points" in warning.message
 
 
 def test_the_report_says_what_the_teacher_gives_wherever_it_is_shown(
