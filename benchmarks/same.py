@@ -38,7 +38,10 @@ import common
 
 #: Before's path -> after's path, for fields of the report that have moved: patterns and replacements of `re.sub`, each
 #: applied in turn to the paths of the BEFORE file, such as {r"\.quality\.accuracy\b": ".quality.metrics.accuracy"}.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    r"(^|\.)accuracy_ci95(\.|$)": r"\1ci95\2",  # version 2 names it by what it is of: the primary metric
+    r"(^|\.)(lineage\.\d+)\.accuracy$": r"\1\2.value",
+}
 
 #: Patterns of paths that are neither recorded nor compared, and why.
 IGNORED: dict[str, str] = {
