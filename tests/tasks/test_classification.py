@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest, entropy
-from sklearn.metrics import log_loss, matthews_corrcoef
+from sklearn.metrics import f1_score, log_loss, matthews_corrcoef
 
 from kdcli.errors import InputError
 from kdcli.tasks import classification
@@ -63,6 +63,17 @@ def test_macro_f1_is_the_mean_over_classes() -> None:
     found = TASK.measure(logits, labels, "test")["macro_f1"]
     assert found.value == pytest.approx(sum(scores) / 4, abs=1e-12)
     assert found.stderr is None
+
+
+def test_macro_f1_leaves_out_what_neither_labels_nor_answers_hold() -> None:
+    logits, labels = rows(classes=7)
+    logits[:, 2] = -1e3  # never answered, but a label
+    logits[:, 4:6] = -1e3
+    labels = np.where(labels == 4, 0, np.where(labels == 6, 1, labels))  # 4: neither; 5: a label; 6: answered
+    found = TASK.measure(logits, labels, "test")["macro_f1"]
+    want = f1_score(labels, logits.argmax(1), average="macro", zero_division=0)
+    assert found.value == pytest.approx(want, rel=1e-12)
+    assert len({*labels, *logits.argmax(1)}) == 6
 
 
 def test_macro_f1_of_a_class_never_answered_is_zero_without_a_warning() -> None:
@@ -142,6 +153,16 @@ def test_mcnemar_by_hand() -> None:
     # P(at most 1 of 6 heads) on both sides.
     assert mcnemar(before, after, labels) == pytest.approx(2 * (1 + 6) / 2**6)
     assert mcnemar(after, before, labels) == pytest.approx(2 * (1 + 6) / 2**6)
+
+
+@pytest.mark.parametrize("n", [0, 1, 6, 7, 400, 20_000])
+def test_mcnemar_is_scipys_binomial_test(n: int) -> None:
+    for won in {0, n // 3, max(n // 2 - 1, 0), n // 2, n - n // 2, n}:
+        found = classification.Paired(n - won, won, n).p_value
+        want = binomtest(won, n, 0.5).pvalue if n else 1.0
+        assert found == pytest.approx(want, rel=1e-9), (
+            won
+        )  # SciPy sums the two tails, which differ in rounding
 
 
 def test_mcnemar_of_models_that_do_not_differ_is_one() -> None:
