@@ -23,6 +23,8 @@ from kdcli.stages.quantize.options import QuantizeOptions
 from kdcli.tasks.classification import CLASSIFICATION
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_exports")
+
 NAMES = ["negative", "positive"]
 
 

@@ -22,6 +22,8 @@ from kdcli.stages.prune.options import PruneOptions
 from kdcli.stages.quantize.options import QuantizeOptions
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_exports")
+
 
 class Notes(Progress):
     def __init__(self) -> None:

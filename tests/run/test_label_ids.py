@@ -18,6 +18,8 @@ from kdcli.stages.evaluate.options import EvaluateOptions
 from kdcli.stages.prune.options import PruneOptions
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_exports")
+
 
 def judge(model: Path, baseline: Path | None = None, **common) -> Outcome:
     against = None if baseline is None else str(baseline)

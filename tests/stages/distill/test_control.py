@@ -24,6 +24,8 @@ from kdcli.tasks.multi_label import MultiLabel
 from kdcli.training.loop import FitOptions
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_exports")
+
 
 @dataclass
 class Trained:

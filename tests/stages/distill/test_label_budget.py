@@ -16,6 +16,8 @@ from kdcli.stages.distill import stage as distill
 from kdcli.stages.distill.options import DistillOptions
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_exports")
+
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:

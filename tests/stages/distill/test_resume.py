@@ -18,6 +18,8 @@ from kdcli.run import life
 from kdcli.stages.distill.options import DistillOptions
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_exports")
+
 
 class Killer(Progress):
     """Sends SIGINT to this process after so many training steps of the run, whichever training they are in."""

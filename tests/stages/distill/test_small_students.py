@@ -27,6 +27,8 @@ from kdcli.stages.prune.options import PruneOptions
 from kdcli.stages.quantize.options import QuantizeOptions
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_exports")
+
 
 def distill(teacher: Path, data: Path, out: Path, student: str, **options) -> Request:
     chosen = DistillOptions(

@@ -21,6 +21,8 @@ from kdcli.stages.distill.strategies.online import mutual
 from kdcli.tasks.classification import CLASSIFICATION
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_exports")
+
 
 def distill(teachers: list[Path], data: Path, out: Path, settings: dict | None = None, **options):
     given = {"student": "1x16", "epochs": 3, "lr": 5e-3, "init": "teacher"} | options

@@ -31,6 +31,8 @@ from tests import tiny
 from tests.stages import contexts
 from tests.stages.lowrank.test_stage import context_of
 
+pytestmark = pytest.mark.usefixtures("shared_exports")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
