@@ -6,10 +6,12 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ import onnxruntime
 import pytest
 from tokenizers import Tokenizer
 
-from tests import tiny
+from tests import forked, tiny
 from tests.hub import HubMirror, lay_out_cache
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,30 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m kdcli "$@"\n')
     shim.chmod(0o755)
     return base
+
+
+@pytest.fixture(scope="module")
+def quick(place: Path) -> Iterator[Path]:
+    """A directory with a `kdcli` that is a fork of one process: for tests of what commands do to each other.
+
+    How a process starts and ends is for the tests that use the other one.
+    """
+    directory = place / "quick"
+    directory.mkdir()
+    socket = str(directory / "socket")
+    (directory / "kdcli").write_text(forked.shim(socket))
+    (directory / "kdcli").chmod(0o755)
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.forked", socket],
+        env=environment(place),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        yield directory
+        server.kill()
 
 
 def environment(place: Path, **more: str) -> dict[str, str]:
@@ -157,12 +183,23 @@ def test_bert_base_without_hub_and_cache_is_exit_7_at_once(place: Path, tmp_path
     assert not (place / "nowhere").exists()
 
 
+LONG = ["distill", "--teacher", "teacher", "--student", "2x32", "--data", "data", "--epochs", "40"]
+LONG += ["--augment", "0", "--batch-size", "16", "--set", "phases=one"]
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """What comes out when nobody interrupts."""
+    done = shell(place, shlex.join(["kdcli", *LONG, "-o", "whole"]))
+    assert done.returncode == 0, done.stderr
+    return place / "whole"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_and_resumed_gives_the_same_bytes(place: Path, number: int, code: int) -> None:
-    words = ["distill", "--teacher", "teacher", "--student", "2x32", "--data", "data", "--epochs", "40"]
-    words += ["--augment", "0", "--batch-size", "16", "--set", "phases=one"]
-    whole, cut = f"whole{code}", f"cut{code}"
-    assert shell(place, " ".join(["kdcli", *words, "-o", whole])).returncode == 0
+def test_interrupted_and_resumed_gives_the_same_bytes(
+    place: Path, whole: Path, number: int, code: int
+) -> None:
+    words, cut = LONG, f"cut{code}"
     process = subprocess.Popen(
         [sys.executable, "-m", "kdcli", *words, "-o", cut],
         cwd=place,
@@ -188,13 +225,11 @@ def test_interrupted_and_resumed_gives_the_same_bytes(place: Path, number: int, 
     done = shell(place, " ".join(["kdcli", *words, "--resume", "-o", cut]))
     assert done.returncode == 0, done.stderr
     assert "resumed" in done.stderr
-    assert (place / cut / "model.safetensors").read_bytes() == (
-        place / whole / "model.safetensors"
-    ).read_bytes()
+    assert (place / cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert not point.exists()
 
 
-def test_the_documented_blocks_run(place: Path, tmp_path: Path) -> None:
+def test_the_documented_blocks_run(place: Path, quick: Path, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "getting-started.md").read_text()
     (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
@@ -202,7 +237,8 @@ def test_the_documented_blocks_run(place: Path, tmp_path: Path) -> None:
     for name in ("teacher", "data", "bin"):
         (tmp_path / name).symlink_to(place / name)
     (tmp_path / "recipe.yaml").write_text(recipe)
-    done = shell(tmp_path, "set -euxo pipefail\n" + "\n".join(blocks))
+    path = f"{quick}{os.pathsep}{os.environ['PATH']}"
+    done = shell(tmp_path, "set -euxo pipefail\n" + "\n".join(blocks), PATH=path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "student.html").stat().st_size > 1000
     made = json.loads((tmp_path / "out" / "release" / "1-distill" / "report.json").read_text())

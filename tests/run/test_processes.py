@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kdcli.cli.app import main
 from kdcli.models import checkpoint as checkpoints
 from tests import tiny
 
@@ -50,8 +51,11 @@ def single(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> tuple[Pa
     """A teacher with a head, so that nothing random happens before the student, and one process's student."""
     base = tmp_path_factory.mktemp("single")
     teacher = tiny.saved(base / "teacher")
-    done = run(["-m", "kdcli", *distill(teacher, data_dir, base / "one")], base / "cache")
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDCLI_CACHE", str(base / "cache"))
+        with pytest.raises(SystemExit) as ended:
+            main(distill(teacher, data_dir, base / "one"))
+    assert not ended.value.code
     return teacher, base / "one"
 
 
