@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-# What is imported and collected stays until the end: see pytest_collection_finish.
+# What is imported and collected stays until the end: see pytest_runtestloop.
 gc.disable()
 
 # A process that a test starts finds kdcli compiled, as after an installation.
@@ -47,7 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(SLOW)))
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
     """Keep the garbage collector away from what all tests share.
 
     Libraries and collected tests are some million objects that stay. While they come in, looking through them again
