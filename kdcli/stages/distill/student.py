@@ -131,6 +131,7 @@ def make(
         hub=published,
         resolve=lambda ref: references.resolve(ref, offline=offline).path,
         vectors=lambda: vocabulary.token_vectors(teacher, context.progress),
+        pairs=context.dataset.splits["train"].second is not None,
     )
     made.checkpoint.task = teacher.task.opened()
     train = context.encoded["train"]
