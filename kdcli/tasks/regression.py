@@ -60,6 +60,15 @@ class Regression(Plain):
         """``regression``; None with a sigmoid, which transformers' pipeline applies only without one."""
         return "regression" if self.link is links.IDENTITY else None
 
+    def measurable(self, queries: bool) -> tuple[str, ...]:
+        """The ranking metrics only with queries."""
+        if not queries and self.primary in _RANKING:
+            raise InputError(
+                f"{self.primary} orders the rows of a query, but the data have no column 'query'",
+                "name the column by --columns query=NAME, or choose another --metric",
+            )
+        return tuple(name for name in self.metrics if queries or name not in _RANKING)
+
     def outputs(self, labels: Sequence[str]) -> int:
         """One."""
         return 1
@@ -186,7 +195,8 @@ class Regression(Plain):
             InputError: An answer is not a finite number, or the primary metric needs queries and there are none.
         """
         check_finite(logits, split)
-        every = {name: self._statistic(name, logits, labels, queries) for name in self._given(queries)}
+        names = self.measurable(queries is not None)
+        every = {name: self._statistic(name, logits, labels, queries) for name in names}
         return intervals.measured(every, len(labels), split, queries)
 
     def compare(
@@ -198,8 +208,9 @@ class Regression(Plain):
         first: Self | None = None,
     ) -> Comparison:
         """Paired bootstrap of the primary metric, of whole queries where there are some."""
-        one = {name: self._statistic(name, before, labels, queries) for name in self._given(queries)}
-        two = {name: self._statistic(name, after, labels, queries) for name in self._given(queries)}
+        names = self.measurable(queries is not None)
+        one = {name: self._statistic(name, before, labels, queries) for name in names}
+        two = {name: self._statistic(name, after, labels, queries) for name in names}
         pair = intervals.paired(one[self.primary], two[self.primary], queries)
         return Comparison(
             differences={name: two[name].value - one[name].value for name in one},
@@ -263,20 +274,12 @@ class Regression(Plain):
             return "print(1 / (1 + np.exp(-float(logits[0, 0]))))  # " + self.activation
         return "print(float(logits[0].sigmoid()))"
 
-    def _given(self, queries: np.ndarray | None) -> tuple[str, ...]:
-        if queries is None and self.primary in _RANKING:
-            raise InputError(
-                f"{self.primary} orders the rows of a query, but the data have no column 'query'",
-                "name the column by --columns query=NAME, or choose another --metric",
-            )
-        return tuple(name for name in self.metrics if queries is not None or name not in _RANKING)
-
     def _statistic(
         self, metric: str, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None
     ) -> Statistic:
         x, y = self.scores(logits)[:, 0], labels.astype(np.float64)
         if metric in _RANKING:
-            self._given(queries)
+            self.measurable(queries is not None)  # raises
             assert queries is not None
             return (ranking.ndcg if metric == "ndcg_at_10" else ranking.mrr)(x, y, queries)
         return {
