@@ -6,6 +6,9 @@ variance 1, which gives every term one scale:
     loss        (z - y)^2 / 2, the negative log likelihood less a constant      half of transformers' squared error
     divergence  (z_after - z_before)^2 / 2, the KL of the two Gaussians
 
+Where a model is trained, z and y are divided by the standard deviation of the labels first
+(:mod:`kdcli.training.number_head`).
+
 A temperature changes nothing: T^2 times the divergence of z / T is the divergence. With a cross-encoder's sigmoid z
 is the logit of a Bernoulli distribution. Logits are the outputs before the link; metrics judge the numbers after it.
 """
