@@ -58,6 +58,10 @@ class MultiLabel:
     pipeline_tag = "text-classification"
     limit = "It knows {labels} labels; a text that fits none of them may get some, and one that fits some may get none."
 
+    def measurable(self, queries: bool) -> tuple[str, ...]:
+        """All of them."""
+        return self.metrics
+
     def outputs(self, labels: Sequence[str]) -> int:
         """One a label."""
         return len(labels)

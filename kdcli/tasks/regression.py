@@ -6,6 +6,9 @@ variance 1, which gives every term one scale:
     loss        (z - y)^2 / 2, the negative log likelihood less a constant      half of transformers' squared error
     divergence  (z_after - z_before)^2 / 2, the KL of the two Gaussians
 
+Where a model is trained, z and y are divided by the standard deviation of the labels first
+(:mod:`kdcli.training.number_head`).
+
 A temperature changes nothing: T^2 times the divergence of z / T is the divergence. With a cross-encoder's sigmoid z
 is the logit of a Bernoulli distribution. Logits are the outputs before the link; metrics judge the numbers after it.
 """
@@ -59,6 +62,15 @@ class Regression(Plain):
     def problem_type(self) -> str | None:
         """``regression``; None with a sigmoid, which transformers' pipeline applies only without one."""
         return "regression" if self.link is links.IDENTITY else None
+
+    def measurable(self, queries: bool) -> tuple[str, ...]:
+        """The ranking metrics only with queries."""
+        if not queries and self.primary in _RANKING:
+            raise InputError(
+                f"{self.primary} orders the rows of a query, but the data have no column 'query'",
+                "name the column by --columns query=NAME, or choose another --metric",
+            )
+        return tuple(name for name in self.metrics if queries or name not in _RANKING)
 
     def outputs(self, labels: Sequence[str]) -> int:
         """One."""
@@ -186,7 +198,8 @@ class Regression(Plain):
             InputError: An answer is not a finite number, or the primary metric needs queries and there are none.
         """
         check_finite(logits, split)
-        every = {name: self._statistic(name, logits, labels, queries) for name in self._given(queries)}
+        names = self.measurable(queries is not None)
+        every = {name: self._statistic(name, logits, labels, queries) for name in names}
         return intervals.measured(every, len(labels), split, queries)
 
     def compare(
@@ -198,8 +211,9 @@ class Regression(Plain):
         first: Self | None = None,
     ) -> Comparison:
         """Paired bootstrap of the primary metric, of whole queries where there are some."""
-        one = {name: self._statistic(name, before, labels, queries) for name in self._given(queries)}
-        two = {name: self._statistic(name, after, labels, queries) for name in self._given(queries)}
+        names = self.measurable(queries is not None)
+        one = {name: self._statistic(name, before, labels, queries) for name in names}
+        two = {name: self._statistic(name, after, labels, queries) for name in names}
         pair = intervals.paired(one[self.primary], two[self.primary], queries)
         return Comparison(
             differences={name: two[name].value - one[name].value for name in one},
@@ -263,20 +277,12 @@ class Regression(Plain):
             return "print(1 / (1 + np.exp(-float(logits[0, 0]))))  # " + self.activation
         return "print(float(logits[0].sigmoid()))"
 
-    def _given(self, queries: np.ndarray | None) -> tuple[str, ...]:
-        if queries is None and self.primary in _RANKING:
-            raise InputError(
-                f"{self.primary} orders the rows of a query, but the data have no column 'query'",
-                "name the column by --columns query=NAME, or choose another --metric",
-            )
-        return tuple(name for name in self.metrics if queries is not None or name not in _RANKING)
-
     def _statistic(
         self, metric: str, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None
     ) -> Statistic:
         x, y = self.scores(logits)[:, 0], labels.astype(np.float64)
         if metric in _RANKING:
-            self._given(queries)
+            self.measurable(queries is not None)  # raises
             assert queries is not None
             return (ranking.ndcg if metric == "ndcg_at_10" else ranking.mrr)(x, y, queries)
         return {

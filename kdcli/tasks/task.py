@@ -71,6 +71,15 @@ class Blind:
 class Plain:
     """A task whose answers leave nothing to decide."""
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """As :attr:`Task.metrics` has it."""
+        raise NotImplementedError
+
+    def measurable(self, queries: bool) -> tuple[str, ...]:
+        """All of them."""
+        return self.metrics
+
     def opened(self) -> Self:
         """Itself."""
         return self
@@ -143,6 +152,14 @@ class Task(Protocol):
     @property
     def primary(self) -> str:
         """The metric that gates, searches and the best epoch go by: ``--metric``, or the task's own."""
+        ...
+
+    def measurable(self, queries: bool) -> tuple[str, ...]:
+        """Those of :attr:`metrics` that :meth:`measure` gives, of rows with or without queries.
+
+        Raises:
+            InputError: The primary metric needs queries and there are none.
+        """
         ...
 
     @property

@@ -21,7 +21,7 @@ from kdcli.progress import Progress
 from kdcli.report import metrics
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
-from kdcli.training import distributed
+from kdcli.training import distributed, number_head
 from kdcli.training.compact import compacted
 from kdcli.training.divergence import FEW, Divergence
 from kdcli.training.resume import ResumePoint, pack_optimizer, unpack_optimizer
@@ -80,22 +80,32 @@ class FitResult:
         return {f"best_{metric}" if name == "best_score" else name: value for name, value in found.items()}
 
 
-def parameter_groups(models: Sequence[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    models: Sequence[nn.Module], weight_decay: float, deviation: float = 1.0
+) -> list[dict[str, Any]]:
     """Decay matrices and tables only: shrinking biases and norms towards zero has no meaning.
 
     A model that trains several others has ``rated``, which gives each of them its share of the learning rate.
+    ``deviation`` is that of labels that are numbers, whose unit the last layer of every model has:
+    :mod:`kdcli.training.number_head`.
     """
     groups: list[dict[str, Any]] = []
     for model in models:
         named: Any = getattr(model, "rated", None)
         for part, scale in [(model, 1.0)] if named is None else named():
             trained = [p for p in part.parameters() if p.requires_grad]
-            for params, decay in (
-                ([p for p in trained if p.ndim > 1], weight_decay),
-                ([p for p in trained if p.ndim <= 1], 0.0),
+            last = {id(p) for p in number_head.parameters(part)} if deviation != 1 else set()
+            for unit, some in (
+                (1.0, [p for p in trained if id(p) not in last]),
+                (deviation, [p for p in trained if id(p) in last]),
             ):
-                if params:
-                    groups.append({"params": params, "weight_decay": decay, "scale": scale})
+                for params, decay in (
+                    ([p for p in some if p.ndim > 1], weight_decay / unit),
+                    ([p for p in some if p.ndim <= 1], 0.0),
+                ):
+                    if params:
+                        group = {"params": params, "weight_decay": decay, "scale": scale * unit, "unit": unit}
+                        groups.append(group)
     return groups
 
 
@@ -183,7 +193,9 @@ class _Run:
 
     def run(self, train: Encoded, validation: Encoded, progress: Progress, resuming: bool) -> FitResult:
         options, resume = self.options, self.resume
-        groups = parameter_groups([self.model, self.extra], options.weight_decay)
+        unit = number_head.deviation(self.task, train.labels)
+        groups = parameter_groups([self.model], options.weight_decay, unit)
+        groups += parameter_groups([self.extra], options.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=_fused(self.device))
         self.parameters = [p for group in groups for p in group["params"]]
         state = _State()
@@ -202,10 +214,12 @@ class _Run:
         per_epoch = -(-len(train) // options.batch_size)
         lengths = train.lengths
         checking = inference(validation, options.batch_size * 4, self.pad_id)
-        divergence = Divergence(self.title, options.lr, options.rate_option, validation.labels, self.task)
+        divergence = Divergence(
+            self.title, options.lr, options.rate_option, validation.labels, self.task, unit
+        )
         before = None
         if state.fresh and per_epoch * options.epochs <= FEW:
-            before = evaluate(self.task, self.model, validation, checking, self.device)[1]
+            before = evaluate(self.task, self.model, validation, checking, self.device, unit)[1]
         with (
             interrupts.stepping() as interrupt,
             progress.task(self.title, per_epoch * options.epochs) as task,
@@ -232,7 +246,9 @@ class _Run:
                 state.seconds += time.perf_counter() - started
                 mean = state.end_epoch()
                 divergence.of_step(mean, state.epoch)
-                score, validation_loss = evaluate(self.task, self.model, validation, checking, self.device)
+                score, validation_loss = evaluate(
+                    self.task, self.model, validation, checking, self.device, unit
+                )
                 divergence.of_step(validation_loss, state.epoch, what="validation loss")
                 state.judge(self.model, score, validation_loss, mean, options, self.task.primary)
                 if state.done:
@@ -274,6 +290,10 @@ class _Run:
         value = factor * self.loss(self.model(**inputs), Batch(own, mask, at / steps))
         value.backward()
         stop = distributed.average(self.parameters, interrupt.signal is not None)
+        for group in self.optimizer.param_groups:
+            for p in group["params"] if group["unit"] != 1 else ():
+                if p.grad is not None:
+                    p.grad.mul_(group["unit"])
         nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -315,8 +335,12 @@ def evaluate(
     encoded: Encoded,
     batches: list[tuple[np.ndarray, Mapping[str, np.ndarray]]],
     device: torch.device,
+    deviation: float = 1.0,
 ) -> tuple[float, float]:
-    """What the task chooses models by, and the mean loss, of ``model`` on labelled rows."""
+    """What the task chooses models by, and the mean loss, of ``model`` on labelled rows.
+
+    The loss is that of numbers without their unit, where ``deviation`` says it.
+    """
     model.eval()
     assert encoded.labels is not None
     every: Tensor | None = None
@@ -324,7 +348,8 @@ def evaluate(
     for rows, batch in batches[processes.rank() :: processes.count()]:
         logits = model(**model_inputs(model, batch, device)).logits.float()
         labels = torch.from_numpy(encoded.labels[rows]).to(device)
-        total += float(task.loss(logits, labels, "sum"))
+        compared = (number_head.without_unit(one, deviation) for one in (logits, labels))
+        total += float(task.loss(*compared, "sum"))
         if every is None:
             every = logits.new_zeros(len(encoded), logits.shape[1])
         every[torch.from_numpy(rows).to(device)] = logits

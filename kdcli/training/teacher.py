@@ -50,8 +50,11 @@ def fine_tuned(
         The fine-tuned teacher, loaded from the cache, and what was done, for the report.
     """
     encoded, device, progress = context.encoded, context.device, context.progress
+    unit = number_head.deviation(teacher.task, encoded["train"].labels)
     name = cache.key(
         format=_FORMAT,
+        # Only where there is one: teachers of classes are trained as ever, and stay in the cache.
+        **({} if unit == 1 else {"unit": unit}),
         model=checkpoints.weights_digest(teacher.path),
         train=text.fingerprint(encoded["train"]),
         validation=text.fingerprint(encoded["validation"]),

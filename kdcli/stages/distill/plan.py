@@ -13,6 +13,7 @@ from kdcli.errors import UsageError
 from kdcli.models import students
 from kdcli.request import Request
 from kdcli.stages.distill.options import STUDENT_PRESETS, DistillOptions
+from kdcli.tasks.task import Task
 from kdcli.training import objective
 from kdcli.training.objective import ChosenLoss
 from kdcli.training.terms import Loss
@@ -131,6 +132,20 @@ def check(request: Request) -> DistillPlan:
     chosen = [ChosenLoss(name, methods[name], configs[name], weights[name]) for name in names]
     teacher_weights(settings, len(options.teachers))
     return DistillPlan(options, settings, chosen, hard)
+
+
+def need_task(plan: DistillPlan, task: Task) -> None:
+    """Refuse methods and a strategy that cannot work with the answers of a task.
+
+    Raises:
+        UsageError: Says which, why, and what to use.
+    """
+    registry.need_answers({one.name: one.method for one in plan.chosen}, task)
+    if plan.options.strategy == "layerwise" and task.kind != "one-of":
+        raise UsageError(
+            f"strategy 'layerwise' mixes probabilities of classes, and the task is {task.name}",
+            "use --strategy teacher-assisted",
+        )
 
 
 def assistants(settings: Settings) -> list[str]:

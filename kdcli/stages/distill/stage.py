@@ -24,11 +24,12 @@ from kdcli.report.schema import Warning_
 from kdcli.request import Request
 from kdcli.stages.distill.foresight import foreseen
 from kdcli.stages.distill.options import DistillOptions
-from kdcli.stages.distill.plan import DistillPlan, check, teacher_epochs
+from kdcli.stages.distill.plan import DistillPlan, check, need_task, teacher_epochs
 from kdcli.stages.distill.prepared import Prepared
 from kdcli.stages.distill.student import precheck
 from kdcli.tasks.task import Task
 from kdcli.training import teacher as teachers
+from kdcli.training.capture import shape_of
 from kdcli.training.loop import FitOptions
 
 _MODULES = {"assistant-chain": "succession", "self": "succession"}
@@ -38,7 +39,8 @@ def prepare(context: Context) -> Prepared:
     """Give every teacher a head for the task, and apply the label budget."""
     plan = check(context.request)
     options = plan.options
-    precheck(context, plan)
+    need_task(plan, context.checkpoint.task)
+    precheck(plan, shape_of(context.checkpoint))
     train, validation = context.encoded["train"], context.encoded["validation"]
     assert train.labels is not None
     if options.labels is not None:
