@@ -112,10 +112,15 @@ def build(
             notes.append("published weights cannot be had here; the teacher gives the first weights instead")
     student = _blank(size, teacher, labels)
     made = Student(student, init, notes, reason)
+    copied: list[str] = []
     if init != "random":
         copied = from_teacher(student, teacher, vectors)
         notes.extend(copied)
         made.init = "teacher" if copied else "random"
+    if pairs and len(copied) < 2:  # embeddings at most, and no layer
+        notes.append(
+            "layers that start from nothing learn slowly how two texts differ; --student static keeps them apart"
+        )
     return made
 
 

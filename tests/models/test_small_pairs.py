@@ -158,18 +158,27 @@ def test_the_border_is_found_under_any_number() -> None:
     np.testing.assert_allclose(logits(one.model, renumbered, mask[:1, :7]), before[:1], **CLOSE)
 
 
-def test_a_student_of_pairs_is_made_for_pairs_alone(tmp_path: Path) -> None:
-    def build(pairs: bool) -> Checkpoint:
-        return students.build(
-            "static-8", tiny.checkpoint(), tiny.LABELS, STUDENT_PRESETS,
-            init="auto", seed=0, hub=Path, resolve=Path, pairs=pairs,
-        ).checkpoint  # fmt: skip
+def build(name: str, pairs: bool, teacher: Checkpoint | None = None) -> students.Student:
+    return students.build(
+        name, teacher or tiny.checkpoint(), tiny.LABELS, STUDENT_PRESETS,
+        init="teacher", seed=0, hub=Path, resolve=Path, pairs=pairs,
+    )  # fmt: skip
 
-    assert build(False).config.pair_token_id is None
-    one = build(True)
+
+def test_a_student_of_pairs_is_made_for_pairs_alone(tmp_path: Path) -> None:
+    assert build("static-8", False).checkpoint.config.pair_token_id is None
+    one = build("static-8", True).checkpoint
     assert one.config.pair_token_id == SEP
     again = tiny.reload(one, tmp_path)
     np.testing.assert_array_equal(logits(again.model, *batch(*ROWS)), logits(one.model, *batch(*ROWS)))
+
+
+@pytest.mark.parametrize(("name", "said"), [("1x16", True), ("1x32", False), ("static-8", False)])
+def test_layers_from_nothing_are_called_slow_on_pairs(name: str, said: bool) -> None:
+    """The teacher is 2x32: a student of that width takes over a layer of it."""
+    teacher = build("2x32", False).checkpoint
+    assert any("learn slowly" in note for note in build(name, True, teacher).notes) == said
+    assert not any("learn slowly" in note for note in build(name, False, teacher).notes)
 
 
 def test_whether_two_texts_agree_is_learned_from_texts_kept_apart() -> None:

@@ -49,7 +49,9 @@ def prepare(context: Context) -> Prepared:
         classes = 1 if groups is None else len(np.unique(groups))
         train = _budget(train, options.labels, context.seed, task, len(context.checkpoint.labels))
         count = choosing(options.labels, len(train), len(validation), classes)
-        validation = sampling.sample(validation, count, context.seed, task)
+        groups = sampling.strata(validation, task)
+        context.deciding = sampling.positions(groups, len(validation), count, context.seed)
+        validation = validation.take(context.deciding)
         context.progress.note(
             f"--labels {options.labels}: the labels of {options.labels} training rows teach, "
             f"{len(validation)} validation rows choose"
