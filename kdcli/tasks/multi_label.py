@@ -127,6 +127,24 @@ class MultiLabel:
     def unit(self, labels: np.ndarray) -> None:
         """None: an output is a logit."""
 
+    def first_logits(self, labels: np.ndarray) -> np.ndarray | None:
+        """The log odds of every label, from one more row with it and one without.
+
+        With zeros every rare label starts at one half, and hundreds of steps go into the frequencies alone.
+
+        Source: the prior of Lin et al. 2017, "Focal Loss for Dense Object Detection", ICCV, section 3.3. Differs: each
+        label has its own frequency, where they have 0.01 for all.
+        """
+        if not len(labels):
+            return None
+        count = (labels > 0.5).sum(0)
+        found: np.ndarray = np.log((count + 1) / (len(labels) - count + 1))
+        return found
+
+    def teaching_steps(self, labels: int) -> int:
+        """180, and 100 more a label, each of which is a question of its own with few rows that say yes."""
+        return 180 + 100 * labels
+
     def blind(self, labels: np.ndarray) -> Blind | None:
         """The loss of every label's own share, and the best score of a fixed set: the k most frequent labels, for any
         k, or the most frequent set."""

@@ -101,6 +101,14 @@ class Plain:
         """None: an output has no unit."""
         return None
 
+    def first_logits(self, labels: np.ndarray) -> np.ndarray | None:
+        """None: classes are about equally frequent, and a head gives them equal logits."""
+        return None
+
+    def teaching_steps(self, labels: int) -> int:
+        """180, and 10 more a label: two labels and 7,000 rows make one epoch, 150 labels and 15,000 rows four."""
+        return 180 + 10 * labels
+
     def score(self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None) -> float:
         """As :meth:`Task.score` has it."""
         raise NotImplementedError
@@ -243,6 +251,14 @@ class Task(Protocol):
 
     def unit(self, labels: np.ndarray) -> tuple[float, float] | None:
         """Mean and standard deviation of known labels where an output is measured in their unit; None elsewhere."""
+        ...
+
+    def first_logits(self, labels: np.ndarray) -> np.ndarray | None:
+        """(C,) what a new head had best answer before it has read a text; None where its own zeros will do."""
+        ...
+
+    def teaching_steps(self, labels: int) -> int:
+        """Steps of 32 rows that an encoder without a head for the task takes to learn it."""
         ...
 
     def blind(self, labels: np.ndarray) -> Blind | None:

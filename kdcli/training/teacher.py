@@ -50,11 +50,15 @@ def fine_tuned(
         The fine-tuned teacher, loaded from the cache, and what was done, for the report.
     """
     encoded, device, progress = context.encoded, context.device, context.progress
-    unit = number_head.deviation(teacher.task, encoded["train"].labels)
+    labels = encoded["train"].labels
+    assert labels is not None
+    first = teacher.task.first_logits(labels[teacher.task.known(labels)])
+    unit = number_head.deviation(teacher.task, labels)
+    # How its head starts, only where that is not as ever: teachers of classes stay in the cache.
+    start = {"unit": unit} if unit != 1 else {} if first is None else {"first logits": first.tolist()}
     name = cache.key(
         format=_FORMAT,
-        # Only where there is one: teachers of classes are trained as ever, and stay in the cache.
-        **({} if unit == 1 else {"unit": unit}),
+        **start,
         model=checkpoints.weights_digest(teacher.path),
         train=text.fingerprint(encoded["train"]),
         validation=text.fingerprint(encoded["validation"]),

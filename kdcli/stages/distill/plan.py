@@ -196,12 +196,6 @@ def _settings(request: Request, methods: Mapping[str, Loss]) -> tuple[Settings, 
     return registry.parse_config(Settings, own), configs
 
 
-def teacher_epochs(rows: int, labels: int, batch_size: int) -> int:
-    """Epochs that give a fine-tuned teacher enough steps: 180, and 10 more for every label; 720 for a number.
-
-    Two labels and 7,000 rows make one epoch, 150 labels and 15,000 rows four; never more than ten. A number takes
-    longer than a class: MiniLM on STS-B reaches a Spearman of 0.830 on validation after the first of four epochs (180
-    steps each) and 0.863 after the fourth.
-    """
-    steps = 720 if labels == 1 else 180 + 10 * labels
-    return min(10, max(1, round(steps * batch_size / rows)))
+def teacher_epochs(task: Task, rows: int, labels: int, batch_size: int) -> int:
+    """Epochs that give a fine-tuned teacher about the steps that its task takes: one to ten."""
+    return min(10, max(1, round(task.teaching_steps(labels) * batch_size / rows)))

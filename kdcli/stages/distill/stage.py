@@ -137,7 +137,7 @@ def _with_head(
     context.progress.phase("teacher")
     options = FitOptions(
         epochs=settings.teacher_epochs
-        or teacher_epochs(labelled, len(teacher.labels), settings.teacher_batch_size),
+        or teacher_epochs(teacher.task, labelled, len(teacher.labels), settings.teacher_batch_size),
         batch_size=settings.teacher_batch_size,
         lr=settings.teacher_lr or (1e-4 if int(teacher.config.hidden_size) <= 384 else 3e-5),
         seed=context.seed,
