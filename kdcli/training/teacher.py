@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcli import cache, families
+from kdcli import cache, families, tasks
 from kdcli.context import Context
 from kdcli.export import sessions
 from kdcli.inputs import batching, text
@@ -50,8 +50,11 @@ def fine_tuned(
         The fine-tuned teacher, loaded from the cache, and what was done, for the report.
     """
     encoded, device, progress = context.encoded, context.device, context.progress
+    metric = teacher.task.primary  # chooses the epoch, and is stored with the model
     name = cache.key(
         format=_FORMAT,
+        # Only where it was asked for: the others stay in the cache.
+        **({} if metric == tasks.get(teacher.task.name).primary else {"metric": metric}),
         model=checkpoints.weights_digest(teacher.path),
         train=text.fingerprint(encoded["train"]),
         validation=text.fingerprint(encoded["validation"]),
