@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kdcli import tasks
 from kdcli.context import Applied, Context, Stage
 from kdcli.data import sources
 from kdcli.errors import InputError, UsageError
@@ -73,7 +74,19 @@ def prepare(context: Context) -> Prepared:
     every = [context.checkpoint]
     for ref in options.teachers[1:]:
         found = references.resolve(ref, offline=context.request.common.offline)
-        more_teacher = checkpoints.load(found.path, labels=teacher.labels, device=context.device)
+        more_teacher = checkpoints.load(
+            found.path,
+            labels=teacher.labels,
+            task=tasks.get(teacher.task.name, teacher.task.primary),
+            device=context.device,
+        )
+        if more_teacher.has_head and more_teacher.task.name != teacher.task.name:
+            # Its outputs would be read as answers of another kind.
+            raise InputError(
+                f"teacher '{ref}' is for {more_teacher.task.name}, but '{options.teachers[0]}' is for "
+                f"{teacher.task.name}",
+                "give teachers of the same task",
+            )
         if more_teacher.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
             raise InputError(f"teacher '{ref}' has another vocabulary than '{options.teachers[0]}'")
         if more_teacher.has_head and sorted(more_teacher.labels) != sorted(teacher.labels):
