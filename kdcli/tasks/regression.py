@@ -197,20 +197,24 @@ class Regression(Plain):
         queries: np.ndarray | None = None,
         first: Self | None = None,
     ) -> Comparison:
-        """Paired bootstrap of the primary metric, of whole queries where there are some."""
-        one = {name: self._statistic(name, before, labels, queries) for name in self._given(queries)}
+        """Paired bootstrap of the primary metric, of whole queries where there are some.
+
+        Each model's output is read through its own link.
+        """
+        reader = first or self
+        one = {name: reader._statistic(name, before, labels, queries) for name in self._given(queries)}
         two = {name: self._statistic(name, after, labels, queries) for name in self._given(queries)}
         pair = intervals.paired(one[self.primary], two[self.primary], queries)
         return Comparison(
             differences={name: two[name].value - one[name].value for name in one},
             ci95=pair.ci95,
             p_value=pair.p_value,
-            agreement=self.same(before, after),
+            agreement=self.same(before, after, first),
         )
 
     def same(self, before: np.ndarray, after: np.ndarray, first: Self | None = None) -> float:
         """Share of pairs of rows in the same order."""
-        return ranking.same_order(self.scores(before)[:, 0], self.scores(after)[:, 0])
+        return ranking.same_order((first or self).scores(before)[:, 0], self.scores(after)[:, 0])
 
     def doubts(
         self, logits: np.ndarray, labels: np.ndarray, names: Sequence[str], *, of_input: bool = False
