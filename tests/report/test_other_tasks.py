@@ -172,3 +172,14 @@ def test_a_control_by_another_metric_is_told_in_its_unit() -> None:
         "Spearman on test: 0.8700 distilled; without the teacher 0.8500 with the labels alone; "
         "the teacher gives +0.02 over that (p = 0.01)"
     )
+
+
+def test_a_divergence_of_numbers_is_no_kl_in_nats() -> None:
+    report = full()
+    assert report.method is not None
+    assert "KL 0.06 nats" in findings.sensitivity_text(report)
+    other = regression()
+    other.method = report.method
+    assert "the heads of layer 2 (divergence 0.06 with 50 % removed)" in findings.sensitivity_text(other)
+    page = html.page(other)
+    assert "KL" not in page[page.index(">Sensitivity<") :].partition("</table>")[0]

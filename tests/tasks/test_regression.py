@@ -363,6 +363,24 @@ def test_a_comparison_is_paired(metric: str, rows: tuple[np.ndarray, np.ndarray,
     assert (same.p_value, same.agreement, same.differences[metric]) == (1.0, 1.0, 0.0)
 
 
+@pytest.mark.parametrize("metric", ["rmse", "pearson"])
+def test_each_model_is_read_through_its_own_link(metric: str) -> None:
+    z = np.random.default_rng(0).normal(0, 3, 50).astype(np.float32)[:, None]
+    labels = (1 / (1 + np.exp(-z[:, 0]))).astype(np.float32)
+    sigmoid, plain = Regression(metric, "sigmoid"), Regression(metric)
+    # The same numbers, one model giving them, the other their logit; so is a bad one no better for being read wrongly.
+    same = plain.compare(z, labels[:, None], labels, first=sigmoid)
+    assert same.differences[metric] == pytest.approx(0, abs=1e-6)  # the labels are float32
+    assert same.ci95 == pytest.approx((0, 0), abs=1e-6)
+    assert same.agreement == 1
+    worse = sigmoid.compare(labels[:, None], labels[:, None], labels, first=plain)
+    own = sigmoid.measure(labels[:, None], labels, "t")[metric].value
+    other = plain.measure(labels[:, None], labels, "t")[metric].value
+    assert worse.differences[metric] == pytest.approx(own - other, abs=1e-12)
+    assert worse.ci95 is not None
+    assert worse.ci95[0] <= own - other <= worse.ci95[1]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_agreement_is_the_share_of_pairs_in_the_same_order(seed: int) -> None:
     x, y = np.random.default_rng(seed).integers(0, 6, (2, 40)).astype(np.float32)
