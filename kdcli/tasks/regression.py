@@ -180,13 +180,14 @@ class Regression(Plain):
 
         ``rmse`` is in the unit of the labels, ``r2`` may be negative. A constant prediction has no order: its
         correlations are 0 and :meth:`doubts` says why. With queries, whole queries are resampled, and a query's rows
-        count as relevant where their label is above 0.
+        count as relevant where their label is above 0; where no query can be ranked there is no ranking metric.
 
         Raises:
-            InputError: An answer is not a finite number, or the primary metric needs queries and there are none.
+            InputError: An answer is not a finite number, or the primary metric needs queries that can be ranked.
         """
         check_finite(logits, split)
-        every = {name: self._statistic(name, logits, labels, queries) for name in self._given(queries)}
+        given = self._given(labels, queries)
+        every = {name: self._statistic(name, logits, labels, queries) for name in given}
         return intervals.measured(every, len(labels), split, queries)
 
     def compare(
@@ -202,8 +203,9 @@ class Regression(Plain):
         Each model's output is read through its own link.
         """
         reader = first or self
-        one = {name: reader._statistic(name, before, labels, queries) for name in self._given(queries)}
-        two = {name: self._statistic(name, after, labels, queries) for name in self._given(queries)}
+        given = self._given(labels, queries)
+        one = {name: reader._statistic(name, before, labels, queries) for name in given}
+        two = {name: self._statistic(name, after, labels, queries) for name in given}
         pair = intervals.paired(one[self.primary], two[self.primary], queries)
         return Comparison(
             differences={name: two[name].value - one[name].value for name in one},
@@ -267,20 +269,30 @@ class Regression(Plain):
             return "print(1 / (1 + np.exp(-float(logits[0, 0]))))  # " + self.activation
         return "print(float(logits[0].sigmoid()))"
 
-    def _given(self, queries: np.ndarray | None) -> tuple[str, ...]:
+    def _given(self, labels: np.ndarray, queries: np.ndarray | None) -> tuple[str, ...]:
+        """The metrics that these rows have a value of."""
+        self._need_queries(queries)
+        ranked = queries is not None and bool(ranking.judged(np.maximum(labels, 0), queries)[1].any())
+        if not ranked and self.primary in _RANKING:
+            raise InputError(
+                f"{self.primary} orders the rows of a query, and none here has two rows, one with a label above 0",
+                "give the rows of a query the same 'query', or choose another --metric",
+            )
+        return tuple(name for name in self.metrics if ranked or name not in _RANKING)
+
+    def _need_queries(self, queries: np.ndarray | None) -> None:
         if queries is None and self.primary in _RANKING:
             raise InputError(
                 f"{self.primary} orders the rows of a query, but the data have no column 'query'",
                 "name the column by --columns query=NAME, or choose another --metric",
             )
-        return tuple(name for name in self.metrics if queries is not None or name not in _RANKING)
 
     def _statistic(
         self, metric: str, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None
     ) -> Statistic:
         x, y = self.scores(logits)[:, 0], labels.astype(np.float64)
         if metric in _RANKING:
-            self._given(queries)
+            self._need_queries(queries)
             assert queries is not None
             return (ranking.ndcg if metric == "ndcg_at_10" else ranking.mrr)(x, y, queries)
         return {

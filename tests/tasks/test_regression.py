@@ -296,6 +296,17 @@ def test_ranking_metrics_need_queries() -> None:
         Regression("ndcg_at_10").score(np.ones((2, 1)), np.ones(2))
     assert refused.value.hint is not None
     assert "--columns query=NAME" in refused.value.hint
+    # Without a query that can be ranked there is nothing to report: 0 would be no worse after any compression.
+    logits, single = np.arange(4, dtype=np.float32)[:, None], np.arange(4)
+    for labels, queries in (
+        (np.arange(4.0), single),
+        (np.zeros(4), single // 2),
+        (-np.arange(4.0), single // 2),
+    ):
+        assert "ndcg_at_10" not in Regression().measure(logits, labels, "test", queries)
+        assert "mrr_at_10" not in Regression().compare(logits, logits, labels, queries).differences
+        with pytest.raises(InputError, match="none here has two rows, one with a label above 0"):
+            Regression("ndcg_at_10").measure(logits, labels, "test", queries)
 
 
 # One answer for all rows.
