@@ -18,6 +18,7 @@ from sklearn import metrics
 from tokenizers import Tokenizer
 
 import kdcli
+from kdcli.errors import InputError
 from kdcli.models.checkpoint import save
 from kdcli.report.schema import Report
 from kdcli.tasks.regression import Regression
@@ -156,3 +157,25 @@ def test_searches_judge_whole_queries_and_show_the_metric_as_it_is(
     values = [found[metric], *(step[metric] for step in found["steps"] if step[metric] is not None)]
     assert len(values) > 1
     assert all(value > 0 for value in values)
+
+
+def test_teachers_of_numbers_are_averaged_whatever_their_output_is_called(
+    place: Place, tmp_path: Path
+) -> None:
+    if "query" in place.rows[0]:
+        pytest.skip("of scores alone")
+    other = _model(tmp_path / "other", Regression())
+    config = json.loads((other / "config.json").read_text())
+    config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    (other / "config.json").write_text(json.dumps(config))
+    headless = tmp_path / "headless"
+    made = tiny.untrained(hidden=16, neurons=24)
+    made.model.bert.save_pretrained(headless)
+    made.tokenizer.save_pretrained(headless)
+    how: dict[str, Any] = {"student": "1x16", "epochs": 1, "augment": 0, "data": place.data}
+    how["settings"] = {"phases": "one", "teacher_epochs": 1}
+    report = kdcli.distill(teacher=[place.model, other, headless], out=tmp_path / "out", **how)
+    check(report, tmp_path / "out", place.rows)
+    sigmoid = _model(tmp_path / "sigmoid", Regression("rmse", "sigmoid"))
+    with pytest.raises(InputError, match=r"read through a different activation \(sigmoid\)"):
+        kdcli.distill(teacher=[place.model, sigmoid], out=tmp_path / "no", **how)
