@@ -90,7 +90,6 @@ class Gates(Options):
     max_drop: Annotated[float | None, Flag(metavar="F")] = Field(
         default=None,
         ge=0,
-        le=1,
         description="Gate: the primary metric may get worse by at most this; 0.01 is one point.",
     )
     min_speedup: Annotated[float | None, Flag(metavar="F")] = Field(

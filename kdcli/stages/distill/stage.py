@@ -50,8 +50,7 @@ def prepare(context: Context) -> Prepared:
         classes = 1 if groups is None else len(np.unique(groups))
         train = _budget(train, options.labels, context.seed, task, len(context.checkpoint.labels))
         count = choosing(options.labels, len(train), len(validation), classes)
-        groups = sampling.strata(validation, task)
-        context.deciding = sampling.positions(groups, len(validation), count, context.seed)
+        context.deciding = sampling.judged_positions(validation, count, context.seed, task)
         validation = validation.take(context.deciding)
         context.progress.note(
             f"--labels {options.labels}: the labels of {options.labels} training rows teach, "
@@ -75,23 +74,12 @@ def prepare(context: Context) -> Prepared:
     for ref in options.teachers[1:]:
         found = references.resolve(ref, offline=context.request.common.offline)
         more_teacher = checkpoints.load(
-            found.path,
-            labels=teacher.labels,
-            task=tasks.get(teacher.task.name, teacher.task.primary),
-            device=context.device,
+            found.path, labels=teacher.labels, task=teacher.task.opened(), device=context.device
         )
-        if more_teacher.has_head and more_teacher.task.name != teacher.task.name:
-            # Its outputs would be read as answers of another kind.
-            raise InputError(
-                f"teacher '{ref}' is for {more_teacher.task.name}, but '{options.teachers[0]}' is for "
-                f"{teacher.task.name}",
-                "give teachers of the same task",
-            )
         if more_teacher.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
             raise InputError(f"teacher '{ref}' has another vocabulary than '{options.teachers[0]}'")
-        if more_teacher.has_head and sorted(more_teacher.labels) != sorted(teacher.labels):
-            raise InputError(f"teacher '{ref}' knows other labels than '{options.teachers[0]}'")
         if more_teacher.has_head:
+            _check_alike(ref, more_teacher, options.teachers[0], teacher)
             came_trained.append(ref)
         every.append(_with_head(context, plan, more_teacher)[0])
     return Prepared(plan, every, detail, came_trained)
@@ -127,6 +115,25 @@ def _saw_more(labels: int, teachers: Sequence[str]) -> Warning_:
         message=f"--labels {labels} bounds what the student and the choice of its epoch see; "
         f"{'the teachers' if several else 'the teacher'} came trained on labels that are not counted here",
     )
+
+
+def _check_alike(ref: str, one: Checkpoint, first_ref: str, first: Checkpoint) -> None:
+    """Refuse a teacher whose answers cannot be averaged with those of the first.
+
+    Raises:
+        InputError: It is for another task, knows other labels, or its output is read in another way.
+    """
+    if one.task.name != first.task.name:
+        raise InputError(f"teacher '{ref}' is for {one.task.name}, '{first_ref}' is for {first.task.name}")
+    if one.task.order(first.labels, one.labels) is None:
+        raise InputError(f"teacher '{ref}' knows other labels than '{first_ref}'")
+    ways = [model.task.about(len(model.labels)).get("activation") for model in (one, first)]
+    if ways[0] != ways[1]:
+        raise InputError(
+            f"the output of teacher '{ref}' is read through a different activation ({ways[0]}) than that of "
+            f"'{first_ref}' ({ways[1]}), so their answers have no mean",
+            "give teachers of one kind",
+        )
 
 
 def choosing(labels: int, train: int, validation: int, classes: int) -> int:
