@@ -118,7 +118,6 @@ def test_a_directory_that_was_damaged_in_the_meantime_is_replaced(tmp_path: Path
 def test_what_ends_badly_leaves_nothing(tmp_path: Path) -> None:
     for block in (
         cache.writing(tmp_path / "x"),
-        cache.storing(tmp_path / "y"),
         cache.filling(tmp_path / "z", "f4", (2,)),
     ):
         with pytest.raises(RuntimeError, match="stop"), block:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from kdcli import atomic
 from kdcli.cli import options as o
 from kdcli.cli import stage, streams
 from kdcli.data import lines
@@ -144,15 +145,10 @@ def _place(output: Path | None, stdout: TextIO) -> Iterator[TextIO]:
     if output is None:
         yield stdout
         return
-    partly = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with partly.open("w", encoding="utf-8") as stream:
+        with atomic.replacing(output) as partly, partly.open("w", encoding="utf-8") as stream:
             yield stream
-        partly.replace(output)
     except OSError as error:
         if error.filename is None:
             raise
         raise ResourceError(f"'{output}' cannot be written: {error.strerror or error}") from error
-    finally:
-        partly.unlink(missing_ok=True)

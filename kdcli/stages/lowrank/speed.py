@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kdcli import cache
 from kdcli.context import Context
 from kdcli.errors import UsageError
 from kdcli.probe import speedup
@@ -25,10 +25,10 @@ def resumed(context: Context, detail: dict[str, Any]) -> Picked | None:
 
     Another measurement could ask for other ranks, and the training that goes on belongs to those.
     """
-    kept = context.resume_dir / _FILE
-    if not context.request.common.resume or not kept.exists():
+    if not context.request.common.resume:
         return None
-    earlier = json.loads(kept.read_text(encoding="utf-8"))
+    if (earlier := cache.load_json(context.resume_dir / _FILE)) is None:
+        return None
     detail["target_speedup"] = earlier["target_speedup"]
     return {name: tuple(rank) if isinstance(rank, list) else rank for name, rank in earlier["ranks"].items()}
 
@@ -90,7 +90,6 @@ def choose(
     }
     options = context.request.options
     if isinstance(options, LowRankOptions) and options.epochs:
-        context.resume_dir.mkdir(parents=True, exist_ok=True)
-        words = json.dumps({"ranks": chosen.result, "target_speedup": detail["target_speedup"]})
-        (context.resume_dir / _FILE).write_text(words, encoding="utf-8")
+        kept = {"ranks": chosen.result, "target_speedup": detail["target_speedup"]}
+        cache.save_json(context.resume_dir / _FILE, kept)
     return chosen.result
