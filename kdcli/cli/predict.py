@@ -21,7 +21,7 @@ from kdcli.data import lines
 from kdcli.errors import InputError, ResourceError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from kdcli.data.lines import Part
+    from kdcli.data.lines import LineBlock
     from kdcli.data.tables import Located
 
 EXAMPLES = """
@@ -120,7 +120,7 @@ def _count(flag: str, given: str) -> int:
     return int(given)
 
 
-def _stdin(model: str, file: str | None) -> Iterator[Part]:
+def _stdin(model: str, file: str | None) -> Iterator[LineBlock]:
     """The lines of stdin as they arrive."""
     if model == "-":
         raise UsageError(

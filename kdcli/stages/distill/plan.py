@@ -20,7 +20,7 @@ from kdcli.training.terms import Loss
 ALPHA = 0.5
 
 
-class Settings(BaseModel):
+class DistillSettings(BaseModel):
     """What ``--set`` may say about a distillation besides the methods' own parameters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,7 +81,7 @@ class DistillPlan:
     """A checked request."""
 
     options: DistillOptions
-    settings: Settings
+    settings: DistillSettings
     chosen: Sequence[ChosenLoss]
     hard_weight: float  # of the labels
 
@@ -133,7 +133,7 @@ def check(request: Request) -> DistillPlan:
     return DistillPlan(options, settings, chosen, hard)
 
 
-def assistants(settings: Settings) -> list[str]:
+def assistants(settings: DistillSettings) -> list[str]:
     """Names of the assistants, largest first.
 
     Raises:
@@ -147,7 +147,7 @@ def assistants(settings: Settings) -> list[str]:
     return names
 
 
-def teacher_weights(settings: Settings, teachers: int) -> list[float]:
+def teacher_weights(settings: DistillSettings, teachers: int) -> list[float]:
     """The weight of every teacher, summing to 1.
 
     Raises:
@@ -167,7 +167,7 @@ def teacher_weights(settings: Settings, teachers: int) -> list[float]:
     return [value / sum(found) for value in found]
 
 
-def _settings(request: Request, methods: Mapping[str, Loss]) -> tuple[Settings, dict[str, Any]]:
+def _settings(request: Request, methods: Mapping[str, Loss]) -> tuple[DistillSettings, dict[str, Any]]:
     """The distillation's own settings and those of the methods; ``--temperature`` is one of the latter."""
     options = request.options_as(DistillOptions)
     given = dict(request.common.settings)
@@ -176,9 +176,9 @@ def _settings(request: Request, methods: Mapping[str, Loss]) -> tuple[Settings, 
         if not holders:
             raise UsageError(f"--temperature belongs to none of the methods {', '.join(methods)}")
         given.setdefault("temperature", str(options.temperature))
-    own, by_method = registry.share_out("distill", given, methods, Settings)
+    own, by_method = registry.share_out("distill", given, methods, DistillSettings)
     configs = {name: method.configured(by_method[name]) for name, method in methods.items()}
-    return registry.parse_config(Settings, own), configs
+    return registry.parse_config(DistillSettings, own), configs
 
 
 def teacher_epochs(rows: int, labels: int, batch_size: int) -> int:
