@@ -135,13 +135,13 @@ def writing(final: Path) -> Iterator[Path]:
         try:
             os.replace(temporary, final)
         except OSError:
-            if not whole(final):  # that removes a damaged one
+            if not intact(final):  # that removes a damaged one
                 os.replace(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def whole(place: Path) -> bool:
+def intact(place: Path) -> bool:
     """Whether a directory entry is there and is what :func:`writing` made; what is not is removed."""
     if not place.exists():
         return False

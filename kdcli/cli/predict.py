@@ -102,7 +102,7 @@ def command(
 
         rows = 0
         with stage.cached(console), _place(output, stdout) as place:
-            for part in predicting.answers(found, read, predicting.How(**how), console):
+            for part in predicting.answers(found, read, predicting.PredictOptions(**how), console):
                 rows += len(part)
                 if not streams.put(place, "\n".join(map(_line, part))):
                     return

@@ -52,7 +52,7 @@ class DistillSettings(BaseModel):
         description="of the student while it trains; by default 0, for static, cnn, bilstm 0.2",
     )
     augment_seed: int = Field(
-        0, ge=0, description="of the further texts; not --seed, so that runs share the teacher's outputs"
+        0, ge=0, description="of the extra texts; not --seed, so that runs share the teacher's outputs"
     )
     phases: Literal["auto", "one", "two"] = Field(
         "auto", description="two: match the teacher's pooled vector first; auto: when a trial says so"
@@ -109,7 +109,7 @@ def check(request: Request) -> DistillPlan:
         )
     if options.strategy == "online" and options.augment:
         raise UsageError(
-            "strategy 'online' learns from the training rows alone: its teacher changes, so it labels no further texts",
+            "strategy 'online' learns from the training rows alone: its teacher changes, so it labels no extra texts",
             "leave --augment out, or use another strategy",
         )
     if len(options.teachers) > 1 and options.strategy in ("online", "layerwise"):

@@ -35,7 +35,7 @@ def shrink(context: Context, part: StructurePart, state: State) -> None:
 
 
 def _batches(context: Context, part: StructurePart) -> list[Labelled]:
-    return rows_read.of(context, part.criterion, part.config)
+    return rows_read.for_criterion(context, part.criterion, part.config)
 
 
 def _drop_layers(context: Context, part: StructurePart, state: State) -> None:

@@ -12,7 +12,7 @@ from kdcli.inputs.feeding import Labelled, model_inputs
 from kdcli.stages.prune.criterion import Criterion
 
 
-def of(context: Context, criterion: Criterion, config: Any) -> list[Labelled]:
+def for_criterion(context: Context, criterion: Criterion, config: Any) -> list[Labelled]:
     """The batches that a method's settings ask for; none for a method that reads no rows."""
     return batches(context, config.samples, config.batch_size) if criterion.reads_rows else []
 

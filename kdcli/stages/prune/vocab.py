@@ -73,7 +73,7 @@ def drop(context: Context, part: StructurePart, state: State) -> None:
 
 
 def _counts(context: Context, part: StructurePart, size: int) -> np.ndarray:
-    """How often each token occurs in the training and validation rows and in the further texts, (V,)."""
+    """How often each token occurs in the training and validation rows and in the extra texts, (V,)."""
     checkpoint = context.checkpoint
     texts = [context.encoded[name] for name in ("train", "validation") if name in context.encoded]
     if (file := part.config.vocab_text) is not None:
