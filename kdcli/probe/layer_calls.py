@@ -1,9 +1,9 @@
 """How an encoder calls its layers: what each of them gets besides the hidden state, batch by batch.
 
-Two loops run layers by these calls, and differ in what they hold between layers: :mod:`kdcli.probe.layer_stream` (prune)
-visits the sub-layers of one layer several times while they are cut, :mod:`kdcli.stages.lowrank.sequential` keeps what the
-dense layer read and gave until its replacement is fitted to that. :mod:`kdcli.probe.in_order` (GPTQ) is another thing: it
-finds the order of a model of any architecture by running it, and goes without a family.
+Two loops run layers by these calls. They differ in what they hold between layers: :mod:`kdcli.probe.layer_stream`
+(prune) visits the sub-layers of a layer several times while they are cut, :mod:`kdcli.stages.lowrank.sequential` keeps
+what the dense layer read and gave until its replacement is fitted to it. :mod:`kdcli.probe.in_order` (GPTQ) needs no
+family: it finds the order of any model's layers by running one batch.
 
 Shape letters: B rows, T tokens, D hidden features.
 """
