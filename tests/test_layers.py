@@ -39,9 +39,10 @@ LEVEL = {
     "progress": 0,
     "timing": 0,
     "processes": 0,
-    "interrupts": -1,
+    "atomic": -1,
     "input_names": -1,
-    "errors": -2,
+    "interrupts": -2,
+    "errors": -3,
 }
 
 

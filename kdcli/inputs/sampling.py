@@ -96,6 +96,24 @@ def strata(rows: Encoded, task: Task) -> np.ndarray | None:
     return None if rows.labels is None else task.strata(rows.labels)
 
 
+def evenly(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """``count`` rows, as many of each group as of any other, as far as the groups go.
+
+    Args:
+        groups: (N,) numbers of groups, 0 or more.
+        count: How many are wanted.
+        seed: Of the draw.
+
+    Returns:
+        Positions, one of each group after the other.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(groups))
+    grouped = shuffled[np.argsort(groups[shuffled], kind="stable")]
+    sizes = np.bincount(groups)
+    rank = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of a row in its group
+    return grouped[np.argsort(rank, kind="stable")[:count]]
+
+
 def whole_groups(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Rows of whole groups, drawn at random, as many as fit into ``count`` rows; one group at least.
 

@@ -198,7 +198,7 @@ class _Run:
         groups += parameter_groups([self.extra], options.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=_fused(self.device))
         self.parameters = [p for group in groups for p in group["params"]]
-        state = _State()
+        state = _TrainingState()
         if resume is not None:
             stored = resume.load() if resuming else None
             if stored is not None:
@@ -302,13 +302,13 @@ class _Run:
         # A signal that arrived during the step stops a single process now, several after their next one.
         return value.detach(), stop or (processes.count() == 1 and interrupt.signal is not None)
 
-    def keep(self, resume: ResumePoint, state: _State) -> None:
+    def keep(self, resume: ResumePoint, state: _TrainingState) -> None:
         """Write a resume point; every process takes part, the first one writes."""
         tensors, plain = _snapshot(self, state)
         if processes.first():
             resume.save(tensors, plain)
 
-    def stop(self, state: _State, interrupt: Steps) -> None:
+    def stop(self, state: _TrainingState, interrupt: Steps) -> None:
         """Keep the resume point and end."""
         import signal
 
@@ -375,7 +375,7 @@ def _fused(device: torch.device) -> bool:
 
 
 @dataclass
-class _State:
+class _TrainingState:
     """Where a training stands; everything here is in a resume point."""
 
     epoch: int = 0  # that is being run, from 0
@@ -451,7 +451,7 @@ _PLAIN = (
 )
 
 
-def _snapshot(run: _Run, state: _State) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _snapshot(run: _Run, state: _TrainingState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"best.{k}": v for k, v in (state.best or {}).items()}
     for name, child in _with_own_state(run.extra):
         tensors |= {f"own.{name}/{k}": v for k, v in child.tensors().items()}
@@ -474,12 +474,12 @@ def _snapshot(run: _Run, state: _State) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, plain
 
 
-def _restore(run: _Run, tensors: dict[str, Tensor], plain: dict[str, Any]) -> _State:
+def _restore(run: _Run, tensors: dict[str, Tensor], plain: dict[str, Any]) -> _TrainingState:
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
     score, loss = plain.pop("best_score", plain.pop("best_accuracy", None)), plain.pop("best_loss")
-    state = _State(**plain, fresh=False)
+    state = _TrainingState(**plain, fresh=False)
     state.best_score = state.best_score if score is None else score
     state.best_loss = state.best_loss if loss is None else loss
     state.best = {k: v.to(run.device) for k, v in part("best.").items()} or None

@@ -72,7 +72,7 @@ def fine_tuned(
     )
     place = cache.entry("teachers", name)
     facts = place / "fit.json"
-    if cache.whole(place):
+    if cache.intact(place):
         detail = json.loads(facts.read_text(encoding="utf-8"))
         progress.note(f"fine-tuned teacher from the cache: {place}")
         return checkpoints.load(place, device=device), {**detail, "cached": True, "path": str(place)}
@@ -91,7 +91,7 @@ def fine_tuned(
     teacher.task = measurement.decided(teacher, encoded["validation"], progress)
     detail = {"fine_tuned": True, "key": name, **result.detail()}
     with distributed.first_then_others():
-        if not cache.whole(place):
+        if not cache.intact(place):
             with cache.writing(place) as temporary:
                 checkpoints.save(teacher, temporary)
                 content = json.dumps(detail, indent=1, sort_keys=True)

@@ -177,13 +177,7 @@ def _budget(train: Encoded, labels: int, seed: int, task: Task, outputs: int) ->
         raise UsageError(
             f"--labels {labels} is out of range: from {len(classes)}, one a label, to {len(train)}, all rows"
         )
-    shuffled = np.random.default_rng(seed).permutation(len(train))
-    # Rank of every row within its group, in shuffled order: taking the lowest ranks takes the groups evenly.
-    by_class = shuffled[np.argsort(groups[shuffled], kind="stable")]
-    sizes = np.bincount(groups)
-    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
-    rank = np.arange(len(train)) - starts
-    kept = by_class[np.argsort(rank, kind="stable")[:labels]]
+    kept = sampling.evenly(groups, labels, seed)
     hidden = task.unlabelled(len(train), outputs)
     hidden[kept] = train.labels[kept]
     return Encoded(train.ids, train.type_ids, train.offsets, hidden)

@@ -16,7 +16,7 @@ from kdcli.stages.distill.options import STRATEGIES, DistillOptions
 from kdcli.stages.distill.plan import (
     ALPHA,
     DistillPlan,
-    Settings,
+    DistillSettings,
     assistants,
     check,
     teacher_epochs,
@@ -50,7 +50,7 @@ def test_defaults() -> None:
     found = plan()
     assert [(one.name, one.weight) for one in found.chosen] == [("response", ALPHA)]
     assert found.hard_weight == 1 - ALPHA
-    assert found.settings == Settings()
+    assert found.settings == DistillSettings()
 
 
 def test_weights_and_order_are_those_that_were_asked_for() -> None:
@@ -172,8 +172,8 @@ def test_what_a_strategy_can_do(strategy: str) -> None:
 
 
 def test_assistants_are_checked_before_any_work() -> None:
-    assert assistants(Settings()) == ["mini"]
-    assert assistants(Settings(assistants=" small, mini,3x96,")) == ["small", "mini", "3x96"]
+    assert assistants(DistillSettings()) == ["mini"]
+    assert assistants(DistillSettings(assistants=" small, mini,3x96,")) == ["small", "mini", "3x96"]
     for names, words in ((",", "names no assistant"), ("mini,0x16", "out of range")):
         with pytest.raises(UsageError, match=words):
             plan({"assistants": names}, strategy="assistant-chain")
@@ -200,7 +200,7 @@ def test_the_adversary_trains_in_one_process_only(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_teacher_weights_sum_to_one(given: str | None, teachers: int, expected: list[float]) -> None:
-    assert teacher_weights(Settings(teacher_weights=given), teachers) == pytest.approx(expected)
+    assert teacher_weights(DistillSettings(teacher_weights=given), teachers) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("given", ["1", "1,2,3", "1,0", "1,-1", "1,x", "", ",", "nan,1", "1,nan", "inf,1"])
