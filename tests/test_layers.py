@@ -35,7 +35,7 @@ LEVEL = {
     "cache": 0,
     "devices": 1,
     "memory": 0,
-    "foresight": 0,
+    "foresight": 4,
     "progress": 0,
     "timing": 0,
     "processes": 0,

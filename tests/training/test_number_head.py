@@ -22,11 +22,11 @@ from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.multi_label import MultiLabel
 from kdcli.tasks.regression import Regression
 from kdcli.tasks.task import Task
-from kdcli.training import number_head, objective
+from kdcli.training import number_head, objective, parameter_groups
 from kdcli.training.capture import Capture, shape_of
 from kdcli.training.features import TeacherSignals
 from kdcli.training.label_loss import label_loss
-from kdcli.training.loop import Batch, FitOptions, fit, parameter_groups
+from kdcli.training.loop import Batch, FitOptions, fit
 from kdcli.training.objective import ChosenLoss, Objective
 from kdcli.training.terms import Loss
 from tests import tiny
@@ -176,4 +176,4 @@ def test_classes_have_no_unit(data_dir: Path) -> None:
     classes = np.array([0, 1, 1])
     assert number_head.deviation(made.task, classes) == 1
     assert number_head.without_unit(classes, 1.0) is classes
-    assert all(group["unit"] == 1 for group in parameter_groups([made.model], 0.1))
+    assert all(group["unit"] == 1 for group in parameter_groups.of(made.model, 0.1))

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from kdcli import tasks
 from kdcli.context import Applied, Context, Stage
 from kdcli.data import sources
 from kdcli.errors import InputError, UsageError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import pytest
 from kdcli import processes, tasks
 from kdcli.errors import UsageError
 from kdcli.request import Common, Request
-from kdcli.stages.distill import student
 from kdcli.stages.distill.options import STRATEGIES, DistillOptions
 from kdcli.stages.distill.plan import (
     ALPHA,
@@ -19,6 +17,7 @@ from kdcli.stages.distill.plan import (
     DistillSettings,
     assistants,
     check,
+    need_task,
     teacher_epochs,
     teacher_weights,
 )
@@ -26,7 +25,6 @@ from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.multi_label import MultiLabel
 from kdcli.tasks.regression import Regression
 from kdcli.training.losses import dkd, rkd
-from tests import tiny
 
 
 def plan(settings: dict[str, str] | None = None, teachers: int = 1, **options: Any) -> DistillPlan:
@@ -126,7 +124,7 @@ def test_the_distillations_own_settings_are_no_methods() -> None:
         ({"alpha": float("nan")}, "alpha: 'nan' must be at least 0"),
         ({"methods": ("response", "rkd", "response")}, "a method is given twice: response, rkd, response"),
         ({"methods": ("respons",)}, "unknown distill method 'respons': did you mean 'response'"),
-        ({"strategy": "online", "augment": 2}, "labels no further texts"),
+        ({"strategy": "online", "augment": 2}, "labels no extra texts"),
         ({"layer_map": "uniforn"}, "unknown layer map 'uniforn': did you mean 'uniform'"),
         ({"layer_map": "1:2,1:3"}, "student layer 1 is given twice"),
         ({"layer_map": "0:1"}, "'0:1' is not a pair student:teacher"),
@@ -210,13 +208,11 @@ def test_teacher_weights_that_are_none_are_refused(given: str) -> None:
 
 
 def test_a_method_that_cannot_compare_the_tasks_answers_is_refused_before_any_training() -> None:
-    made = tiny.checkpoint()
     checked = plan(methods=("response", "dkd"))
-    context: Any = SimpleNamespace(checkpoint=made)
-    student.precheck(context, replace(checked, chosen=checked.chosen[:1]))
-    context.checkpoint = replace(made, task=tasks.get("multi-label"))
+    need_task(replace(checked, chosen=checked.chosen[:1]), tasks.get("multi-label"))
+    need_task(checked, tasks.get("text-classification"))
     with pytest.raises(UsageError, match="method 'dkd' is for answers that are one of several labels"):
-        student.precheck(context, checked)
+        need_task(checked, tasks.get("multi-label"))
 
 
 def test_a_teacher_learns_for_as_long_as_its_task_takes() -> None:
