@@ -22,6 +22,7 @@ from kdcli.models import activations
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
+from kdcli.report import metrics
 from kdcli.report.schema import Parity, Warning_
 from kdcli.tasks.task import Task
 from kdcli.timing import Timings
@@ -152,8 +153,11 @@ def build(
                         f"the integer graph is off by {result.max_abs_diff} from the checkpoint, "
                         f"allowed are {result.tolerance}"
                     )
+                share = f"{result.top1_agreement:.1%}"
                 raise ParityError(
-                    f"the integer graph gives the checkpoint's answer for {result.top1_agreement:.1%} of the rows only"
+                    f"the integer graph puts {share} of the pairs of rows only in the checkpoint's order"
+                    if metrics.of(checkpoint.task.primary).ordered
+                    else f"the integer graph gives the checkpoint's answer for {share} of the rows only"
                 )
         else:
             chosen.replace(target)

@@ -58,7 +58,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> LinedMapping:
     for key, _ in node.value:
         if key.tag == "tag:yaml.org,2002:merge":
             continue
-        name = loader.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
+        name = loader.construct_object(key, deep=True)
         line = key.start_mark.line + 1
         if isinstance(name, (str, int, float, bool)) and name in lines:
             raise TwiceError(f"line {line}: '{name}' is given twice, first in line {lines[name]}")

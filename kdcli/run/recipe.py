@@ -26,9 +26,9 @@ from kdcli.measure import environment
 from kdcli.models import references
 from kdcli.options import OptionError, declared
 from kdcli.progress import Progress
-from kdcli.report import io
+from kdcli.report import facts, io
 from kdcli.report.redact import redact
-from kdcli.report.schema import Report
+from kdcli.report.schema import Artifact, Report
 from kdcli.request import STAGES, Common, Request, StageName
 from kdcli.run import dry_run as plan
 from kdcli.run import lined, output, preflight
@@ -178,7 +178,7 @@ def run(
             output.choose(target, "", step.stage, force=force, inputs=())
         if writes and cache.whole(kept):
             progress.note(f"{step.stage}: nothing changed, taken from the cache")
-            _copy(kept, target, place_of_data, step.stage, force=force)
+            _copy(kept, target, place_of_data, step, force=force)
             report = io.read(target)
         else:
             common = step.common.model_copy(update={"out": target if writes else None, "force": force})
@@ -263,15 +263,35 @@ def _cache_key(request: Request) -> tuple[str, str]:
     return key, str(settled.common.data)
 
 
-def _copy(source: Path, target: Path, data: str, stage: str, *, force: bool) -> None:
-    """Copy a kept output; its report says where the data are as seen from there."""
+def _copy(source: Path, target: Path, data: str, step: Request, *, force: bool) -> None:
+    """Copy a kept output; its report says where the data are as seen from there, and which command took it."""
     size = sum(p.stat().st_size for p in source.iterdir())
     with (
-        output.reserved(target, "", stage, force=force, inputs=()) as place,
+        output.reserved(target, "", step.stage, force=force, inputs=()) as place,
         output.building(place, size) as work,
     ):
         shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(cache.SUMS))
         report = io.read(work)
-        if (moved := recorded.moved(report.data, data, place)) != report.data:
-            io.write(report.model_copy(update={"data": moved}), work)
+        taken = _taken(report, [redact(part) for part in step.argv], work)
+        io.write(taken.model_copy(update={"data": recorded.moved(report.data, data, place)}), work)
         output.publish(work, place, force=force)
+
+
+def _taken(made: Report, command: list[str], work: Path) -> Report:
+    """The report of a kept output under the command that took it, in its model card, too.
+
+    The detail of its method has the command that made it.
+    """
+    report = made.model_copy(update={"command": command})
+    if made.method is not None:
+        detail = made.method.detail | {"recipe_cache": {"made_by": made.command, "made_at": made.created_at}}
+        report = report.model_copy(update={"method": made.method.model_copy(update={"detail": detail})})
+    page = work / "README.md"
+    if made.command and page.is_file():
+        content = page.read_text(encoding="utf-8")
+        content = content.replace(facts.command_text(made), facts.command_text(report), 1)
+        page.write_text(content, encoding="utf-8")
+        own = Artifact(path=page.name, bytes=page.stat().st_size, sha256=io.sha256_of(page))
+        artifacts = [own if one.path == page.name else one for one in made.artifacts]
+        report = report.model_copy(update={"artifacts": artifacts})
+    return report

@@ -194,9 +194,12 @@ def agreed(said: Mapping[str, str | None]) -> str | None:
     given = [(source, task) for source, task in said.items() if task is not None]
     for source, task in given[1:]:
         if task != given[0][1]:
+            first, wanted = given[0]
             raise InputError(
-                f"{given[0][0]} is for {given[0][1]}, but {source} is for {task}",
-                f"give data for {given[0][1]}, or say by --task which of them is meant",
+                f"{first} is for {wanted}, but {source} is for {task}",
+                f"leave out --task, or give a model for {wanted}"
+                if first.startswith("--task")
+                else f"give data for {wanted}, or say by --task which of them is meant",
             )
     return given[0][1] if given else None
 

@@ -127,6 +127,11 @@ class MultiLabel:
     def unit(self, labels: np.ndarray) -> None:
         """None: an output is a logit."""
 
+    @property
+    def softens(self) -> bool:
+        """Yes: every label has a probability."""
+        return True
+
     def blind(self, labels: np.ndarray) -> Blind | None:
         """The loss of every label's own share, and the best score of a fixed set: the k most frequent labels, for any
         k, or the most frequent set."""

@@ -101,6 +101,11 @@ class Plain:
         """None: an output has no unit."""
         return None
 
+    @property
+    def softens(self) -> bool:
+        """Yes: an answer is a distribution."""
+        return True
+
     def score(self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None) -> float:
         """As :meth:`Task.score` has it."""
         raise NotImplementedError
@@ -243,6 +248,11 @@ class Task(Protocol):
 
     def unit(self, labels: np.ndarray) -> tuple[float, float] | None:
         """Mean and standard deviation of known labels where an output is measured in their unit; None elsewhere."""
+        ...
+
+    @property
+    def softens(self) -> bool:
+        """Whether a temperature T changes T^2 times the divergence of logits / T."""
         ...
 
     def blind(self, labels: np.ndarray) -> Blind | None:
