@@ -47,7 +47,7 @@ _TEXTS = (
 _LABELS = (
     *("labels", "target", "class", "category", "sentiment", "intent", "topic", "emotion", "gold_label"),
     *("label_text", "label_name", "polarity", "y", "output", "tag", "is_duplicate", "coarse_label"),
-    *("airline_sentiment", "rating", "stars", "score"),
+    *("airline_sentiment", "rating", "stars", "score", "relevance", "similarity", "similarity_score"),
 )
 
 
@@ -298,8 +298,8 @@ def _offer(table: Table, columns: Columns) -> str | None:
                 return None
             chosen["text"] = text
     if not chosen.keys() & {"label", "labels"} and find(left, "label") is None:
-        texts = {find(left, chosen.get(role, role)) for role in _TEXT_ROLES}
-        rest = [name for name in left if name not in texts]
+        taken = {find(left, chosen.get(role, role)) for role in (*_TEXT_ROLES, "query")}
+        rest = [name for name in left if name not in taken]
         label = first(name for name in _LABELS if folded.get(name) in rest)
         label = label or (rest[0] if len(rest) == 1 else None)
         if label is not None:

@@ -30,7 +30,7 @@ from kdcli.data.tables import Label, Located, Rows, Table
 from kdcli.data.wanted import Wanted
 from kdcli.errors import InputError
 from kdcli.names import printable
-from kdcli.tasks.task import OF_TEXTS, Kind
+from kdcli.tasks.task import Kind
 
 __all__ = [
     "Columns",
@@ -156,7 +156,7 @@ def _labels(table: Table, columns: Columns, wanted: Wanted) -> tuple[str, Sequen
             if any(isinstance(value, list) for value in table.column(other)):
                 raise wanted.contradicted(
                     f"'{table.source}' has no column 'label', and lists of labels in column '{printable(other)}'",
-                    f"to learn several labels at once: --task {OF_TEXTS['any-of']}",
+                    f"to learn several labels at once: {wanted.other('any-of')}",
                 )
     name = found[0] if found else named(table, "label" if declared is None else "labels", columns)
     if table.names.count(name) > 1:
@@ -188,7 +188,7 @@ def _queries(table: Table, columns: Columns, wanted: Wanted) -> list[str] | None
         if "query" in columns.names:
             raise wanted.contradicted(
                 f"--columns query={printable(columns.names['query'])} asks for rows to be ranked",
-                f"rows are ranked by numbers: --task {OF_TEXTS['number']}",
+                f"rows are ranked by numbers: {wanted.other('number')}",
             )
         return None
     name = query_of(table.names, columns)

@@ -409,7 +409,8 @@ def _check(ref: str, parts: dict[str, Located], judging: Judging | None) -> list
         raise InputError(
             f"data '{ref}': every row of train has the label '{printable(names[0])}'; two labels are needed"
             if names and parts[first].kind == "one-of"
-            else f"data '{ref}': the rows of train have {len(names)} labels; two labels are needed"
+            else f"data '{ref}': the rows of train have {len(names) or 'no'} label{'' if names else 's'}; "
+            "two labels are needed"
         )
     known = set(names)
     for name, part in parts.items():

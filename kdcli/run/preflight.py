@@ -19,7 +19,7 @@ from kdcli.errors import InputError, UsageError
 from kdcli.models import foreign, references
 from kdcli.models.references import Resolved
 from kdcli.progress import Progress
-from kdcli.report import io
+from kdcli.report import gates, io
 from kdcli.report.schema import DataInfo
 from kdcli.request import DEFAULT_DATA, SPLIT_SEED, SUCCESSORS, Request
 from kdcli.run import output
@@ -195,7 +195,8 @@ def wanted_of(request: Request, models: Sequence[Path]) -> Wanted | None:
     said = {} if request.common.task is None else {f"--task {request.common.task}": request.common.task}
     said |= {f"the model '{path}'": task for path in models if (task := foreign.task_of(path)) is not None}
     name = tasks.agreed(said)
-    return None if name is None else Wanted(tasks.kind_of(name), next(iter(said)))
+    by = next(iter(said), "")
+    return None if name is None else Wanted(tasks.kind_of(name), by, of_model=by != f"--task {name}")
 
 
 def _made_with(model: Path) -> DataInfo | None:
@@ -214,6 +215,7 @@ def check(request: Request) -> list[Resolved]:
     Raises:
         KdcliError: Whatever would stop the run before its work begins.
     """
+    gates.check_drop(request.common.gates.max_drop, request.common.metric)
     found = [_resolve(name, request) for name in models_of(request)]
     for one in found:
         # What has no weights is told when it is loaded; a graph that was named is judged without them, if need be.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdcli.errors import InputError
+from kdcli.report import metrics
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
 from kdcli.training import number_head
@@ -79,10 +80,11 @@ class Divergence:
         if before is not None:
             grown = max(grown, epoch["validation_loss"] / max(before, 1e-12))
         if grown > GROWN and worse > 1 and grown * worse > GROWN**2 and score <= blind.score + blind.noise:
+            shown = metrics.of(self.task.primary).of_score
             raise self._error(
                 f"the loss was {first:.4g} at the first step and {epoch['loss']:.4g} in epoch {epoch['epoch']:.0f}, "
                 f"and on validation it is {epoch['validation_loss']:.4g} (one answer for all rows: {one_answer:.4g}) "
-                f"at {self.task.primary} {score:.4g} (one answer for all rows: {blind.score:.4g})"
+                f"at {self.task.primary} {shown(score):.4g} (one answer for all rows: {shown(blind.score):.4g})"
             )
 
     def _error(self, text: str) -> InputError:

@@ -54,21 +54,22 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def start(checkpoint: Checkpoint, labels: np.ndarray) -> None:
-    """Move a blank head to the labels, in place; nothing happens where the task gives them no unit.
+    """Move a blank head to the labels, in place: to their unit, and to what is answered best without reading a text.
 
     Args:
         checkpoint: Its head is new and of one linear layer or ends in one.
         labels: Of the training rows, some of which may have none.
     """
     task = checkpoint.task
-    unit = task.unit(labels[task.known(labels)])
-    if unit is None:
+    known = labels[task.known(labels)]
+    first, unit = task.first_logits(known), task.unit(known)
+    if first is None:
         return
-    mean, deviation = unit
+    deviation = 1.0 if unit is None else unit[1]
     for linear in _last(checkpoint.model):
         linear.weight.mul_(deviation)
         if linear.bias is not None:
-            linear.bias.mul_(deviation).add_(mean)
+            linear.bias.mul_(deviation).add_(torch.from_numpy(first).to(linear.bias))
 
 
 def _last(model: nn.Module) -> list[nn.Linear]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from kdcli.registry import Method
+from kdcli.registry import MethodSpec
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
 
@@ -90,7 +90,7 @@ def _nothing(setting: LossSetting) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss(Method):
+class Loss(MethodSpec):
     """A distillation method: one term of the sum that is minimised."""
 
     kind: Literal["response", "feature", "relation", "adversarial"]  # weighted by alpha, beta, gamma, its own

@@ -338,7 +338,11 @@ def test_a_folder_is_of_one_kind(tmp_path: Path) -> None:
         load(str(tmp_path))
     write(tmp_path / "train.jsonl", [{"text": f"t{i}", "labels": ["a"]} for i in range(4)])
     write(tmp_path / "test.jsonl", tagged(2))
-    with pytest.raises(InputError, match="the rows of train have 1 labels; two labels are needed"):
+    with pytest.raises(InputError, match="the rows of train have 1 label; two labels are needed"):
+        load(str(tmp_path))
+    write(tmp_path / "train.jsonl", [{"text": f"t{i}", "labels": []} for i in range(4)])
+    write(tmp_path / "test.jsonl", [{"text": "x", "labels": []}] * 2)
+    with pytest.raises(InputError, match="the rows of train have no labels; two labels are needed"):
         load(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""A blank head of numbers starts at the labels, and their unit changes nothing in a training."""
+"""A blank head starts at the labels, and the unit of numbers changes nothing in a training."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from kdcli.inputs import text
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
 from kdcli.stages.distill import control
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.multi_label import MultiLabel
 from kdcli.tasks.regression import Regression
 from kdcli.tasks.task import Task
-from kdcli.training import number_head, objective
+from kdcli.training import number_head, objective, parameter_groups
 from kdcli.training.capture import Capture, shape_of
 from kdcli.training.features import TeacherSignals
 from kdcli.training.label_loss import label_loss
-from kdcli.training.loop import Batch, FitOptions, fit, parameter_groups
+from kdcli.training.loop import Batch, FitOptions, fit
 from kdcli.training.objective import ChosenLoss, Objective
 from kdcli.training.terms import Loss
 from tests import tiny
@@ -64,6 +66,33 @@ def test_a_head_without_a_unit_stays_as_it_is(task: Task, labels: list[float]) -
         before = made.model(input_ids=ids).logits
         number_head.start(made, np.array(labels, np.float32))
         assert torch.equal(made.model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_head_of_several_labels_starts_at_their_frequencies(family: str) -> None:
+    """What is left to learn is the text: the first loss is about that of the frequencies, not of one half."""
+    labels = np.zeros((98, 2), np.float32)
+    labels[:8, 0] = labels[:49, 1] = 1
+    labels[-1] = np.nan  # nobody has labelled it
+    made, ids = blank(family, MultiLabel())
+    with torch.no_grad():
+        before = made.model(input_ids=ids).logits
+        number_head.start(made, labels)
+        after = made.model(input_ids=ids).logits
+    odds = torch.tensor([9 / 90, 50 / 49]).log()  # one more row with the label and one without
+    assert torch.allclose(after, before + odds, atol=1e-5)  # float32 of numbers of size 1
+    truth = torch.from_numpy(labels[:-1])
+    blind = MultiLabel().blind(labels[:-1])
+    assert blind is not None
+    first = MultiLabel().loss(odds.expand_as(truth), truth).mean()
+    assert blind.loss < first < blind.loss + 0.01 < np.log(2) - 0.1  # by the two rows that were added
+
+
+def test_a_head_of_classes_stays_as_it_is() -> None:
+    made, _ = blank("bert", CLASSIFICATION)
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    number_head.start(made, np.array([0, 0, 1]))
+    assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
 
 
 class Trained(NamedTuple):
@@ -147,4 +176,4 @@ def test_classes_have_no_unit(data_dir: Path) -> None:
     classes = np.array([0, 1, 1])
     assert number_head.deviation(made.task, classes) == 1
     assert number_head.without_unit(classes, 1.0) is classes
-    assert all(group["unit"] == 1 for group in parameter_groups([made.model], 0.1))
+    assert all(group["unit"] == 1 for group in parameter_groups.of(made.model, 0.1))

@@ -42,7 +42,7 @@ def foreseen(request: Request, sizes: Sizes) -> Foreseen:
     seconds = texts * sizes.cost / RUNNING
     if not has_head:
         batch = plan.settings.teacher_batch_size
-        rounds = plan.settings.teacher_epochs or teacher_epochs(train, sizes.labels, batch)
+        rounds = plan.settings.teacher_epochs or teacher_epochs(sizes.task, train, sizes.labels, batch)
         seconds += sizes.learning(rounds * train)
     logits = 4 * texts * sizes.labels
     trainings = 4 if options.control else 1  # each of up to three controls takes as many steps as the student

@@ -56,8 +56,7 @@ def prepare(context: Context) -> Prepared:
         classes = 1 if groups is None else len(np.unique(groups))
         train = _budget(train, options.labels, context.seed, task, len(context.checkpoint.labels))
         count = choosing(options.labels, len(train), len(validation), classes)
-        groups = sampling.strata(validation, task)
-        context.deciding = sampling.positions(groups, len(validation), count, context.seed)
+        context.deciding = sampling.judged_positions(validation, count, context.seed, task)
         validation = validation.take(context.deciding)
         context.progress.note(
             f"--labels {options.labels}: the labels of {options.labels} training rows teach, "
@@ -80,12 +79,13 @@ def prepare(context: Context) -> Prepared:
     every = [context.checkpoint]
     for ref in options.teachers[1:]:
         found = references.resolve(ref, offline=context.request.common.offline)
-        more_teacher = checkpoints.load(found.path, labels=teacher.labels, device=context.device)
+        more_teacher = checkpoints.load(
+            found.path, labels=teacher.labels, task=teacher.task.opened(), device=context.device
+        )
         if more_teacher.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
             raise InputError(f"teacher '{ref}' has another vocabulary than '{options.teachers[0]}'")
-        if more_teacher.has_head and sorted(more_teacher.labels) != sorted(teacher.labels):
-            raise InputError(f"teacher '{ref}' knows other labels than '{options.teachers[0]}'")
         if more_teacher.has_head:
+            _check_alike(ref, more_teacher, options.teachers[0], teacher)
             came_trained.append(ref)
         every.append(_with_head(context, plan, more_teacher)[0])
     return Prepared(plan, every, detail, came_trained)
@@ -123,6 +123,25 @@ def _saw_more(labels: int, teachers: Sequence[str]) -> Warning_:
     )
 
 
+def _check_alike(ref: str, one: Checkpoint, first_ref: str, first: Checkpoint) -> None:
+    """Refuse a teacher whose answers cannot be averaged with those of the first.
+
+    Raises:
+        InputError: It is for another task, knows other labels, or its output is read in another way.
+    """
+    if one.task.name != first.task.name:
+        raise InputError(f"teacher '{ref}' is for {one.task.name}, '{first_ref}' is for {first.task.name}")
+    if one.task.order(first.labels, one.labels) is None:
+        raise InputError(f"teacher '{ref}' knows other labels than '{first_ref}'")
+    ways = [model.task.about(len(model.labels)).get("activation") for model in (one, first)]
+    if ways[0] != ways[1]:
+        raise InputError(
+            f"the output of teacher '{ref}' is read through a different activation ({ways[0]}) than that of "
+            f"'{first_ref}' ({ways[1]}), so their answers have no mean",
+            "give teachers of one kind",
+        )
+
+
 def choosing(labels: int, train: int, validation: int, classes: int) -> int:
     """How many validation rows may choose when the labels of ``labels`` of ``train`` rows may teach.
 
@@ -144,7 +163,7 @@ def _with_head(
     context.progress.phase("teacher")
     options = FitOptions(
         epochs=settings.teacher_epochs
-        or teacher_epochs(labelled, len(teacher.labels), settings.teacher_batch_size),
+        or teacher_epochs(teacher.task, labelled, len(teacher.labels), settings.teacher_batch_size),
         batch_size=settings.teacher_batch_size,
         lr=settings.teacher_lr or (1e-4 if int(teacher.config.hidden_size) <= 384 else 3e-5),
         seed=context.seed,
@@ -164,13 +183,7 @@ def _budget(train: Encoded, labels: int, seed: int, task: Task, outputs: int) ->
         raise UsageError(
             f"--labels {labels} is out of range: from {len(classes)}, one a label, to {len(train)}, all rows"
         )
-    shuffled = np.random.default_rng(seed).permutation(len(train))
-    # Rank of every row within its group, in shuffled order: taking the lowest ranks takes the groups evenly.
-    by_class = shuffled[np.argsort(groups[shuffled], kind="stable")]
-    sizes = np.bincount(groups)
-    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
-    rank = np.arange(len(train)) - starts
-    kept = by_class[np.argsort(rank, kind="stable")[:labels]]
+    kept = sampling.evenly(groups, labels, seed)
     hidden = task.unlabelled(len(train), outputs)
     hidden[kept] = train.labels[kept]
     return Encoded(train.ids, train.type_ids, train.offsets, hidden)

@@ -80,7 +80,7 @@ class Texts:
     """What a student reads: the training rows and, after them, texts made from them, which have no labels."""
 
     rows: Encoded
-    origins: augment.Origins | None = None  # of the further texts; None when there are none
+    origins: augment.Origins | None = None  # of the extra texts; None when there are none
 
 
 def rows_of(context: Context, plan: DistillPlan, teacher: Checkpoint) -> Texts:
@@ -103,7 +103,7 @@ def rows_of(context: Context, plan: DistillPlan, teacher: Checkpoint) -> Texts:
     )
     new = augment.unlike(more, train)
     more = more.take(new)
-    context.progress.note(f"{len(more)} further texts made from {len(train)}, for the teacher to label")
+    context.progress.note(f"{len(more)} extra texts made from {len(train)}, for the teacher to label")
     return Texts(
         text.concatenate(train, more, teacher.task.unlabelled(1, len(context.checkpoint.labels))),
         origins.take(new),
@@ -131,6 +131,7 @@ def make(
         hub=published,
         resolve=lambda ref: references.resolve(ref, offline=offline).path,
         vectors=lambda: vocabulary.token_vectors(teacher, context.progress),
+        pairs=context.dataset.splits["train"].second is not None,
     )
     made.checkpoint.task = teacher.task.opened()
     train = context.encoded["train"]

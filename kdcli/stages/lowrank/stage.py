@@ -173,7 +173,7 @@ def _plan(context: Context) -> LowRankPlan:
 
 def rule_of(name: str) -> LinearRule | ConvolutionRule:
     """A method by its name."""
-    found = registry.load("lowrank", name, registry.Method)
+    found = registry.load("lowrank", name, registry.MethodSpec)
     assert isinstance(found, LinearRule | ConvolutionRule)
     return found
 

@@ -22,7 +22,7 @@ from kdcli.measure import comparison, environment
 from kdcli.measure import measurement as measuring
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.report import gates
+from kdcli.report import gates, metrics
 from kdcli.report.schema import Delta, Gate, Measurement
 from kdcli.stages.quantize import guard
 from kdcli.stages.quantize import plan as plans
@@ -99,6 +99,13 @@ class Tried:
         assert self.measurement is not None
         return gates.drop_of(self.measurement, self.delta) or 0.0
 
+    @property
+    def loss(self) -> str:
+        """In words; a gain is none."""
+        assert self.measurement is not None
+        assert self.measurement.quality is not None
+        return metrics.of(self.measurement.quality.primary).points(max(0.0, self.drop))
+
     def row(self) -> dict[str, Any]:
         """For the report."""
         made: dict[str, Any] = {"candidate": self.candidate.name, "scheme": self.candidate.scheme}
@@ -171,7 +178,7 @@ def apply(context: Context, plan: AutoPlan) -> Applied:
     ]
     timings = Timings()
     count = min(plan.config.rows, context.request.common.limit or plan.config.rows)
-    rows = sampling.sample(
+    rows = sampling.judged(
         context.encoded["validation"], count, sampling.JUDGING_SEED, context.checkpoint.task
     )
     conditions = measuring.Conditions(
@@ -352,7 +359,7 @@ def why_not(one: Tried, best: Tried, objective: str) -> str:
         )
         return f"missed {shown}"
     if not best.passed:
-        return f"missed as many gates or more, and loses {100 * one.drop:.2f} points against {100 * best.drop:.2f}"
+        return f"missed as many gates or more, and loses {one.loss} against {best.loss}"
     if objective == "smallest":
         return f"{one.bytes / best.bytes:.2f} times the size"
     if one.milliseconds <= _SAME_TIME * best.milliseconds:

@@ -32,6 +32,7 @@ from kdcli.stages.quantize.simulated import Answers, Simulation, answer
 from kdcli.stages.quantize.single_layers import LayerGroup
 from kdcli.tasks.multi_label import MultiLabel
 from tests import tiny
+from tests.report import reports
 from tests.stages import contexts
 from tests.stages.quantize.test_blocks import context_of
 
@@ -317,7 +318,7 @@ def test_uint8_wins_where_seven_bits_lose(tmp_path: Path, monkeypatch: pytest.Mo
 def tried(name: str, ms: float, size: int, drop: float, passed: bool = True) -> Tried:
     gate = Gate(name="max-drop", expression="drop<=0.01", value=drop, threshold=0.01, passed=passed)
     made = Tried(Candidate(name, "dynamic-int8"), gates=[gate])
-    made.measurement, made.delta = object(), object()  # type: ignore[assignment]
+    made.measurement, made.delta = reports.measurement(), object()  # type: ignore[assignment]
     made.__class__ = type(
         "Known",
         (Tried,),
@@ -342,7 +343,12 @@ def test_the_fastest_or_smallest_that_passes_is_chosen_and_the_others_are_told_w
     # When none passes there is still an output: the one that loses least.
     e, f = tried("e", 1.0, 10, 0.05, passed=False), tried("f", 2.0, 10, 0.03, passed=False)
     assert auto.choose([e, f], "fastest") is f
-    assert "5.00 points against 3.00" in auto.why_not(e, f, "fastest")
+    assert "loses 5.0 points against 3.0 points" in auto.why_not(e, f, "fastest")
+    for one, rmse in ((e, 0.5), (f, 0.25)):  # a number has no points of a hundred
+        one.measurement = reports.regression().after
+        one.measurement.quality.primary = "rmse"
+        one.__class__.drop = property(lambda _, rmse=rmse: rmse)
+    assert "loses 0.5 against 0.25" in auto.why_not(e, f, "fastest")
     with pytest.raises(UsageError, match="none of the candidates"):
         auto.choose([Tried(Candidate("g", "fp16"))], "fastest")
 

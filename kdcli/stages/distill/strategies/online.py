@@ -24,6 +24,7 @@ from kdcli.context import Applied, Context
 from kdcli.measure import measurement
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.students import Student
+from kdcli.report import metrics
 from kdcli.stages.distill import control, fitting
 from kdcli.stages.distill import student as students
 from kdcli.stages.distill.plan import DistillPlan
@@ -104,12 +105,13 @@ def _peers(context: Context, plan: DistillPlan) -> Taught:
     result = fitting.run_fit(context, made[0].checkpoint, rows, loss, options, "peers", model=peers)
     scores = [_validation(context, one.checkpoint) for one in made]
     best = scores.index(max(scores))
+    reached = [metrics.of(task.primary).of_score(score) for score in scores]
     context.progress.note(
         f"peers on validation, {task.primary}: "
-        + ", ".join(f"{a:.4g}" for a in scores)
+        + ", ".join(f"{a:.4g}" for a in reached)
         + f"; number {best + 1} is kept"
     )
-    return _taught(made[best], options, result, {"online": "peers", "peers": scores, "kept": best + 1})
+    return _taught(made[best], options, result, {"online": "peers", "peers": reached, "kept": best + 1})
 
 
 def mutual(task: Task, every: list[Tensor], targets: Tensor, alpha: float, soft: Any) -> Tensor:
