@@ -80,3 +80,6 @@ class Stage(Generic[Plan]):
     #: What it let the rows of the validation split choose, in words: of the request and the method's detail in the
     #: report, where a search leaves its tries.
     chosen: Callable[[Request, Mapping[str, Any]], list[str]]
+    #: What comes in teaches another model, and is not changed itself: it may have no head yet and need no graph, and
+    #: validation rows decide for what comes out whether they have decided for it or not.
+    teaches: bool = False

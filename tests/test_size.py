@@ -14,7 +14,7 @@ LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 450, 70
 #: File, or file and function -> its lines, where that is more. Whoever shortens one lowers its number or takes it out.
 LONGER = {
     "data/sources.py load": 77,
-    "export/graph.py build": 110,
+    "export/graph.py build": 103,
     "export/int8.py": 453,
     "inputs/text.py encode": 71,
     "stages/lowrank/convolutions.py _decide": 93,

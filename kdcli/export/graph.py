@@ -22,6 +22,7 @@ from kdcli.models import activations
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.progress import Progress
+from kdcli.report import metrics
 from kdcli.report.schema import Parity, Warning_
 from kdcli.tasks.task import Task
 from kdcli.timing import Timings
@@ -147,14 +148,7 @@ def build(
                 many = _many(encoded, checkpoint)
                 result = _check(rounding, target, many, threads, checkpoint.task, exact=exact)
             if not result.passed:
-                if exact:
-                    raise ParityError(
-                        f"the integer graph is off by {result.max_abs_diff} from the checkpoint, "
-                        f"allowed are {result.tolerance}"
-                    )
-                raise ParityError(
-                    f"the integer graph gives the checkpoint's answer for {result.top1_agreement:.1%} of the rows only"
-                )
+                raise _rounds_too_much(result, checkpoint.task, exact)
         else:
             chosen.replace(target)
         with timings.phase("export"):
@@ -255,3 +249,17 @@ def _many(encoded: Encoded, checkpoint: Checkpoint) -> list[dict[str, np.ndarray
     """64 rows one by one, because the activation scale of an integer graph depends on the whole batch."""
     rows = sampling.sample(encoded, 64, sampling.JUDGING_SEED, checkpoint.task)
     return [batching.collate(rows, [i], checkpoint.pad_id) for i in range(len(rows))]
+
+
+def _rounds_too_much(found: Parity, task: Task, exact: bool) -> ParityError:
+    """The refusal of an integer graph; ``exact``: one that rounds no activation."""
+    if exact:
+        return ParityError(
+            f"the integer graph is off by {found.max_abs_diff} from the checkpoint, allowed are {found.tolerance}"
+        )
+    share = f"{found.top1_agreement:.1%}"
+    return ParityError(
+        f"the integer graph puts {share} of the pairs of rows only in the checkpoint's order"
+        if metrics.of(task.primary).ordered
+        else f"the integer graph gives the checkpoint's answer for {share} of the rows only"
+    )

@@ -347,7 +347,15 @@ def parity_text(report: Report) -> str:
         allowed = "" if parity.tolerance is None else f" (allowed {parity.tolerance:.3g})"
         parts.append(f"largest difference of a logit {parity.max_abs_diff:.3g}{allowed}")
     if parity.top1_agreement is not None:
-        parts.append(f"same answer on {100 * parity.top1_agreement:.2f} % of rows")
+        share = f"{100 * parity.top1_agreement:.2f} %"
+        quality = report.after.quality
+        ordered = quality is not None and metrics.of(quality.primary).ordered
+        same = (
+            f"{share} of the pairs of rows in the same order"
+            if ordered
+            else f"same answer on {share} of rows"
+        )
+        parts.append(same)
     return f"{'agrees' if parity.passed else 'DOES NOT AGREE'} with the checkpoint: {', '.join(parts)}"
 
 

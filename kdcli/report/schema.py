@@ -194,7 +194,9 @@ class Parity(_Part):
     """The exported graph against the checkpoint."""
 
     max_abs_diff: Number | None
-    top1_agreement: Number | None
+    top1_agreement: Number | None = Field(
+        description="share of rows with the same answer; of numbers, of the pairs of rows in the same order"
+    )
     shapes: list[tuple[int, int]] = Field(description="(batch, sequence) of every comparison")
     passed: bool
     tolerance: Number | None = Field(

@@ -94,7 +94,7 @@ def _run(request: Request, progress: Progress, found: Resolved, out: Path | None
         if request.dequantize:
             activations.detach(checkpoint.model)
         stage = stage_of(request)
-        if not checkpoint.has_head and request.stage != "distill":
+        if not checkpoint.has_head and not stage.teaches:
             raise InputError(
                 f"'{source}' has no head for a task",
                 "fine-tune it first, or distill from it: kdcli distill --teacher MODEL --student tiny",
@@ -186,7 +186,7 @@ class _Life:
         with self.timings.phase("prepare"):
             self.plan = self.stage.prepare(context)
         self.progress.phase("measure before")
-        export = graphs.of_teacher if context.request.stage == "distill" else graphs.of_input
+        export = graphs.of_teacher if self.stage.teaches else graphs.of_input
         graph, told = export(
             context.checkpoint,
             context.encoded[split],
@@ -261,7 +261,7 @@ class _Life:
 
     def _decides(self, applied: Applied) -> bool:
         """A student decides anew; a model that was changed only where the input has decided, too."""
-        return self.context.request.stage == "distill" or self.before.checkpoint.task.decided
+        return self.stage.teaches or self.before.checkpoint.task.decided
 
     def _decided_alike(self) -> Task | None:
         """The input's task, had the rows that decided for the output decided for it, too; None where they have."""

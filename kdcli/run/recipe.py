@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kdcli import cache
 from kdcli.data import recorded
 from kdcli.errors import ExitCode, InputError, did_you_mean, first_line
@@ -28,12 +26,12 @@ from kdcli.measure import environment
 from kdcli.models import references
 from kdcli.options import OptionError, declared
 from kdcli.progress import Progress
-from kdcli.report import io
+from kdcli.report import facts, io
 from kdcli.report.redact import redact
-from kdcli.report.schema import Report
+from kdcli.report.schema import Artifact, Report
 from kdcli.request import STAGES, Common, Request, StageName
 from kdcli.run import dry_run as plan
-from kdcli.run import output, preflight
+from kdcli.run import lined, output, preflight
 from kdcli.stages import options
 
 _LARGEST = 1 << 20
@@ -66,19 +64,22 @@ def read(path: Path, argv: Sequence[str] = ()) -> list[Request]:
         What its stages are asked for. The model of all but the first is :data:`_BEFORE`.
 
     Raises:
-        InputError: The file is missing, broken, or has an unknown key or a wrong value.
+        InputError: The file is missing, broken, or has an unknown key or a wrong value; names the line and the stage.
     """
     content = _content(path)
     shared = {_key(k): v for k, v in content.items() if k != "stages"}
+    lines = {_key(k): line for k, line in content.lines.items()}
     for key in shared:
         if key not in (*_SHARED, "model"):
             known = (*_SHARED, "model", "stages")
-            raise InputError(f"recipe '{path}': unknown key '{key}': {did_you_mean(key, known)}")
+            where = f"recipe '{path}', line {lines[key]}" if key in lines else f"recipe '{path}'"
+            raise InputError(f"{where}: unknown key '{key}': {did_you_mean(key, known)}")
     model = shared.pop("model", None)
     argv = argv or ("kdcli", "run", redact(str(path)))
     steps: list[Request] = []
     for number, entry in enumerate(content["stages"], 1):
-        where = f"recipe '{path}', stage {number}"
+        at = content["stages"].lines[number - 1]
+        where = f"recipe '{path}', line {at}, stage {number}"
         if isinstance(entry, str):
             entry = {entry: {}}
         if not isinstance(entry, dict) or len(entry) != 1:
@@ -89,26 +90,48 @@ def read(path: Path, argv: Sequence[str] = ()) -> list[Request]:
         if not isinstance(given or {}, dict):
             raise InputError(f"{where}: the options of {name} are not a mapping")
         if steps and name == "distill":
-            raise InputError(f"recipe '{path}': distill can only be the first stage")
+            raise InputError(f"recipe '{path}', line {at}: distill can only be the first stage")
         if not steps and name == "distill" and model is not None:
             raise InputError(f"recipe '{path}' names a 'model', but starts with distill, which has a teacher")
         if not steps and name != "distill" and not isinstance(model, str):
             raise InputError(f"recipe '{path}' starts with {name} but names no 'model'")
         of_stage = {_key(k): v for k, v in (given or {}).items()}
-        steps.append(_step(where, name, shared | of_stage, _BEFORE if steps else model, argv))
+        own = {_key(k): line for k, line in given.lines.items()} if given else {}
+        place = _Place(path, number, at, lines | own)
+        steps.append(_step(place, name, shared | of_stage, _BEFORE if steps else model, argv))
     return steps
 
 
-def _content(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Place:
+    """A stage in a recipe."""
+
+    path: Path
+    number: int
+    line: int
+    lines: dict[str, int]  # of its keys, those that all stages share among them
+
+    def of(self, key: str | None = None) -> str:
+        """File, line and stage, for a message on one of its keys or on the whole of it."""
+        return f"recipe '{self.path}', line {self.lines.get(key or '', self.line)}, stage {self.number}"
+
+
+def _content(path: Path) -> lined.LinedMapping:
     try:
         if path.stat().st_size > _LARGEST:
             raise InputError(f"recipe '{path}' is larger than {_LARGEST >> 20} MiB")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = lined.load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"recipe '{path}' cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except lined.TwiceError as error:
+        raise InputError(f"recipe '{path}', {error}", "leave one of the two out") from error
+    except (lined.LinedError, UnicodeDecodeError) as error:
         raise InputError(f"recipe '{path}' is not YAML: {first_line(error)}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("stages"), list) or not content["stages"]:
+    if (
+        not isinstance(content, lined.LinedMapping)
+        or not isinstance(content.get("stages"), list)
+        or not content["stages"]
+    ):
         raise InputError(f"recipe '{path}' has no list 'stages'", "see kdcli run --help for an example")
     return content
 
@@ -155,7 +178,7 @@ def run(
             output.choose(target, "", step.stage, force=force, inputs=())
         if writes and cache.intact(kept):
             progress.note(f"{step.stage}: nothing changed, taken from the cache")
-            _copy(kept, target, place_of_data, step.stage, force=force)
+            _copy(kept, target, place_of_data, step, force=force)
             report = io.read(target)
         else:
             common = step.common.model_copy(update={"out": target if writes else None, "force": force})
@@ -174,7 +197,7 @@ def run(
 
 
 def _step(
-    where: str, stage: StageName, given: dict[str, Any], model: str | None, argv: Sequence[str]
+    place: _Place, stage: StageName, given: dict[str, Any], model: str | None, argv: Sequence[str]
 ) -> Request:
     """One stage of a recipe, checked.
 
@@ -186,10 +209,14 @@ def _step(
     for key, value in given.items():
         if key not in keys:
             known = [one.name for one in keys.values()]
-            raise InputError(f"{where}: unknown option '{key}' of {stage}: {did_you_mean(key, known)}")
+            raise InputError(
+                f"{place.of(key)}: unknown option '{key}' of {stage}: {did_you_mean(key, known)}"
+            )
         if value is None or value == "":
             # Taken for no value it would silently drop a gate, or judge something else.
-            raise InputError(f"{where}: '{keys[key].name}' has no value", "give one, or leave the line out")
+            raise InputError(
+                f"{place.of(key)}: '{keys[key].name}' has no value", "give one, or leave the line out"
+            )
         found[keys[key].field] = value
     origins = dict.fromkeys(found, "recipe")
     if options.OPTIONS[stage].takes_model:
@@ -197,7 +224,9 @@ def _step(
     try:
         made = options.request(stage, found, origins=origins, argv=argv)
     except OptionError as error:
-        raise InputError(f"{where}: {error.said(options.spelt(stage, lambda one: one.name))}") from error
+        named = next((key for key, one in keys.items() if one.field == error.field), None)
+        said = error.said(options.spelt(stage, lambda one: one.name))
+        raise InputError(f"{place.of(named)}: {said}") from error
     return replace(made, model=model)
 
 
@@ -234,15 +263,35 @@ def _cache_key(request: Request) -> tuple[str, str]:
     return key, str(settled.common.data)
 
 
-def _copy(source: Path, target: Path, data: str, stage: str, *, force: bool) -> None:
-    """Copy a kept output; its report says where the data are as seen from there."""
+def _copy(source: Path, target: Path, data: str, step: Request, *, force: bool) -> None:
+    """Copy a kept output; its report says where the data are as seen from there, and which command took it."""
     size = sum(p.stat().st_size for p in source.iterdir())
     with (
-        output.reserved(target, "", stage, force=force, inputs=()) as place,
+        output.reserved(target, "", step.stage, force=force, inputs=()) as place,
         output.building(place, size) as work,
     ):
         shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(cache.SUMS))
         report = io.read(work)
-        if (moved := recorded.moved(report.data, data, place)) != report.data:
-            io.write(report.model_copy(update={"data": moved}), work)
+        taken = _taken(report, [redact(part) for part in step.argv], work)
+        io.write(taken.model_copy(update={"data": recorded.moved(report.data, data, place)}), work)
         output.publish(work, place, force=force)
+
+
+def _taken(made: Report, command: list[str], work: Path) -> Report:
+    """The report of a kept output under the command that took it, in its model card, too.
+
+    The detail of its method has the command that made it.
+    """
+    report = made.model_copy(update={"command": command})
+    if made.method is not None:
+        detail = made.method.detail | {"recipe_cache": {"made_by": made.command, "made_at": made.created_at}}
+        report = report.model_copy(update={"method": made.method.model_copy(update={"detail": detail})})
+    page = work / "README.md"
+    if made.command and page.is_file():
+        content = page.read_text(encoding="utf-8")
+        content = content.replace(facts.command_text(made), facts.command_text(report), 1)
+        page.write_text(content, encoding="utf-8")
+        own = Artifact(path=page.name, bytes=page.stat().st_size, sha256=io.sha256_of(page))
+        artifacts = [own if one.path == page.name else one for one in made.artifacts]
+        report = report.model_copy(update={"artifacts": artifacts})
+    return report

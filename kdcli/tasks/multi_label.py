@@ -124,6 +124,11 @@ class MultiLabel:
     def unit(self, labels: np.ndarray) -> None:
         """None: an output is a logit."""
 
+    @property
+    def softens(self) -> bool:
+        """Yes: every label has a probability."""
+        return True
+
     def first_logits(self, labels: np.ndarray) -> np.ndarray | None:
         """The log odds of every label, from one more row with it and one without.
 

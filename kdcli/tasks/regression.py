@@ -161,6 +161,11 @@ class Regression(Plain):
         deviation = float(labels.std(dtype=np.float64))
         return (float(labels.mean(dtype=np.float64)), deviation) if deviation > 0 else None
 
+    @property
+    def softens(self) -> bool:
+        """Only what a sigmoid makes a probability of."""
+        return self.link is not links.IDENTITY
+
     # Tensors.
 
     def loss(self, logits: Tensor, labels: Tensor, reduction: Reduction = "none") -> Tensor:

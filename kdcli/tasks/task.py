@@ -101,6 +101,11 @@ class Plain:
         """None: an output has no unit."""
         return None
 
+    @property
+    def softens(self) -> bool:
+        """Yes: an answer is a distribution."""
+        return True
+
     def first_logits(self, labels: np.ndarray) -> np.ndarray | None:
         """None: classes are about equally frequent, and a head gives them equal logits."""
         return None
@@ -251,6 +256,11 @@ class Task(Protocol):
 
     def unit(self, labels: np.ndarray) -> tuple[float, float] | None:
         """Mean and standard deviation of known labels where an output is measured in their unit; None elsewhere."""
+        ...
+
+    @property
+    def softens(self) -> bool:
+        """Whether a temperature T changes T^2 times the divergence of logits / T."""
         ...
 
     def first_logits(self, labels: np.ndarray) -> np.ndarray | None:

@@ -231,7 +231,7 @@ WAYS: dict[str, tuple[Callable[..., tuple[int, str]], int, Callable[[str], str]]
     "flag": (_flag, 2, lambda key: f"--{key}: "),
     "environment": (_variable, 2, lambda key: f"{variable_of(key)}: "),
     "file": (_file, 3, lambda key: f"settings file: {key}: "),
-    "recipe": (_recipe, 3, lambda key: f"recipe 'recipe.yaml', stage 2: {key}: "),
+    "recipe": (_recipe, 3, lambda key: f", stage 2: {key}: "),
     "python": (_python, 2, lambda key: f"kdcli.prune(): {key.replace('-', '_')}: "),
 }
 
@@ -270,7 +270,7 @@ def test_what_excludes_or_needs_another_is_said_in_the_words_of_the_way(
         ({"sparsity": 0.5, "target-speedup": 2}, "sparsity and target-speedup exclude each other"),
         ({"batch-size": 8}, "batch-size has no effect without epochs"),
     ):
-        with pytest.raises(KdcliError, match=f"^recipe 'recipe.yaml', stage 1: {words}"):
+        with pytest.raises(KdcliError, match=rf"^recipe 'recipe.yaml', line \d+, stage 1: {words}"):
             steps({"prune": given})
     with pytest.raises(KdcliError, match=r"kdcli\.lowrank\(\): batch_size has no effect without epochs"):
         api.FUNCTIONS["lowrank"]("model", batch_size=8)
@@ -314,7 +314,7 @@ def test_a_recipe_tells_its_command_and_what_it_said() -> None:
     "given", [{"max-drop": None}, {"gate": ""}, {"epochs": True}, {"out": "x"}, {"model": "x"}]
 )
 def test_a_recipe_has_no_empty_and_no_strange_key(given: dict[str, Any]) -> None:
-    with pytest.raises(KdcliError, match=f"^recipe 'recipe.yaml', stage 1: .*{next(iter(given))}"):
+    with pytest.raises(KdcliError, match=rf"^recipe 'recipe.yaml', line \d+, stage 1: .*{next(iter(given))}"):
         steps({"prune": given})
 
 

@@ -132,3 +132,23 @@ def test_a_stage_from_the_cache_of_recipes_knows_where_its_data_are(project: Pat
     stored = io.read(Path("two/levels/1-prune")).data
     assert stored is not None
     assert stored.path == "../../../data/reviews"
+
+
+def test_a_stage_from_the_cache_of_recipes_has_the_command_that_took_it(project: Path) -> None:
+    Path("recipe.yaml").write_text(
+        "model: model\ndata: data/reviews\nstages:\n  - quantize: {scheme: fp16}\n"
+    )
+    commands = [["kdcli", "run", "recipe.yaml", "-o", out] for out in ("one", "two")]
+    for command in commands:
+        recipe.run(Path("recipe.yaml"), Path(command[-1]), False, Progress(), False, command)
+    first, second = (io.read(Path(command[-1]) / "1-quantize") for command in commands)
+    assert [first.command, second.command] == commands
+    assert first.method is not None
+    assert second.method is not None
+    assert "recipe_cache" not in first.method.detail
+    assert second.method.detail["recipe_cache"] == {"made_by": commands[0], "made_at": first.created_at}
+    card = Path("two/1-quantize/README.md").read_text(encoding="utf-8")
+    assert "kdcli run recipe.yaml -o two" in card
+    assert "-o one" not in card
+    stored = {one.path: one.sha256 for one in second.artifacts}
+    assert stored["README.md"] == io.sha256_of(Path("two/1-quantize/README.md"))

@@ -10,7 +10,7 @@ import pytest
 from kdcli.cli import table
 from kdcli.cli.console import Console
 from kdcli.errors import UsageError
-from kdcli.report import ci, findings, gates, html, io, markdown, metrics
+from kdcli.report import ci, facts, findings, gates, html, io, markdown, metrics
 from kdcli.report.schema import Delta, Method, Quality, Report
 from kdcli.request import Gates
 from kdcli.tasks.classification import CLASSIFICATION
@@ -172,6 +172,17 @@ def test_a_control_by_another_metric_is_told_in_its_unit() -> None:
         "Spearman on test: 0.8700 distilled; without the teacher 0.8500 with the labels alone; "
         "the teacher gives +0.02 over that (p = 0.01)"
     )
+
+
+def test_the_check_of_an_export_says_what_two_models_of_numbers_agree_on() -> None:
+    """No row of numbers has the same answer in both: what is counted are pairs of rows."""
+    numbers, classes = regression(), full()
+    for report, words in ((numbers, "of the pairs of rows in the same order"), (classes, "same answer on")):
+        assert report.parity is not None
+        told = report.model_copy(update={"parity": report.parity.model_copy(update={"top1_agreement": 0.97})})
+        assert words in facts.parity_text(told)
+        assert "97.00 %" in facts.parity_text(told)
+    assert "same answer" not in facts.parity_text(numbers)
 
 
 def test_a_divergence_of_numbers_is_no_kl_in_nats() -> None:

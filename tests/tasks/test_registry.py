@@ -100,6 +100,9 @@ def test_sources_that_contradict_each_other_are_both_named() -> None:
         InputError, match=r"config.json of out is for regression, but the data d.csv is for multi-label"
     ):
         tasks.agreed({**said, "the data d.csv": "multi-label"})
+    with pytest.raises(InputError, match=r"--task regression is for regression, but the model 'x'") as caught:
+        tasks.agreed({"--task regression": "regression", "the model 'x'": "multi-label"})
+    assert str(caught.value.hint).startswith("leave it out; or, if the model was trained for regression: ")
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,13 @@ def prepare(context: Context) -> Prepared:
     options = plan.options
     need_task(plan, context.checkpoint.task)
     precheck(plan, shape_of(context.checkpoint))
+    asked = options.temperature is not None or any(
+        key.rpartition(".")[2] == "temperature" for key in context.request.common.settings
+    )
+    if asked and not context.checkpoint.task.softens:
+        context.progress.note(
+            "the temperature changes nothing: answers are numbers here, not probabilities that could be softened"
+        )
     train, validation = context.encoded["train"], context.encoded["validation"]
     assert train.labels is not None
     if options.labels is not None:
@@ -104,7 +111,7 @@ def chosen(request: Request, detail: Mapping[str, Any]) -> list[str]:
     return found + (["the teacher's epoch"] if detail.get("teacher", {}).get("fine_tuned") else [])
 
 
-STAGE = Stage(prepare, apply, foreseen, chosen)
+STAGE = Stage(prepare, apply, foreseen, chosen, teaches=True)
 
 
 def _saw_more(labels: int, teachers: Sequence[str]) -> Warning_:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
+from kdcli import tasks
 from kdcli.errors import InputError, UsageError
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import ensemble
@@ -337,3 +340,39 @@ def test_what_means_nothing_here_is_refused_before_the_teacher_is_trained(
     with pytest.raises(UsageError, match=words):
         distill([tmp_path / "encoder"], data_dir, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def prices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences with a price of about 20,000, and an encoder without a head."""
+    base, rng = tmp_path_factory.mktemp("prices"), random.Random(0)
+    made = tiny.untrained()
+    made.model.bert.save_pretrained(base / "encoder")
+    made.tokenizer.save_pretrained(base / "encoder")
+    rows = [
+        {"text": tiny.sentence(rng, i % 2 == 1), "label": 20_000 + 1_000 * (i % 2) + rng.random()}
+        for i in range(160)
+    ]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    (base / "prices.jsonl").write_text(content, encoding="utf-8")
+    return base
+
+
+def test_a_teacher_of_numbers_that_learns_along_starts_at_the_labels(prices: Path, tmp_path: Path) -> None:
+    """From a head that gives numbers about 0, no rate would bring it to 20,000 in so few steps."""
+    settings = {"online": "teacher"}
+    found = distill(
+        [prices / "encoder"], prices / "prices.jsonl", tmp_path / "out", settings, strategy="online", epochs=1
+    )
+    for model in (found.report.before, found.report.after):
+        assert model.quality.metrics["rmse"].value < 2_000
+
+
+def test_a_temperature_that_means_nothing_is_told(
+    prices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: notes.append(text))
+    teacher = tiny.of_task(tmp_path / "teacher", tasks.get("regression"), ["score"])
+    distill([teacher], prices / "prices.jsonl", tmp_path / "out", temperature=4.0, epochs=1)
+    assert any("the temperature changes nothing" in note for note in notes)
