@@ -43,6 +43,7 @@ def apply(context: Context, max_drop: float, cut: Callable[[Context, float], App
     def attempt(share: float) -> tuple[Applied, float]:
         begun, number = time.perf_counter(), len(rows) + 1
         loaded = checkpoints.load(start.path, labels=start.labels, device=context.device)
+        loaded.task = start.task  # --metric is not in the files
         inner = replace(context, checkpoint=loaded, resume_dir=context.resume_dir / f"try-{number}")
         context.progress.note(f"try {number} of {TRIES}: {share:.1%} removed")
         applied = cut(inner, share)

@@ -120,6 +120,7 @@ def apply(
         inner = context
         if not uncut:  # the first one cuts the model as it was loaded
             loaded = checkpoints.load(start.path, labels=start.labels, device=context.device)
+            loaded.task = start.task  # --metric is not in the files
             inner = replace(context, checkpoint=loaded)
         uncut = False
         now = encoder_layers(inner.checkpoint.model, inner.checkpoint.family)

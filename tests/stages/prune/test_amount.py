@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdcli import families
+from kdcli import families, tasks
 from kdcli.errors import InputError, InterruptedRun, UsageError
 from kdcli.families.stack import encoder_layers
 from kdcli.models import checkpoint as checkpoints
@@ -187,11 +187,13 @@ def test_a_target_out_of_reach_is_refused_or_said(tmp_path: Path) -> None:
 
 def test_the_slowest_of_those_that_meet_the_target_is_kept(tmp_path: Path) -> None:
     context = deep(tmp_path, target_speedup=1.5)
+    context.checkpoint.task = tasks.judged_by(context.checkpoint.task, "macro_f1")  # --metric
     answers = iter([Speed(1.9, 0.0), Speed(1.4, 0.0), Speed(1.75, 0.0)])
     applied = speed.apply(
         context, plans.check(context.request), timer=clock, measure=lambda *_: next(answers)
     )
     assert applied.method.detail["target_speedup"]["measured"] == 1.75
+    assert applied.checkpoint.task.primary == "macro_f1"
 
 
 def test_a_resumed_recovery_belongs_to_the_cut_that_was_measured_then(tmp_path: Path) -> None:
@@ -303,6 +305,7 @@ def test_search_returns_the_smallest_model_that_keeps_the_drop(
 def test_search_goes_over_layers_too(tmp_path: Path, monkeypatch) -> None:
     made = loaded(tmp_path / "model", layers=4)
     context = searched(context_of(made, tmp_path, structure="layers", settings={"samples": "16"}), 0.6)
+    made.task = tasks.judged_by(made.task, "macro_f1")  # --metric, which no file of the input has
 
     def layers(context) -> int:
         return len(encoder_layers(context.checkpoint.model, context.checkpoint.family))
@@ -310,6 +313,7 @@ def test_search_goes_over_layers_too(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(search, "score", lambda context: layers(context) / 4)
     applied = contexts.applied(prune, context)
     assert len(encoder_layers(applied.checkpoint.model, applied.checkpoint.family)) == 2
+    assert applied.checkpoint.task.primary == "macro_f1"
     assert applied.method.params["sparsity"] == pytest.approx(0.6, abs=0.1)
     assert len(applied.method.detail["search"]["tries"]) == search.TRIES
     plan = combined.check(searched(context_of(made, tmp_path, structure="layers", sparsity=0.5), 0.6).request)
