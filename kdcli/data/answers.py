@@ -18,7 +18,6 @@ from kdcli.data.tables import Table
 from kdcli.data.wanted import Wanted
 from kdcli.errors import InputError
 from kdcli.names import listed, printable
-from kdcli.tasks.task import OF_TEXTS
 
 NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 _NONE = "-1"
@@ -53,7 +52,7 @@ def read_labels(table: Table, name: str, *, ids: bool, wanted: Wanted | None = N
         what = "is a list, as of several labels" if isinstance(values[at], list) else "is an object"
         raise wanted.contradicted(
             f"{table.place(at)}: the label in column '{printable(name)}' {what}",
-            f"write one label in every row, or learn several at once: --task {OF_TEXTS['any-of']}",
+            f"write one label in every row, or learn several at once: {wanted.other('any-of')}",
         )
     classes = None if ids else table.classes.get(name)
     if classes is not None:
@@ -83,18 +82,28 @@ def absent(table: Table, name: str, what: str, at: int, count: int) -> InputErro
     )
 
 
+def are_numbers(values: Iterable[Any]) -> bool:
+    """Whether a column holds numbers, written as such or as text."""
+    return _fractions(values) is not None
+
+
 def are_scores(values: Iterable[Any]) -> bool:
     """Whether a column holds numbers that are no classes for certain: one of them has a fraction."""
-    broken = False
+    return bool(_fractions(values))
+
+
+def _fractions(values: Iterable[Any]) -> bool | None:
+    """Whether one of a column's numbers has a fraction; None where something in it is no number, or all is missing."""
+    broken: bool | None = None
     for value in values:
         if value is None or (isinstance(value, str) and not value.strip()):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
-            return False
+            return None
         if isinstance(value, str) and not NUMBER.fullmatch(value.strip()):
-            return False
+            return None
         number = float(value)
-        broken = broken or not (number.is_integer() or number != number)
+        broken = bool(broken) or not (number.is_integer() or number != number)
     return broken
 
 
@@ -189,7 +198,7 @@ def _refuse_scores(where: str, counts: Counter[str], wanted: Wanted) -> None:
         raise wanted.contradicted(
             f"{where} looks like scores (regression), not classes: {len(numbers)} different numbers, "
             f"from {numbers[0]:g} to {numbers[-1]:g} ({some}, ...)",
-            f"to learn the numbers: --task {OF_TEXTS['number']} (with a decimal point); for classes of these scores "
+            f"to learn the numbers (with a decimal point): {wanted.other('number')}; for classes of these scores "
             "write a column with their names",
         )
 

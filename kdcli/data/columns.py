@@ -153,6 +153,22 @@ def query_of(names: Sequence[str], columns: Columns) -> str | None:
     return find(names, columns.name("query"))
 
 
+def ranks(table: Table, columns: Columns) -> bool:
+    """Whether the column of queries is there to rank the texts beside it: some of its values stand in several rows.
+
+    A ``query`` without another text is a text itself, and one that never changes, as in collections of posts that were
+    searched for, says nothing of the rows.
+    """
+    name = query_of(table.names, columns)
+    if name is None:
+        return False
+    pair = text_roles(table.names, columns) == ("text_a", "text_b")
+    if not pair and _ranked(table.names, columns) in (None, name):
+        return False
+    values = [str(value).strip() for value in table.column(name)]
+    return 1 < len(set(values)) < len(values)
+
+
 def _ranked(names: Sequence[str], columns: Columns) -> str | None:
     """The column of texts that a query ranks; None where the file has a pair of its own."""
     if find(names, columns.name("text_a")) is not None or "text_a" in columns.names:

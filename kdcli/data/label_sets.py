@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from kdcli.names import printable
 
 Names = tuple[str, ...]
 """The labels of a row: distinct, sorted."""
+
+_NEGATIVE = re.compile(r"-[0-9]+")
 
 _FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "-1": -1, "-1.0": -1}
 
@@ -46,6 +49,8 @@ def read_sets(table: Table, name: str, columns: Columns, wanted: Wanted) -> list
         found = _of_lists(table, name, values, None if columns.ids else table.classes.get(name))
         if columns.ids:
             found = [_ids(table, name, i, names) for i, names in enumerate(found)]
+        else:
+            _refuse_negative(table, name, found)
         return found
     declared = "labels" in columns.names or name.casefold() == "labels"
     if not declared and any(value is not None for value in values):
@@ -166,7 +171,22 @@ def _of_cells(table: Table, name: str, values: list[Any], columns: Columns, wher
     counts = Counter(label for names in found if names for label in names)
     if classes is None and (several := several_labels(counts)) is not None:
         raise InputError(*undeclared(where, name, *several))
-    return [_ids(table, name, i, names) for i, names in enumerate(found)] if columns.ids else found
+    if columns.ids:
+        return [_ids(table, name, i, names) for i, names in enumerate(found)]
+    _refuse_negative(table, name, found)
+    return found
+
+
+def _refuse_negative(table: Table, name: str, found: Sequence[Names | None]) -> None:
+    """-1 and -100 stand for "not labelled" in other libraries: taken for a name, they would be learned."""
+    for i, names in enumerate(found):
+        for label in names or ():
+            if _NEGATIVE.fullmatch(label):
+                raise InputError(
+                    f"{table.place(i)}: column '{printable(name)}' has {label}, which is no label",
+                    "write nothing (null) for the labels of a row that nobody has labelled, and none, as [], where no "
+                    "label applies",
+                )
 
 
 def _ids(table: Table, name: str, i: int, names: Names | None) -> Names | None:

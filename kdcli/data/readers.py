@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcli.data.answers import are_scores, read_labels
+from kdcli.data.answers import are_numbers, are_scores, read_labels
 from kdcli.data.columns import (
     Columns,
     complete,
@@ -17,6 +17,7 @@ from kdcli.data.columns import (
     named,
     parse_columns,
     query_of,
+    ranks,
     settled,
     targets,
     text_roles,
@@ -29,7 +30,7 @@ from kdcli.data.tables import Label, Located, Rows, Table
 from kdcli.data.wanted import Wanted
 from kdcli.errors import InputError
 from kdcli.names import printable
-from kdcli.tasks.task import OF_TEXTS, Kind
+from kdcli.tasks.task import Kind
 
 __all__ = [
     "Columns",
@@ -74,8 +75,9 @@ def table_of(path: Path, columns: Columns, *, labelled: bool = True) -> Table:
 def recognised(table: Table, columns: Columns) -> Kind | None:
     """What one answer of this file is, where nobody says so; None where no row has one.
 
-    Lists are sets of labels, and so is whatever ``--columns labels=`` names. Numbers of which one has a fraction, and
-    whatever a declared query ranks, are numbers. Anything else is one label of several.
+    Lists are sets of labels, and so is whatever ``--columns labels=`` names. Numbers of which one has a fraction are
+    numbers, and so are whole ones beside a query that ranks them, and whatever a declared query ranks. Anything else is
+    one label of several.
 
     Raises:
         InputError: ``--columns labels=`` names columns that are not there.
@@ -89,7 +91,8 @@ def recognised(table: Table, columns: Columns) -> Kind | None:
         values = table.column(name)
         if any(isinstance(value, list) for value in values):
             return "any-of"
-        if table.classes.get(name) is None and not columns.ids and are_scores(values):
+        numbered = table.classes.get(name) is None and not columns.ids
+        if numbered and (are_scores(values) or (are_numbers(values) and ranks(table, columns))):
             return "number"
         if any(value is not None and value != "" for value in values):
             return "one-of"
@@ -153,7 +156,7 @@ def _labels(table: Table, columns: Columns, wanted: Wanted) -> tuple[str, Sequen
             if any(isinstance(value, list) for value in table.column(other)):
                 raise wanted.contradicted(
                     f"'{table.source}' has no column 'label', and lists of labels in column '{printable(other)}'",
-                    f"to learn several labels at once: --task {OF_TEXTS['any-of']}",
+                    f"to learn several labels at once: {wanted.other('any-of')}",
                 )
     name = found[0] if found else named(table, "label" if declared is None else "labels", columns)
     if table.names.count(name) > 1:
@@ -185,7 +188,7 @@ def _queries(table: Table, columns: Columns, wanted: Wanted) -> list[str] | None
         if "query" in columns.names:
             raise wanted.contradicted(
                 f"--columns query={printable(columns.names['query'])} asks for rows to be ranked",
-                f"rows are ranked by numbers: --task {OF_TEXTS['number']}",
+                f"rows are ranked by numbers: {wanted.other('number')}",
             )
         return None
     name = query_of(table.names, columns)

@@ -31,13 +31,9 @@ batch = loaded.tokenizer(["some text"], return_tensors="pt", truncation=True, ma
 with torch.inference_mode():
     logits = loaded.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0]"""
 
+_ONNX_TITLE = "# the ONNX export, without torch and kdcli\n"
+_ONNX_IMPORTS = "import onnxruntime\nfrom transformers import AutoTokenizer\n\n"
 _ONNX = """\
-# the ONNX export, without torch and kdcli
-import json
-
-import onnxruntime
-from transformers import AutoTokenizer
-
 tokenizer = AutoTokenizer.from_pretrained(".")  # the directory of this file
 session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
 names = {one.name for one in session.get_inputs()}
@@ -96,7 +92,7 @@ def card(report: Report, use: Use, base_model: str | None = None) -> str:
     parts += [
         "## How to load it",
         markdown.fenced(f"{_PYTHON}\n{use.of_checkpoint}", "python"),
-        markdown.fenced(f"{_ONNX}\n{use.of_graph}", "python"),
+        markdown.fenced(_of_graph(f"{_ONNX}\n{use.of_graph}"), "python"),
         "Plain `transformers` (`AutoModelForSequenceClassification.from_pretrained`) loads the directory too "
         "unless `kdcli.json` lists a `width`, a `factorise`, or a `cut` or `layers` without `in_config`; then only "
         "kdcli knows the shapes.",
@@ -197,6 +193,13 @@ def _limits(report: Report, use: Use) -> list[str]:
         "The licences of the base model and of the data apply; kdcli does not know them.",
     ]
     return list(dict.fromkeys(found))
+
+
+def _of_graph(code: str) -> str:
+    """The code with the imports that it needs: the lines of a task may use more than those that all share."""
+    more = [name for name in ("json", "numpy") if f"{name}." in code]
+    imports = "".join(f"import {name}\n" + "\n" * (name == "json") for name in more)
+    return f"{_ONNX_TITLE}{imports}{_ONNX_IMPORTS}{code}"
 
 
 def _answers_changed(agreement: float, metric: metrics.Metric) -> str:

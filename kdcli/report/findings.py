@@ -104,8 +104,8 @@ def amount_text(report: Report) -> str:
 _CONTROLS = {
     "labels": "the labels alone",
     "labels+dropout": "the labels and dropout",
-    "labels+texts": "the labels and the same further texts",
-    "labels+texts+dropout": "the labels, the same further texts and dropout",
+    "labels+texts": "the labels and the same extra texts",
+    "labels+texts+dropout": "the labels, the same extra texts and dropout",
 }
 
 

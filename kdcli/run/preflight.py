@@ -195,7 +195,8 @@ def wanted_of(request: Request, models: Sequence[Path]) -> Wanted | None:
     said = {} if request.common.task is None else {f"--task {request.common.task}": request.common.task}
     said |= {f"the model '{path}'": task for path in models if (task := foreign.task_of(path)) is not None}
     name = tasks.agreed(said)
-    return None if name is None else Wanted(tasks.kind_of(name), next(iter(said)))
+    by = next(iter(said), "")
+    return None if name is None else Wanted(tasks.kind_of(name), by, of_model=by != f"--task {name}")
 
 
 def _made_with(model: Path) -> DataInfo | None:

@@ -182,6 +182,12 @@ def recorded(config: Mapping[str, Any], where: str = "config.json", metric: str 
     return replace(found, thresholds=_thresholds(config, where))
 
 
+def settled(name: str) -> str:
+    """What the owner of a model does whose configuration does not say that it is for this task."""
+    problem = next(problem for problem, task in _PROBLEMS.items() if task == name)
+    return f'write "problem_type": "{problem}" into its config.json'
+
+
 def agreed(said: Mapping[str, str | None]) -> str | None:
     """The one task that several sources name; None where none does.
 
@@ -194,9 +200,12 @@ def agreed(said: Mapping[str, str | None]) -> str | None:
     given = [(source, task) for source, task in said.items() if task is not None]
     for source, task in given[1:]:
         if task != given[0][1]:
+            first, name = given[0]
             raise InputError(
-                f"{given[0][0]} is for {given[0][1]}, but {source} is for {task}",
-                f"give data for {given[0][1]}, or say by --task which of them is meant",
+                f"{first} is for {name}, but {source} is for {task}",
+                f"leave it out; or, if the model was trained for {name}: {settled(name)}"
+                if first.startswith("--task")
+                else "give models of the same task",
             )
     return given[0][1] if given else None
 

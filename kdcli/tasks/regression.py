@@ -6,6 +6,9 @@ variance 1, which gives every term one scale:
     loss        (z - y)^2 / 2, the negative log likelihood less a constant      half of transformers' squared error
     divergence  (z_after - z_before)^2 / 2, the KL of the two Gaussians
 
+Where a model is trained, z and y are divided by the standard deviation of the labels first
+(:mod:`kdcli.training.number_head`).
+
 A temperature changes nothing: T^2 times the divergence of z / T is the divergence. With a cross-encoder's sigmoid z
 is the logit of a Bernoulli distribution. Logits are the outputs before the link; metrics judge the numbers after it.
 """
@@ -60,6 +63,15 @@ class Regression(Plain):
         """``regression``; None with a sigmoid, which transformers' pipeline applies only without one."""
         return "regression" if self.link is links.IDENTITY else None
 
+    def measurable(self, queries: bool) -> tuple[str, ...]:
+        """The ranking metrics only with queries."""
+        if not queries and self.primary in _RANKING:
+            raise InputError(
+                f"{self.primary} orders the rows of a query, but the data have no column 'query'",
+                "name the column by --columns query=NAME, or choose another --metric",
+            )
+        return tuple(name for name in self.metrics if queries or name not in _RANKING)
+
     def outputs(self, labels: Sequence[str]) -> int:
         """One."""
         return 1
@@ -99,6 +111,19 @@ class Regression(Plain):
     def strata(self, labels: np.ndarray) -> None:
         """None: numbers form no groups."""
         return None
+
+    def first_logits(self, labels: np.ndarray) -> np.ndarray | None:
+        """The mean of the labels, where an output has their unit."""
+        unit = self.unit(labels)
+        return None if unit is None else np.array([unit[0]])
+
+    def teaching_steps(self, labels: int) -> int:
+        """720: a number takes longer than a class.
+
+        MiniLM on STS-B reaches a Spearman of 0.830 on validation after the first of four epochs of 180 steps, and 0.863
+        after the fourth.
+        """
+        return 720
 
     def blind(self, labels: np.ndarray) -> Blind | None:
         """The loss and the score of the mean of the labels, with the noise of an order by chance.
@@ -271,28 +296,21 @@ class Regression(Plain):
 
     def _given(self, labels: np.ndarray, queries: np.ndarray | None) -> tuple[str, ...]:
         """The metrics that these rows have a value of."""
-        self._need_queries(queries)
+        names = self.measurable(queries is not None)
         ranked = queries is not None and bool(ranking.judged(np.maximum(labels, 0), queries)[1].any())
         if not ranked and self.primary in _RANKING:
             raise InputError(
                 f"{self.primary} orders the rows of a query, and none here has two rows, one with a label above 0",
                 "give the rows of a query the same 'query', or choose another --metric",
             )
-        return tuple(name for name in self.metrics if ranked or name not in _RANKING)
-
-    def _need_queries(self, queries: np.ndarray | None) -> None:
-        if queries is None and self.primary in _RANKING:
-            raise InputError(
-                f"{self.primary} orders the rows of a query, but the data have no column 'query'",
-                "name the column by --columns query=NAME, or choose another --metric",
-            )
+        return tuple(name for name in names if ranked or name not in _RANKING)
 
     def _statistic(
         self, metric: str, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None
     ) -> Statistic:
         x, y = self.scores(logits)[:, 0], labels.astype(np.float64)
         if metric in _RANKING:
-            self._need_queries(queries)
+            self.measurable(queries is not None)  # raises
             assert queries is not None
             return (ranking.ndcg if metric == "ndcg_at_10" else ranking.mrr)(x, y, queries)
         return {

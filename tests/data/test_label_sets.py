@@ -97,6 +97,10 @@ def test_flags_by_a_pattern_and_rows_that_nobody_has_labelled() -> None:
         (["['a', 'b']", "['a']"], "labels=labels", "holds lists, such as ['a', 'b']"),
         ([[0], [-1]], "labels=labels:ids", "line 3: column 'labels' has '-1', which is not an id"),
         ([["a"], ["b"]], "labels=labels:ids", "line 2: column 'labels' has 'a', which is not an id"),
+        # As in data sets for other libraries, where these mean "not labelled".
+        ([[2], [-100]], None, "line 3: column 'labels' has -100, which is no label"),
+        ([[0, 1, 0], [1, -100, 0]], None, "line 3: column 'labels' has -100, which is no label"),
+        (["0;2", "1", "-1"], "labels=labels:sep=;", "line 4: column 'labels' has -1, which is no label"),
         ([["a"]], "labels=a+b", "no column is 'a'"),
         ([["a"]], "labels=is_*", "no column is 'is_*'"),
         ([["a"]], "labels=tags", "no column 'tags'"),

@@ -93,3 +93,16 @@ def test_a_sample_keeps_the_order_of_the_rows_and_all_rows_stay_as_they_are() ->
         assert sampling.sample(rows, count, seed=0) is rows
         assert np.array_equal(sampling.positions(labels, 60, count, 0), np.arange(60))
     assert len(sampling.sample(encoded(None, 60), 9, seed=0)) == 9
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "expected"), [([50, 50, 50], 10, [4, 3, 3]), ([2, 90, 30], 40, [2, 19, 19])]
+)
+def test_evenly_takes_as_many_of_each_group_as_there_are(
+    sizes: list[int], count: int, expected: list[int]
+) -> None:
+    groups = np.random.default_rng(1).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    found = sampling.evenly(groups, count, seed=5)
+    assert len(set(found.tolist())) == count
+    assert np.bincount(groups[found], minlength=len(sizes)).tolist() == expected
+    assert not np.array_equal(found, sampling.evenly(groups, count, seed=6))

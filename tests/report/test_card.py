@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 from typing import Any
 
@@ -108,8 +109,18 @@ def test_the_python_in_the_card_is_python_and_ends_in_the_tasks_own(task: Task) 
     blocks = re.findall(r"```python\n(.*?)```", card(full(), task), re.DOTALL)
     assert len(blocks) == 2
     for block, of_graph in zip(blocks, (False, True), strict=True):
-        ast.parse(block)
+        nodes = list(ast.walk(ast.parse(block)))
         assert block.endswith(task.snippet(of_graph=of_graph) + "\n")
+        given = {
+            one.asname or one.name
+            for n in nodes
+            if isinstance(n, ast.Import | ast.ImportFrom)
+            for one in n.names
+        }
+        stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        used = {n.id for n in nodes if isinstance(n, ast.Name)}
+        assert used <= given | stored | set(dir(builtins))
+        assert given <= used
 
 
 def test_the_card_of_several_labels() -> None:

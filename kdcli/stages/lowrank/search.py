@@ -16,17 +16,17 @@ from kdcli.report import metrics
 MOST, LEAST = 0.95, 0.05  # of the parameters
 TRIES = 6
 
-Ranks = TypeVar("Ranks")
+AnyRanks = TypeVar("AnyRanks")
 
 
 def smallest(
     context: Context,
     max_drop: float,
-    shared: Callable[[float], Ranks],
-    put: Callable[[Ranks], None],
+    shared: Callable[[float], AnyRanks],
+    put: Callable[[AnyRanks], None],
     back: Callable[[], None],
     detail: dict[str, Any],
-) -> Ranks | None:
+) -> AnyRanks | None:
     """Try budgets on validation rows, each on the dense model.
 
     Args:
@@ -45,7 +45,7 @@ def smallest(
     full, shown = calibration.score(context, judged), metrics.of(task.primary).of_score
     scores: list[float | None] = []
 
-    def attempt(budget: float) -> tuple[Ranks, float] | None:
+    def attempt(budget: float) -> tuple[AnyRanks, float] | None:
         try:
             ranks = shared(budget)
         except UsageError:  # rank 1 everywhere is more than that

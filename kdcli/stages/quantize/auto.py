@@ -246,10 +246,9 @@ def _try_all(
 ) -> list[Tried]:
     """Build every candidate, then time all of them in turns with the input."""
     assert context.input_graph is not None
-    given = measuring.measure(
-        context.checkpoint, context.input_graph, rows, "validation", conditions, title="input"
-    )
-    timed = [measuring.Timed(context.checkpoint, context.input_graph, rows, given)]
+    first = _decided(context.checkpoint, context.input_graph, rows, conditions)
+    given = measuring.measure(first, context.input_graph, rows, "validation", conditions, title="input")
+    timed = [measuring.Timed(first, context.input_graph, rows, given)]
     tried, found = [], []
     for number, candidate in enumerate(candidates):
         context.progress.phase(f"candidate {candidate.name}")
@@ -265,25 +264,39 @@ def _try_all(
             one.reason = f"it could not be built: {error}"
             continue
         one.seconds = sum(clock.seconds.values())
+        model = _decided(model, place / graphs.FILE, rows, conditions)
         measured = measuring.measure(
             model, place / graphs.FILE, rows, "validation", conditions, title=candidate.name
         )
-        found.append((one, measured))
+        found.append((one, measured, model.task))
         del model  # its weights; for timing only the graph is needed
         timed.append(measuring.Timed(context.checkpoint, place / graphs.FILE, rows, measured))
     context.progress.phase("time the candidates")
     measuring.time_together(timed, conditions)
-    for one, measured in found:
+    for one, measured, task in found:
         assert rows.labels is not None
         one.measurement = measured.measurement
         one.delta = comparison.row_by_row(
             comparison.compare(given.measurement, measured.measurement),
-            context.checkpoint.task.compare(given.logits, measured.logits, rows.labels),
+            task.compare(given.logits, measured.logits, rows.labels, rows.queries, first.task),
         )
         one.gates = gates.judge(
             context.request.common.gates, given.measurement, measured.measurement, one.delta
         )
     return tried
+
+
+def _decided(model: Checkpoint, graph: Path, rows: Encoded, conditions: measuring.Conditions) -> Checkpoint:
+    """The same as it would ship: what validation rows decided for the input they decide anew for its successor.
+
+    Here they are the rows that judge, for the input as for every candidate.
+    """
+    if not model.task.decided:
+        return model
+    task = measuring.decided(
+        model, rows, conditions.progress, graph=graph, device=conditions.device, threads=conditions.threads
+    )
+    return replace(model, task=task)
 
 
 def _build(
