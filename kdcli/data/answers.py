@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from kdcli.data.columns import SEPARATORS
@@ -97,7 +98,7 @@ def _fractions(values: Iterable[Any]) -> bool | None:
     for value in values:
         if value is None or (isinstance(value, str) and not value.strip()):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
+        if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
             return None
         if isinstance(value, str) and not NUMBER.fullmatch(value.strip()):
             return None

@@ -138,9 +138,14 @@ def settled(table: Table, columns: Columns, kind: Kind) -> Columns:
     if kind != "number" or name is None or text is None or name == text:
         return columns
     others = {role: column for role, column in columns.names.items() if role != "text"}
-    if all(re.fullmatch(r"[0-9]+", str(value).strip()) for value in table.column(name)):
+    if _whole(table.column(name)):
         return replace(columns, names=others | {"text": text})
     return replace(columns, names=others | {"text_a": name, "text_b": text})
+
+
+def _whole(values: list[Any]) -> bool:
+    """Whether all of them are whole numbers."""
+    return all(re.fullmatch(r"[0-9]+", str(value).strip()) for value in values)
 
 
 def query_of(names: Sequence[str], columns: Columns) -> str | None:
@@ -282,6 +287,8 @@ def named(table: Table, role: str, columns: Columns) -> str:
 def _offer(table: Table, columns: Columns) -> str | None:
     """A value for ``--columns`` that fits the names of this table; None where they say too little."""
     left = [name for name in table.names if name and name.isprintable() and not set(name) & set(",=")]
+    if (query := query_of(left, columns)) is not None and _whole(table.column(query)[:_LOOKED_AT]):
+        left.remove(query)  # which tells the rows that belong together, and is neither text nor label
     folded = {name.casefold(): name for name in left}
     chosen = {role: name for role, name in columns.names.items() if find(left, name) is not None}
 

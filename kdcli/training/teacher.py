@@ -38,8 +38,8 @@ def fine_tuned(
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """Fine-tune a teacher that has no head for the task, or take it from the cache.
 
-    The cache key covers the teacher's files, the tokenised rows with their labels, the label names, the task with
-    the metric that chooses the epoch, and the options, so that nothing else can be mistaken for it.
+    The cache key covers the teacher's files, the tokenised rows with their labels, the label names, the metric that
+    chooses the epoch, and the options, so that nothing else can be mistaken for it.
 
     Args:
         context: Whose ``train`` and ``validation`` rows are used; rows without a label take no part.
@@ -66,7 +66,6 @@ def fine_tuned(
         train=text.fingerprint(encoded["train"]),
         validation=text.fingerprint(encoded["validation"]),
         labels=teacher.labels,
-        task=[teacher.task.name, teacher.task.primary],
         options=asdict(options),
         device=device.type,
     )

@@ -34,6 +34,12 @@ TEXT = ["a film of some length", "another film of some length"]
         ({"comment_text": TEXT, "toxic": ["0", "1"], "insult": ["1", "0"]}, "text=comment_text"),
         ({"text": TEXT, "target": [0, 1]}, "label=target"),
         ({"text": TEXT, "toxic": [0, 1]}, "label=toxic"),
+        (
+            {"query": TEXT, "passage": TEXT, "relevance": [0.5, 1.5]},
+            "text_a=query,text_b=passage,label=relevance",
+        ),
+        ({"query": [1, 2], "passage": TEXT, "relevance": [0.5, 1.5]}, "text=passage,label=relevance"),
+        ({"query": [1, 2], "text": TEXT, "grade": [0.5, 1.5]}, "label=grade"),
     ],
 )
 def test_the_likely_columns_are_offered(given: dict[str, list[Any]], offer: str) -> None:

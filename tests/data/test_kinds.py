@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def test_what_was_taken_is_told_with_the_way_out(tmp_path: Path) -> None:
 def test_numbers() -> None:
     assert numbers(["1", "2.50", "-3e-1", " .5 "]) == [1.0, 2.5, -0.3, 0.5]
     assert numbers([1, 2.5, 0]) == [1.0, 2.5, 0.0]
+    assert numbers([Decimal("1.25"), Decimal(3)]) == [1.25, 3.0]  # of parquet
+    assert recognised(table(text=texts(2), label=[Decimal("1.25"), Decimal(3)]), Columns()) == "number"
     assert numbers([None, "", float("nan")]) is None
     assert numbers([-1.0, -1]) is None  # as GLUE hides the answers of a test split
     assert numbers([-1, 2]) == [-1.0, 2.0]

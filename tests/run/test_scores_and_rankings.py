@@ -173,7 +173,7 @@ def test_teachers_of_numbers_are_averaged_whatever_their_output_is_called(
     made.model.bert.save_pretrained(headless)
     made.tokenizer.save_pretrained(headless)
     how: dict[str, Any] = {"student": "1x16", "epochs": 1, "augment": 0, "data": place.data}
-    how["settings"] = {"phases": "one", "teacher_epochs": 1}
+    how["set"] = {"phases": "one", "teacher_epochs": 1}
     report = kdcli.distill(teacher=[place.model, other, headless], out=tmp_path / "out", **how)
     check(report, tmp_path / "out", place.rows)
     sigmoid = _model(tmp_path / "sigmoid", Regression("rmse", "sigmoid"))
