@@ -136,6 +136,8 @@ def number(
 ) -> dict[str, float]:
     """Of regression; the ranking metrics where rows have a `query`."""
     x, y = z[:, 0], np.array([float(row["label"]) for row in rows])
+    if about.get("activation") == "sigmoid":
+        x = special.expit(x)
     found = {
         "spearman": float(stats.spearmanr(x, y).statistic),
         "pearson": float(stats.pearsonr(x, y).statistic),

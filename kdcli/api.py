@@ -103,7 +103,9 @@ def predict(
         from kdcli.data import streamed
         from kdcli.run import predicting
 
-        how = predicting.How(batch_size=batch_size, top=top, torch=runtime == "torch", device=device)
+        how = predicting.PredictOptions(
+            batch_size=batch_size, top=top, torch=runtime == "torch", device=device
+        )
         parts = predicting.answers(found, lambda _: streamed.of_texts(texts), how, said)
         return [answer for part in parts for answer in part]
 

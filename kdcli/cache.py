@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcli import interrupts
+from kdcli import atomic, interrupts
 from kdcli.errors import ResourceError
 
 if TYPE_CHECKING:
     import numpy as np
 
 SUMS = ".digests.json"  # of a directory
+_MODE = 0o600  # of a file: what is made of somebody's texts is theirs
 _MARK = b"\nkdcli-blake2b\n"  # ends an array's file, before the digest of all in front of it
 _TAIL = len(_MARK) + hashlib.blake2b().digest_size
 
@@ -121,24 +122,26 @@ def writing(final: Path) -> Iterator[Path]:
 
     Two processes may make the same entry at once: the content is the same, so the first one stays.
     """
-    temporary = Path(_beside(final, tempfile.mkdtemp))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = atomic.beside(final)
+    temporary.mkdir(mode=0o700)
     try:
         yield temporary
         interrupts.check()
         sums = {name: _digest(temporary / name) for name in _names(temporary)}
         (temporary / SUMS).write_text(json.dumps(sums, indent=1, sort_keys=True), encoding="utf-8")
         for name in (*sums, SUMS):
-            _sync(temporary / name)
+            atomic.sync(temporary / name)
         try:
             os.replace(temporary, final)
         except OSError:
-            if not whole(final):  # that removes a damaged one
+            if not intact(final):  # that removes a damaged one
                 os.replace(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def whole(place: Path) -> bool:
+def intact(place: Path) -> bool:
     """Whether a directory entry is there and is what :func:`writing` made; what is not is removed."""
     if not place.exists():
         return False
@@ -152,24 +155,9 @@ def whole(place: Path) -> bool:
     return good
 
 
-@contextlib.contextmanager
-def storing(final: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file that becomes ``final`` when the block ends well, and vanishes otherwise."""
-    handle, name = _beside(final, tempfile.mkstemp)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        interrupts.check()
-        _sync(temporary)
-        os.replace(temporary, final)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_json(final: Path, content: Any) -> None:
     """Store what JSON can hold."""
-    with storing(final) as temporary:
+    with atomic.replacing(final, _MODE) as temporary:
         text = json.dumps({"content": content, "digest": key(content=content)}, indent=1)
         temporary.write_text(text, encoding="utf-8")
 
@@ -204,7 +192,7 @@ def filling(final: Path, dtype: Any, shape: tuple[int, ...]) -> Iterator[np.ndar
     """
     import numpy as np
 
-    with storing(final) as temporary:
+    with atomic.replacing(final, _MODE) as temporary:
         places: Any = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
         if hasattr(os, "posix_fallocate"):
             descriptor = os.open(temporary, os.O_RDWR)
@@ -255,11 +243,6 @@ def load_array(
     return None
 
 
-def _beside(final: Path, make: Any) -> Any:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    return make(prefix=f".{final.name[:12]}-", dir=final.parent)
-
-
 def _names(folder: Path) -> list[str]:
     files = (p for p in folder.rglob("*") if p.is_file() and p != folder / SUMS)
     return sorted(p.relative_to(folder).as_posix() for p in files)
@@ -277,14 +260,6 @@ def _digest_of(stream: Any, size: int) -> str:
         digest.update(part)
         size -= len(part)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -13,6 +13,7 @@ from kdcli.report.schema import Method, Warning_
 from kdcli.request import Request
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from kdcli.data.sources import Dataset
@@ -36,6 +37,8 @@ class Context:
     resume_dir: Path  # where a resume point of a training goes
     #: The ONNX form of the input, once it has been measured.
     input_graph: Path | None = None
+    #: Positions of the validation rows whose labels may decide anything; None where all may.
+    deciding: np.ndarray | None = None
 
 
 @dataclass

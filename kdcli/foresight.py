@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdcli.tasks.task import Task
 
 # Floating-point operations a second, for an order of magnitude only. Measured with MiniLM in float32 on two
 # AVX-512 cores: 1.1e11 in training, 9e10 at inference; training is halved for machines without AVX-512.
@@ -20,7 +23,8 @@ class Sizes:
     config: Mapping[str, Any]  # of the model
     rows: Mapping[str, int]  # split -> rows
     tokens: float  # of a row
-    labels: int
+    task: Task
+    labels: int  # outputs of a head for them
     weights: int  # bytes
     cost: float  # floating-point operations of one forward pass of a row
 

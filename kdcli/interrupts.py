@@ -25,14 +25,14 @@ _DEEPEST = 100  # exceptions of a chain that are looked at
 
 
 @dataclass
-class _State:
+class _Signals:
     number: int | None = None  # the first signal that arrived
     before: dict[int, Any] | None = None  # handlers that were there; None: ours are not installed
     held: int = 0
     stepping: int = 0
 
 
-_state = _State()
+_state = _Signals()
 
 
 def caught() -> int | None:

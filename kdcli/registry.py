@@ -1,6 +1,6 @@
 """The registry of methods: a file in a stage's folder of methods is a method, its name is the file's.
 
-Every file ends in ``METHOD``, one object that says what the method is: a :class:`Method` of its stage's own kind
+Every file ends in ``METHOD``, one object that says what the method is: a :class:`MethodSpec` of its stage's own kind
 (``Loss``, ``Criterion``, ``LinearRule`` or ``ConvolutionRule``, ``Scheme``, ``WeightRounding``).
 """
 
@@ -33,7 +33,7 @@ FOLDERS: dict[str, str] = {
 """Stage, or what its methods choose among, -> folder below this file's. Losses lie a floor down: every stage's
 recovery uses some."""
 
-STAGES = ("distill", "prune", "quantize", "lowrank")
+METHOD_STAGES = ("distill", "prune", "quantize", "lowrank")
 
 INGREDIENTS: dict[str, tuple[str, ...]] = {"quantize": ("rounding", "smoothing")}
 """Stage -> folders of what its methods choose among."""
@@ -47,7 +47,7 @@ ANSWERS: dict[Kind, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class MethodSpec:
     """What every method says of itself; the methods of a stage say more, in a class of their own."""
 
     config: type[BaseModel]  # its parameters
@@ -65,7 +65,7 @@ class Method:
         return frozenset(self.config.model_fields)
 
 
-Declared = TypeVar("Declared", bound=Method)
+Declared = TypeVar("Declared", bound=MethodSpec)
 
 _KINDS = {"distill": "loss", "prune": "criterion", "quantize": "scheme", "lowrank": "rule"}
 
@@ -109,7 +109,7 @@ def load(stage: str, name: str, kind: type[Declared]) -> Declared:
     return found
 
 
-def need_answers(methods: Mapping[str, Method], task: Task) -> None:
+def need_answers(methods: Mapping[str, MethodSpec], task: Task) -> None:
     """Refuse methods that cannot work with the answers of a task.
 
     Args:
@@ -146,7 +146,7 @@ def _file(stage: str, name: str) -> Path:
 def share_out(
     stage: str,
     given: Mapping[str, str],
-    methods: Mapping[str, Method],
+    methods: Mapping[str, MethodSpec],
     own: type[BaseModel] | None = None,
 ) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """Say who takes which ``--set``.
@@ -182,14 +182,14 @@ def share_out(
     return for_stage, for_method
 
 
-def _nobody_takes(stage: str, key: str, own: frozenset[str], methods: Mapping[str, Method]) -> UsageError:
+def _nobody_takes(stage: str, key: str, own: frozenset[str], methods: Mapping[str, MethodSpec]) -> UsageError:
     named, dot, plain = key.rpartition(".")
     known = own.union(*(m.settings for m in methods.values()))
     if dot and named not in methods:
         hint: str | None = f"{named} is not among the chosen methods: {', '.join(methods)}"
     else:
         every = [(folder, name) for folder, _ in kinds(stage) for name in names(folder)]
-        able = [name for folder, name in every if plain in load(folder, name, Method).settings]
+        able = [name for folder, name in every if plain in load(folder, name, MethodSpec).settings]
         able += [stage] if plain in own else []
         hint = f"{plain} is a setting of {', '.join(able)}" if able else None
     return UsageError(f"unknown setting '{key}': {did_you_mean(plain, known)}", hint)

@@ -90,7 +90,6 @@ class Gates(Options):
     max_drop: Annotated[float | None, Flag(metavar="F")] = Field(
         default=None,
         ge=0,
-        le=1,
         description="Gate: the primary metric may get worse by at most this; 0.01 is one point.",
     )
     min_speedup: Annotated[float | None, Flag(metavar="F")] = Field(
@@ -119,11 +118,11 @@ class Common(Options):
         description="Column names, such as text=body,label=topic; label=topic:ids for numbers of the model's labels.",
     )
     task: Annotated[str | None, choice("task", task_names)] = Field(
-        default=None, description="What an answer is. [default: what model and data say]"
+        default=None, description="What an answer is. [default: from the model, else the data]"
     )
     metric: Annotated[str | None, Flag(metavar="NAME")] = Field(
         default=None,
-        description="The metric that gates, searches and tables go by. [default: the task's own]",
+        description="The metric that gates, searches and tables use. [default: the task's own]",
     )
     device: Annotated[str, Flag(metavar="NAME", names=lambda: DEVICES, check=_device)] = Field(
         default="auto", description="auto, cpu, cuda[:N] or mps."
@@ -133,7 +132,7 @@ class Common(Options):
         default_factory=dict, description="A parameter of the method; repeatable."
     )
     limit: Annotated[int | None, Flag(metavar="N")] = Field(
-        default=None, ge=1, description="Measure on at most N rows, labels in their proportions."
+        default=None, ge=1, description="Measure on at most N rows, every label in its share."
     )
     resume: Annotated[bool, Flag(off=True, recipe=False)] = Field(
         default=False, description="Continue where an interrupted run stopped."

@@ -78,7 +78,7 @@ def _directory(place: Path) -> Path:
 @pytest.mark.parametrize("damage", [*DAMAGES, "gone", "one more", "no digests"])
 def test_a_damaged_directory_is_made_again(damage: str, tmp_path: Path) -> None:
     place = _directory(tmp_path / "kind" / "x")
-    assert cache.whole(place)
+    assert cache.intact(place)
     if damage == "gone":
         (place / "inner" / "fit.json").unlink()
     elif damage == "one more":
@@ -87,9 +87,9 @@ def test_a_damaged_directory_is_made_again(damage: str, tmp_path: Path) -> None:
         (place / cache.SUMS).unlink()
     else:
         (place / "weights").write_bytes(DAMAGES[damage]((place / "weights").read_bytes()))
-    assert not cache.whole(place)
+    assert not cache.intact(place)
     assert not place.exists()
-    assert cache.whole(_directory(place))
+    assert cache.intact(_directory(place))
 
 
 def test_two_writers_at_once(array: np.ndarray, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_two_writers_at_once(array: np.ndarray, tmp_path: Path) -> None:
     with cache.writing(place) as one, cache.writing(place) as two:
         for work in (one, two):
             (work / "weights").write_bytes(b"the same")
-    assert cache.whole(place)
+    assert cache.intact(place)
     with cache.filling(tmp_path / "a", array.dtype, array.shape) as first:
         first[...] = array
         cache.save_array(tmp_path / "a", array)
@@ -112,13 +112,12 @@ def test_a_directory_that_was_damaged_in_the_meantime_is_replaced(tmp_path: Path
         place.mkdir()
         (place / "weights").write_bytes(b"bad")
     assert (place / "weights").read_bytes() == b"good"
-    assert cache.whole(place)
+    assert cache.intact(place)
 
 
 def test_what_ends_badly_leaves_nothing(tmp_path: Path) -> None:
     for block in (
         cache.writing(tmp_path / "x"),
-        cache.storing(tmp_path / "y"),
         cache.filling(tmp_path / "z", "f4", (2,)),
     ):
         with pytest.raises(RuntimeError, match="stop"), block:

@@ -35,13 +35,14 @@ LEVEL = {
     "cache": 0,
     "devices": 1,
     "memory": 0,
-    "foresight": 0,
+    "foresight": 4,
     "progress": 0,
     "timing": 0,
     "processes": 0,
-    "interrupts": -1,
+    "atomic": -1,
     "input_names": -1,
-    "errors": -2,
+    "interrupts": -2,
+    "errors": -3,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -68,3 +69,30 @@ def test_no_module_is_asked_what_it_has(path: Path) -> None:
 )
 def test_the_check_sees_a_question(text: str) -> None:
     assert len(list(asked(ast.parse(text)))) == 1
+
+
+#: Names that many files define on purpose: each means the same thing in the place where it is looked for.
+SAME_EVERYWHERE = {"Config": "the settings of a method, in the method's own file"}
+
+
+def named(tree: ast.Module) -> Iterator[str]:
+    """Classes and type aliases of a file; a type variable means nothing outside it."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign) and not ast.unparse(node.value).startswith("TypeVar("):
+            for target in node.targets:
+                if isinstance(target, ast.Name) and re.match("_?[A-Z][a-z]", target.id):
+                    yield target.id
+
+
+def test_a_class_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        for name in named(ast.parse(path.read_text(encoding="utf-8"))):
+            places.setdefault(name, []).append(path.relative_to(ROOT).as_posix())
+    twice = {name: found for name, found in places.items() if len(found) > 1}
+    assert twice.keys() <= SAME_EVERYWHERE.keys(), {
+        n: f for n, f in twice.items() if n not in SAME_EVERYWHERE
+    }
+    assert SAME_EVERYWHERE.keys() <= twice.keys()

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kdcli import registry, tasks
 from kdcli.errors import UsageError
-from kdcli.registry import Method
+from kdcli.registry import MethodSpec
 from kdcli.stages.lowrank.rule import ConvolutionRule, LinearRule
 from kdcli.stages.prune.criterion import Criterion
 from kdcli.stages.quantize.scheme import Scheme, WeightRounding
@@ -36,14 +36,14 @@ class Config(BaseModel):
         return self
 
 
-MADE_UP = Method(config=Config)
-KINDS: dict[str, tuple[type[Method], ...]] = {
+MADE_UP = MethodSpec(config=Config)
+KINDS: dict[str, tuple[type[MethodSpec], ...]] = {
     "distill": (Loss,),
     "prune": (Criterion,),
     "lowrank": (LinearRule, ConvolutionRule),
     "quantize": (Scheme,),
     "rounding": (WeightRounding,),
-    "smoothing": (Method,),
+    "smoothing": (MethodSpec,),
 }
 
 
@@ -61,7 +61,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 def test_every_python_file_of_a_folder_is_a_method() -> None:
     assert ("distill", "response") in ALL
-    for stage in registry.STAGES:
+    for stage in registry.METHOD_STAGES:
         files = {p.stem for p in (FOLDER / registry.FOLDERS[stage]).glob("*.py")} - {"__init__"}
         assert {name.replace("-", "_") for name in registry.names(stage)} == files
 
@@ -88,7 +88,9 @@ def test_load_gives_what_the_file_declares() -> None:
         registry.load("distill", "response", Criterion)
 
 
-@pytest.mark.parametrize("find", [lambda stage, name: registry.load(stage, name, Method), registry.load_name])
+@pytest.mark.parametrize(
+    "find", [lambda stage, name: registry.load(stage, name, MethodSpec), registry.load_name]
+)
 def test_an_unknown_name_gets_a_suggestion(find: Callable[[str, str], object]) -> None:
     with pytest.raises(
         UsageError, match=r"unknown distill method 'responce': did you mean 'response'\? choose one of: "
@@ -99,7 +101,7 @@ def test_an_unknown_name_gets_a_suggestion(find: Callable[[str, str], object]) -
 @pytest.mark.parametrize("name", ["../prune/taylor", "response.Config", "__init__", "", "Response"])
 def test_only_listed_names_are_imported(name: str) -> None:
     with pytest.raises(UsageError, match="unknown distill method"):
-        registry.load("distill", name, Method)
+        registry.load("distill", name, MethodSpec)
 
 
 def test_settings_become_typed() -> None:
@@ -154,20 +156,20 @@ class TestContract:
             assert any(line.startswith(part) or f" {part}" in line for line in rest), f"no '{part}'"
 
     def test_it_declares_what_it_is(self, stage: str, name: str) -> None:
-        method = registry.load(stage, name, Method)
+        method = registry.load(stage, name, MethodSpec)
         assert isinstance(method, KINDS[stage])
         assert method.answers
         # Whoever refuses an answer says why.
         assert bool(method.because) == (set(method.answers) != set(registry.ANSWERS))
 
     def test_its_config_has_defaults_and_refuses_what_it_does_not_know(self, stage: str, name: str) -> None:
-        config = registry.load(stage, name, Method).config
+        config = registry.load(stage, name, MethodSpec).config
         config()
         with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
             config(no_such_setting=1)
 
     def test_its_settings_are_explained_and_frozen(self, stage: str, name: str) -> None:
-        config = registry.load(stage, name, Method).config
+        config = registry.load(stage, name, MethodSpec).config
         assert config.model_config.get("frozen") is True
         assert [key for key, field in config.model_fields.items() if not field.description] == []
 
@@ -184,7 +186,7 @@ class Wide(BaseModel):
 
 
 def test_a_key_goes_to_all_that_have_it_and_a_named_one_to_one() -> None:
-    methods = {"a": MADE_UP, "b": Method(config=Wide)}
+    methods = {"a": MADE_UP, "b": MethodSpec(config=Wide)}
     given = {"ratio": "1", "b.ratio": "2", "samples": "3", "patience": "4"}
     for order in (given, dict(reversed(given.items()))):
         assert registry.share_out("distill", order, methods) == (

@@ -21,8 +21,7 @@ LONGER = {
     "inputs/text.py encode": 71,
     "stages/lowrank/convolutions.py _decide": 93,
     "stages/quantize/integer_weights.py finish": 80,
-    "training/loop.py": 478,
-    "training/loop.py run": 79,
+    "training/loop.py": 480,
 }
 
 

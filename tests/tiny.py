@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from kdcli.models.checkpoint import Checkpoint, fresh, load, save
 from kdcli.models.transforms import TransformLog
+from kdcli.tasks.task import Task
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "mpnet")
 LABELS = ["negative", "positive"]
@@ -138,6 +140,25 @@ def saved(
     made.config.architectures = [type(made.model).__name__]
     made.model.save_pretrained(directory)
     made.tokenizer.save_pretrained(directory)
+    return directory
+
+
+def of_task(directory: Path, task: Task, labels: Sequence[str]) -> Path:
+    """Write a random model of one small layer that answers a task, as kdcli does."""
+    settings = config(layers=1, hidden=16, heads=2, neurons=24)
+    settings.id2label = dict(enumerate(labels))
+    settings.label2id = {name: i for i, name in enumerate(labels)}
+    torch.manual_seed(0)
+    model = fresh(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.4)
+    directory.mkdir(parents=True)
+    made = Checkpoint(
+        model.eval(), tokenizer(), list(labels), TransformLog(), Path("/nonexistent"), task=task
+    )
+    save(made, directory)
     return directory
 
 

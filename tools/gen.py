@@ -49,7 +49,7 @@ def methods() -> dict[str, str]:
         f"# Methods\n\nOne page per stage, with formula, source and settings of each method. {_SETTINGS}\n"
     ]
     made = {}
-    for stage in registry.STAGES:
+    for stage in registry.METHOD_STAGES:
         page = [f"# Methods of {stage}\n\n{_LEAD[stage]} {_SETTINGS}\n"]
         rows = [f"## [{stage}](methods/{stage}.md)\n\n| method | |", "|---|---|"]
         for folder, kind in registry.kinds(stage):
@@ -70,7 +70,7 @@ def _method(folder: str, name: str, level: str) -> list[str]:
     from kdcli.stages.prune.criterion import Criterion
     from kdcli.training.terms import Loss
 
-    method = registry.load(folder, name, registry.Method)
+    method = registry.load(folder, name, registry.MethodSpec)
     summary, _, text = registry.text(folder, name).partition("\n")
     parts = [f"{level} {name}\n\n{summary}\n\n{markdown(text.strip(chr(10)))}\n"]
     if isinstance(method, Loss) and method.kind != "response":

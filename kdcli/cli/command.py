@@ -58,7 +58,7 @@ JUDGING = (
 """What decides whether a model passes: here an empty variable is a mistake of whoever set it, and not a default."""
 
 
-def kind_of(param: Any) -> settings.Kind:
+def kind_of(param: Any) -> settings.FlagKind:
     """How many values an option takes: a flag none, a repeatable one many."""
     return "flag" if param.is_flag else "many" if param.multiple else "one"
 

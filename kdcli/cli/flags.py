@@ -20,7 +20,7 @@ class Terminal(Options):
     """How a command speaks; nothing of it reaches a stage."""
 
     dry_run: Annotated[bool, Flag(short="n", off=True)] = Field(
-        default=False, description="Print the plan and estimates, touch nothing."
+        default=False, description="Print the plan and estimates, change nothing."
     )
     as_json: Annotated[bool, Flag(name="json", off=True)] = Field(
         default=False, description="JSON on stdout instead of text."
@@ -29,7 +29,7 @@ class Terminal(Options):
         default=False, description="Only errors on stderr."
     )
     verbose: Annotated[bool, Flag(short="v", off=True)] = Field(default=False, description="More on stderr.")
-    debug: Annotated[bool, Flag(off=True)] = Field(default=False, description="Tracebacks of errors.")
+    debug: Annotated[bool, Flag(off=True)] = Field(default=False, description="Show tracebacks of errors.")
 
 
 def text() -> str:

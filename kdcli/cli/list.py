@@ -94,7 +94,7 @@ def methods() -> list[dict[str, Any]]:
 
     return [
         {"stage": stage, "kind": kind, "name": name, "summary": registry.summary(folder, name)}
-        for stage in registry.STAGES
+        for stage in registry.METHOD_STAGES
         for folder, kind in registry.kinds(stage)
         for name in registry.names(folder)
     ]

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from kdcli import atomic
 from kdcli.cli import options as o
 from kdcli.cli import stage, streams
 from kdcli.data import lines
 from kdcli.errors import InputError, ResourceError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from kdcli.data.lines import Part
+    from kdcli.data.lines import LineBlock
     from kdcli.data.tables import Located
 
 EXAMPLES = """
@@ -101,7 +102,7 @@ def command(
 
         rows = 0
         with stage.cached(console), _place(output, stdout) as place:
-            for part in predicting.answers(found, read, predicting.How(**how), console):
+            for part in predicting.answers(found, read, predicting.PredictOptions(**how), console):
                 rows += len(part)
                 if not streams.put(place, "\n".join(map(_line, part))):
                     return
@@ -119,7 +120,7 @@ def _count(flag: str, given: str) -> int:
     return int(given)
 
 
-def _stdin(model: str, file: str | None) -> Iterator[Part]:
+def _stdin(model: str, file: str | None) -> Iterator[LineBlock]:
     """The lines of stdin as they arrive."""
     if model == "-":
         raise UsageError(
@@ -144,15 +145,10 @@ def _place(output: Path | None, stdout: TextIO) -> Iterator[TextIO]:
     if output is None:
         yield stdout
         return
-    partly = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with partly.open("w", encoding="utf-8") as stream:
+        with atomic.replacing(output) as partly, partly.open("w", encoding="utf-8") as stream:
             yield stream
-        partly.replace(output)
     except OSError as error:
         if error.filename is None:
             raise
         raise ResourceError(f"'{output}' cannot be written: {error.strerror or error}") from error
-    finally:
-        partly.unlink(missing_ok=True)

@@ -17,19 +17,24 @@ from kdcli.errors import InputError, did_you_mean
 
 FILE = "kdcli.toml"
 
-Kind = Literal["flag", "one", "many"]
+FlagKind = Literal["flag", "one", "many"]
 """How many values an option takes: a flag none, a repeatable one many."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProjectSettings:
     """What the project's file says."""
 
     source: str = ""  # for messages
     content: Mapping[str, Any] = field(default_factory=dict)
 
     def of(
-        self, command: str, flags: Mapping[str, Kind], *, common: Collection[str], commands: Collection[str]
+        self,
+        command: str,
+        flags: Mapping[str, FlagKind],
+        *,
+        common: Collection[str],
+        commands: Collection[str],
     ) -> dict[str, str | bool | list[str]]:
         """Values for one command as they would be typed, by flag without dashes.
 
@@ -51,7 +56,7 @@ class Settings:
         return found
 
     def _checked(
-        self, table: Mapping[str, Any], known: Collection[str], kinds: Mapping[str, Kind], where: str
+        self, table: Mapping[str, Any], known: Collection[str], kinds: Mapping[str, FlagKind], where: str
     ) -> dict[str, Any]:
         made = {}
         for given, value in table.items():
@@ -62,7 +67,7 @@ class Settings:
         return made
 
 
-def read(directory: Path) -> Settings:
+def read(directory: Path) -> ProjectSettings:
     """Read the settings of a directory; empty when it has none.
 
     Raises:
@@ -70,11 +75,11 @@ def read(directory: Path) -> Settings:
     """
     own, project = directory / FILE, directory / "pyproject.toml"
     if own.is_file():
-        return Settings(FILE, _toml(own, FILE))
+        return ProjectSettings(FILE, _toml(own, FILE))
     if project.is_file() and "tool.kdcli" in project.read_text(encoding="utf-8", errors="replace"):
         content = _toml(project, project.name).get("tool", {}).get("kdcli", {})
-        return Settings(f"{project.name} [tool.kdcli]", content)
-    return Settings()
+        return ProjectSettings(f"{project.name} [tool.kdcli]", content)
+    return ProjectSettings()
 
 
 def _toml(path: Path, name: str) -> dict[str, Any]:
@@ -88,7 +93,7 @@ def _toml(path: Path, name: str) -> dict[str, Any]:
         raise InputError(f"{name} cannot be read: {error.strerror}") from error
 
 
-def _typed(value: Any, kind: Kind | None, where: str) -> str | bool | list[str]:
+def _typed(value: Any, kind: FlagKind | None, where: str) -> str | bool | list[str]:
     """A TOML value as it would be typed: a table becomes KEY=VALUE texts, and where many are allowed one is a list.
 
     Raises:

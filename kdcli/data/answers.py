@@ -81,18 +81,28 @@ def absent(table: Table, name: str, what: str, at: int, count: int) -> InputErro
     )
 
 
+def are_numbers(values: Iterable[Any]) -> bool:
+    """Whether a column holds numbers, written as such or as text."""
+    return _fractions(values) is not None
+
+
 def are_scores(values: Iterable[Any]) -> bool:
     """Whether a column holds numbers that are no classes for certain: one of them has a fraction."""
-    broken = False
+    return bool(_fractions(values))
+
+
+def _fractions(values: Iterable[Any]) -> bool | None:
+    """Whether one of a column's numbers has a fraction; None where something in it is no number, or all is missing."""
+    broken: bool | None = None
     for value in values:
         if value is None or (isinstance(value, str) and not value.strip()):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float | str):
-            return False
+            return None
         if isinstance(value, str) and not NUMBER.fullmatch(value.strip()):
-            return False
+            return None
         number = float(value)
-        broken = broken or not (number.is_integer() or number != number)
+        broken = bool(broken) or not (number.is_integer() or number != number)
     return broken
 
 

@@ -47,7 +47,7 @@ _TEXTS = (
 _LABELS = (
     *("labels", "target", "class", "category", "sentiment", "intent", "topic", "emotion", "gold_label"),
     *("label_text", "label_name", "polarity", "y", "output", "tag", "is_duplicate", "coarse_label"),
-    *("airline_sentiment", "rating", "stars", "score"),
+    *("airline_sentiment", "rating", "stars", "score", "relevance", "similarity", "similarity_score"),
 )
 
 
@@ -146,6 +146,22 @@ def settled(table: Table, columns: Columns, kind: Kind) -> Columns:
 def query_of(names: Sequence[str], columns: Columns) -> str | None:
     """The column of queries."""
     return find(names, columns.name("query"))
+
+
+def ranks(table: Table, columns: Columns) -> bool:
+    """Whether the column of queries is there to rank the texts beside it: some of its values stand in several rows.
+
+    A ``query`` without another text is a text itself, and one that never changes, as in collections of posts that were
+    searched for, says nothing of the rows.
+    """
+    name = query_of(table.names, columns)
+    if name is None:
+        return False
+    pair = text_roles(table.names, columns) == ("text_a", "text_b")
+    if not pair and _ranked(table.names, columns) in (None, name):
+        return False
+    values = [str(value).strip() for value in table.column(name)]
+    return 1 < len(set(values)) < len(values)
 
 
 def _ranked(names: Sequence[str], columns: Columns) -> str | None:
@@ -282,8 +298,8 @@ def _offer(table: Table, columns: Columns) -> str | None:
                 return None
             chosen["text"] = text
     if not chosen.keys() & {"label", "labels"} and find(left, "label") is None:
-        texts = {find(left, chosen.get(role, role)) for role in _TEXT_ROLES}
-        rest = [name for name in left if name not in texts]
+        taken = {find(left, chosen.get(role, role)) for role in (*_TEXT_ROLES, "query")}
+        rest = [name for name in left if name not in taken]
         label = first(name for name in _LABELS if folded.get(name) in rest)
         label = label or (rest[0] if len(rest) == 1 else None)
         if label is not None:

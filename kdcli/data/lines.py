@@ -22,14 +22,14 @@ class Arriving(Protocol):
         ...
 
 
-class Part(NamedTuple):
+class LineBlock(NamedTuple):
     """Lines without their ends."""
 
     first: int  # number of the first one, from 1
     lines: list[str]
 
 
-def parts(stream: Arriving, source: str) -> Iterator[Part]:
+def parts(stream: Arriving, source: str) -> Iterator[LineBlock]:
     """Read UTF-8 up to its end.
 
     Args:
@@ -50,7 +50,7 @@ def parts(stream: Arriving, source: str) -> Iterator[Part]:
         yield from _decoded([rest], number, source)
 
 
-def _decoded(lines: list[bytes], first: int, source: str) -> Iterator[Part]:
+def _decoded(lines: list[bytes], first: int, source: str) -> Iterator[LineBlock]:
     for start in range(0, len(lines), ROWS):
         found = []
         for number, line in enumerate(lines[start : start + ROWS], first + start):
@@ -62,9 +62,9 @@ def _decoded(lines: list[bytes], first: int, source: str) -> Iterator[Part]:
                     "convert it: iconv -f latin1 -t utf-8",
                 ) from error
             found.append(text)
-        yield Part(first + start, found)
+        yield LineBlock(first + start, found)
 
 
-def are_json(part: Part) -> bool:
+def are_json(part: LineBlock) -> bool:
     """Whether a stream that begins so holds a JSON object a line."""
     return re.match(r"\s*\{", "\n".join(part.lines)) is not None

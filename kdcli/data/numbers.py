@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 from typing import Any
 
 from kdcli.data.answers import MISSING, NUMBER, absent
@@ -55,7 +56,7 @@ def _number(table: Table, name: str, i: int, value: Any, wanted: Wanted) -> floa
         if not NUMBER.fullmatch(text) and text.casefold().lstrip("+-") not in ("inf", "infinity"):
             raise wanted.contradicted(f"{where} is '{printable(text)}', which is not a number")
         number = float(text)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         number = _LARGEST * 2 if isinstance(value, int) and abs(value) > _LARGEST else float(value)
     else:
         raise wanted.contradicted(f"{where} is {printable(repr(value))}, which is not a number")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcli.data.answers import are_scores, read_labels
+from kdcli.data.answers import are_numbers, are_scores, read_labels
 from kdcli.data.columns import (
     Columns,
     complete,
@@ -17,6 +17,7 @@ from kdcli.data.columns import (
     named,
     parse_columns,
     query_of,
+    ranks,
     settled,
     targets,
     text_roles,
@@ -74,8 +75,9 @@ def table_of(path: Path, columns: Columns, *, labelled: bool = True) -> Table:
 def recognised(table: Table, columns: Columns) -> Kind | None:
     """What one answer of this file is, where nobody says so; None where no row has one.
 
-    Lists are sets of labels, and so is whatever ``--columns labels=`` names. Numbers of which one has a fraction, and
-    whatever a declared query ranks, are numbers. Anything else is one label of several.
+    Lists are sets of labels, and so is whatever ``--columns labels=`` names. Numbers of which one has a fraction are
+    numbers, and so are whole ones beside a query that ranks them, and whatever a declared query ranks. Anything else is
+    one label of several.
 
     Raises:
         InputError: ``--columns labels=`` names columns that are not there.
@@ -89,7 +91,8 @@ def recognised(table: Table, columns: Columns) -> Kind | None:
         values = table.column(name)
         if any(isinstance(value, list) for value in values):
             return "any-of"
-        if table.classes.get(name) is None and not columns.ids and are_scores(values):
+        numbered = table.classes.get(name) is None and not columns.ids
+        if numbered and (are_scores(values) or (are_numbers(values) and ranks(table, columns))):
             return "number"
         if any(value is not None and value != "" for value in values):
             return "one-of"

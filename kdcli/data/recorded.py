@@ -16,7 +16,7 @@ from kdcli.errors import InputError
 from kdcli.report.redact import redact
 from kdcli.report.schema import DataInfo
 
-Kind = Literal["path", "alias", "hub"]
+ReferenceKind = Literal["path", "alias", "hub"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Recorded:
     certain: bool  # False: an older report, which does not say where its paths begin
 
 
-def kind_of(ref: str) -> Kind:
+def kind_of(ref: str) -> ReferenceKind:
     """What a reference to data is; a local path wins, as in :func:`kdcli.data.sources.load`."""
     if os.path.exists(ref):
         return "path"

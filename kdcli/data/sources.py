@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from kdcli.data import arrow, files, folders, hub, splits
-from kdcli.data.columns import Columns, complete, parse_columns, targets
+from kdcli.data.columns import Columns, complete, parse_columns, query_of, targets
 from kdcli.data.files import FORMS, REFUSED, decode, form_of, read_bytes
 from kdcli.data.labels import ordered, suggest
 from kdcli.data.readers import extract, recognised, table_of
@@ -20,7 +20,7 @@ from kdcli.data.tables import Located, Rows, Table, joined
 from kdcli.data.wanted import Wanted
 from kdcli.errors import InputError, KdcliError, UnavailableError, UsageError, did_you_mean
 from kdcli.names import printable
-from kdcli.tasks.task import Kind
+from kdcli.tasks.task import OF_TEXTS, Kind
 
 __all__ = ["ALIASES", "DataAlias", "Dataset", "Judging", "Rows", "list_aliases", "load", "load_texts"]
 
@@ -250,7 +250,8 @@ def _extracted(tables: dict[str, Table], found: _Found) -> dict[str, Located]:
         by, kind = next(((name, kind) for name, kind in seen if kind is not None), ("", "one-of"))
         ways = {name: Wanted(kind, "" if name == by else f"the {by} split") for name in tables}
         if kind != "one-of":
-            found.notes.append(f"'{found.ref}': {_RECOGNISED[kind]}")
+            ranked = kind == "number" and query_of(tables[by].names, found.columns) is not None
+            found.notes.append(f"'{found.ref}': {_RANKED if ranked else _RECOGNISED[kind]}")
     parts = {name: extract(table, found.columns, ways[name]) for name, table in tables.items()}
     first = next(iter(tables))
     if parts[first].kind == "any-of":
@@ -262,6 +263,10 @@ _RECOGNISED: dict[Kind, str] = {
     "any-of": "a row can have any number of labels",
     "number": "the label of a row is a number",
 }
+_RANKED = (
+    f"the label of a row is a number, by which the rows of a query are ranked; --task {OF_TEXTS['one-of']} makes a "
+    "class of every number"
+)
 
 
 def _no_train(path: Path) -> InputError:

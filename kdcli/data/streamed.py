@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 
 from kdcli.data import delimited, files, lines, objects
 from kdcli.data.columns import Columns, complete, named, settled, text_roles
-from kdcli.data.lines import Part
+from kdcli.data.lines import LineBlock
 from kdcli.data.readers import extract
 from kdcli.data.tables import Located, Table
 from kdcli.data.wanted import Wanted
@@ -25,7 +25,7 @@ _HEAD = 1 << 16  # characters from which the separator is told
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-def of_lines(parts: Iterable[Part], source: str, columns: Columns, kind: Kind) -> Iterator[Located]:
+def of_lines(parts: Iterable[LineBlock], source: str, columns: Columns, kind: Kind) -> Iterator[Located]:
     """The rows of a stream of lines: each is a text, or where the first one begins with ``{`` a JSON object.
 
     Args:
@@ -115,7 +115,7 @@ def _part(table: Table, start: int) -> Table:
     )
 
 
-def _plain(parts: Iterable[Part], source: str, columns: Columns, kind: Kind) -> Iterator[Located]:
+def _plain(parts: Iterable[LineBlock], source: str, columns: Columns, kind: Kind) -> Iterator[Located]:
     if columns.names:
         raise UsageError(f"--columns does not apply to {source}, whose lines are texts", "leave it out")
 
@@ -126,7 +126,7 @@ def _plain(parts: Iterable[Part], source: str, columns: Columns, kind: Kind) -> 
     return _rows(tables(), columns, kind)
 
 
-def _of_stream(path: Path) -> Iterator[Part]:
+def _of_stream(path: Path) -> Iterator[LineBlock]:
     with _opened(path) as stream:
         try:
             yield from lines.parts(cast("lines.Arriving", stream), str(path))

@@ -219,7 +219,7 @@ def of_input(
         onnxruntime=onnxruntime.__version__,
     )
     place = cache.entry("onnx", name)
-    if not cache.whole(place):
+    if not cache.intact(place):
         with cache.writing(place) as temporary:
             graph = build(
                 checkpoint, temporary / FILE, encoded, threads=threads, timings=timings, progress=progress

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
+from kdcli import atomic
 from kdcli.errors import InputError, ParityError
 from kdcli.export import files
 from kdcli.export.quiet import quiet
@@ -208,7 +208,6 @@ def annotate(path: Path, labels: Sequence[str], properties: Mapping[str, str]) -
     model, weights = files.view(path)
     set_metadata(model, labels, properties)
     model.producer_name, model.producer_version = "kdcli", properties.get("kdcli_version", "")
-    temporary = path.with_suffix(".annotated")
-    files.save(model, temporary, weights=weights)
-    del weights  # some systems replace no file that is mapped
-    os.replace(temporary, path)
+    with atomic.replacing(path) as temporary:
+        files.save(model, temporary, weights=weights)
+        del weights  # some systems replace no file that is mapped

@@ -76,9 +76,42 @@ def sample(
     return rows.take(positions(strata(rows, task), len(rows), count, seed))
 
 
+def judged(rows: Encoded, count: int, seed: int, task: Task) -> Encoded:
+    """The rows at :func:`judged_positions`; ``rows`` themselves where there are no more than ``count``."""
+    return rows if count >= len(rows) else rows.take(judged_positions(rows, count, seed, task))
+
+
+def judged_positions(rows: Encoded, count: int, seed: int, task: Task) -> np.ndarray:
+    """Rows to score a model on: as :func:`sample` draws them, but whole queries where rows are ranked.
+
+    Of a few rows of every query there is another ranking, or none at all.
+    """
+    if rows.queries is None or count >= len(rows):
+        return positions(strata(rows, task), len(rows), count, seed)
+    return whole_groups(rows.queries, count, seed)
+
+
 def strata(rows: Encoded, task: Task) -> np.ndarray | None:
     """(N,) groups that a sample should have in their shares; None where there are none."""
     return None if rows.labels is None else task.strata(rows.labels)
+
+
+def evenly(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """``count`` rows, as many of each group as of any other, as far as the groups go.
+
+    Args:
+        groups: (N,) numbers of groups, 0 or more.
+        count: How many are wanted.
+        seed: Of the draw.
+
+    Returns:
+        Positions, one of each group after the other.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(groups))
+    grouped = shuffled[np.argsort(groups[shuffled], kind="stable")]
+    sizes = np.bincount(groups)
+    rank = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of a row in its group
+    return grouped[np.argsort(rank, kind="stable")[:count]]
 
 
 def whole_groups(groups: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -12,15 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdcli.inputs import kinds
 from kdcli.inputs.feeding import accepted
 
-Shape = Sequence[int]
+Dims = Sequence[int]
 
 
-def _lstm(tokens: Shape, first: Shape, second: Shape, *args: Any, **kwargs: Any) -> int:
+def _lstm(tokens: Dims, first: Dims, second: Dims, *args: Any, **kwargs: Any) -> int:
     """Of a layer in one direction: every token meets both of its matrices."""
     return 2 * math.prod(tokens[:-1]) * (math.prod(first) + math.prod(second))
 
 
-def _lstms(tokens: Shape, weights: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
+def _lstms(tokens: Dims, weights: Sequence[Dims], *args: Any, **kwargs: Any) -> int:
     """Of several layers and directions at once; the biases among the weights are no products."""
     return 2 * math.prod(tokens[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
 

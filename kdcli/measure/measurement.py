@@ -132,20 +132,8 @@ def measure(
     threads, device = conditions.threads, conditions.device
     timings, progress, runtimes = conditions.timings, conditions.progress, conditions.runtimes
     with timings.phase("quality"):
-        if graph is not None and runtimes[0] == "onnx":
-            logits = logits_of(
-                graph,
-                encoded,
-                checkpoint.pad_id,
-                labels=len(checkpoint.labels),
-                task=checkpoint.task,
-                threads=threads,
-                device=device,
-                progress=progress,
-                title=title,
-            )
-        else:
-            logits = _torch_logits(checkpoint, encoded, progress, title)
+        judged = graph if runtimes[0] == "onnx" else None
+        logits = _logits(checkpoint, judged, encoded, threads, device, progress, title)
         assert encoded.labels is not None
         values = checkpoint.task.measure(logits, encoded.labels, split, encoded.queries)
         found = Quality.of(checkpoint.task.primary, values, rows_sha256)
@@ -164,7 +152,7 @@ def measure(
     used = Files(
         graph=None if graph is None else own_graph.named(checkpoint, graph),
         graph_sha256=None if graph is None else sha256_of(graph),
-        quality="onnx" if graph is not None and runtimes[0] == "onnx" else "torch",
+        quality="torch" if judged is None else "onnx",
         weights=stored,
     )
     return Measured(Measurement(quality=found, size=sizes, compute=counted, latency=[], files=used), logits)
@@ -195,20 +183,7 @@ def decided(
     known = checkpoint.task.known(encoded.labels)
     rows = encoded if known.all() else encoded.take(np.flatnonzero(known))
     assert rows.labels is not None
-    if graph is None:
-        logits = _torch_logits(checkpoint, rows, progress, "validation")
-    else:
-        logits = logits_of(
-            graph,
-            rows,
-            checkpoint.pad_id,
-            labels=len(checkpoint.labels),
-            task=checkpoint.task,
-            threads=threads,
-            device=device,
-            progress=progress,
-            title="validation",
-        )
+    logits = _logits(checkpoint, graph, rows, threads, device, progress, "validation")
     return checkpoint.task.fitted(logits, rows.labels)
 
 
@@ -266,6 +241,31 @@ def latency_batches(encoded: Encoded, pad_id: int, size: int) -> list[dict[str, 
     count = max(1, min(LATENCY_ROWS, 4 * LATENCY_ROWS // size))
     picks = rng.integers(0, len(encoded), (count, size))
     return [batching.collate(encoded, rows, pad_id) for rows in picks]
+
+
+def _logits(
+    checkpoint: Checkpoint,
+    graph: Path | None,
+    rows: Encoded,
+    threads: int,
+    device: str,
+    progress: Progress,
+    title: str,
+) -> np.ndarray:
+    """Logits (N, C) of a checkpoint's graph; of the checkpoint itself, by torch, where it has none."""
+    if graph is None:
+        return _torch_logits(checkpoint, rows, progress, title)
+    return logits_of(
+        graph,
+        rows,
+        checkpoint.pad_id,
+        labels=len(checkpoint.labels),
+        task=checkpoint.task,
+        threads=threads,
+        device=device,
+        progress=progress,
+        title=title,
+    )
 
 
 def _torch_logits(checkpoint: Checkpoint, encoded: Encoded, progress: Progress, title: str) -> np.ndarray:

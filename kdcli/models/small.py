@@ -1,10 +1,17 @@
 """Students without a transformer: pooled token embeddings, a convolution over windows, a pair of LSTMs.
 
+Two texts are summed up one by one, into u and v, and the answer is read from (u, v, |u - v|, u * v): what makes a pair
+is how its texts differ, and one summary of both at once cannot tell. ``pair_token_id`` says where the first text ends.
+
+Source: Conneau et al. 2017, "Supervised Learning of Universal Sentence Representations from Natural Language Inference
+Data", EMNLP, arXiv:1705.02364, section 3.1.
+
 Importing this module teaches transformers their names, so that ``AutoConfig`` and
 ``AutoModelForSequenceClassification`` know them; kdcli does so whenever it loads or builds a model.
 
 Shape letters: B batch, T tokens, D features of a token embedding, F features that are pooled over the tokens,
-P features that the classifier reads, C classes. No answer depends on padding; padding stands on the right.
+S features that sum up a text, P features that the classifier reads, C classes. No answer depends on padding; padding
+stands on the right.
 """
 
 from __future__ import annotations
@@ -30,6 +37,8 @@ class SmallConfig(PreTrainedConfig):
     max_position_embeddings: int = 512
     pad_token_id: int | None = 0
     dropout: float = 0.1
+    #: The token after the first of two texts; None: a row is one text.
+    pair_token_id: int | None = None
 
 
 class StaticConfig(SmallConfig):
@@ -59,15 +68,21 @@ class BilstmConfig(SmallConfig):
 
 
 class _Small(PreTrainedModel):
-    """Token embeddings, :meth:`pool`, dropout and a linear classifier."""
+    """Token embeddings, :meth:`states` of the tokens, their :meth:`summary`, dropout and a linear classifier.
+
+    Args:
+        config: Its sizes.
+        summary: S, of one text.
+        pooled: P, what the classifier reads; that of all summaries when None.
+    """
 
     main_input_name = IDS
 
-    def __init__(self, config: Any, pooled: int) -> None:
+    def __init__(self, config: Any, summary: int, pooled: int | None = None) -> None:
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(pooled, config.num_labels)
+        self.classifier = nn.Linear(pooled or read_features(config, summary), config.num_labels)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embeddings (V, D)."""
@@ -77,9 +92,17 @@ class _Small(PreTrainedModel):
         """Replace the token embeddings."""
         self.word_embeddings = value  # type: ignore[assignment]
 
-    def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """From embeddings (B, T, D) and a mask (B, T) bool, True on real tokens, to (B, P)."""
+    def states(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """From embeddings (B, T, D) and a mask (B, T) bool, True on real tokens, to what :meth:`summary` reads."""
+        return tokens
+
+    def summary(self, states: Tensor, mask: Tensor) -> Tensor:
+        """From states to (B, S), over the tokens where the mask (B, T) is True."""
         raise NotImplementedError
+
+    def features(self, read: Tensor) -> Tensor:
+        """From the summary of a row, (B, S) or for two texts (B, 4 S), to (B, P)."""
+        return read
 
     def forward(
         self,
@@ -93,14 +116,27 @@ class _Small(PreTrainedModel):
         Args:
             input_ids: (B, T).
             attention_mask: (B, T), 1 on real tokens, which stand on the left; all are real when None.
-            token_type_ids: Ignored.
+            token_type_ids: Ignored: not every tokenizer gives them.
             inputs_embeds: (B, T, D), in place of ``input_ids``.
+
+        Raises:
+            ValueError: A model of pairs without ``input_ids``, which say where the first text ends.
         """
         tokens = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if attention_mask is None:
             attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-        pooled = self.pool(tokens, attention_mask.bool())
-        return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
+        mask = attention_mask.bool()
+        states = self.states(tokens, mask)
+        ends = self.config.pair_token_id
+        if ends is None:
+            read = self.summary(states, mask)
+        else:
+            if input_ids is None:
+                raise ValueError("a model of pairs needs input_ids: they say where the first text ends")
+            first = before_first(input_ids == ends)
+            u, v = self.summary(states, mask & first), self.summary(states, mask & ~first)
+            read = torch.cat([u, v, (u - v).abs(), u * v], 1)
+        return SequenceClassifierOutput(logits=self.classifier(self.dropout(self.features(read))))
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
@@ -131,14 +167,20 @@ class StaticForSequenceClassification(_Small):
     config_class = StaticConfig
 
     def __init__(self, config: StaticConfig) -> None:
-        super().__init__(config, config.intermediate_size)
-        self.norm = nn.LayerNorm(config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        width = config.hidden_size
+        super().__init__(config, width, config.intermediate_size)
+        self.norm = nn.LayerNorm(width)
+        self.dense = nn.Linear(read_features(config, width), config.intermediate_size)
         self.post_init()
 
-    def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The mean (B, D), through the hidden layer to (B, P)."""
-        return F.gelu(self.dense(self.dropout(self.norm(masked_mean(tokens, mask)))))
+    def summary(self, states: Tensor, mask: Tensor) -> Tensor:
+        """The normalised mean (B, D)."""
+        normed: Tensor = self.norm(masked_mean(states, mask))
+        return normed
+
+    def features(self, read: Tensor) -> Tensor:
+        """Through the hidden layer to (B, P)."""
+        return F.gelu(self.dense(self.dropout(read)))
 
 
 class CnnForSequenceClassification(_Small):
@@ -163,16 +205,19 @@ class CnnForSequenceClassification(_Small):
         )
         self.post_init()
 
-    def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The largest answer of every filter (B, P)."""
-        real = mask[:, None].to(tokens.dtype)  # (B, 1, T)
-        x = tokens.transpose(1, 2) * real
+    def states(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The answers of every filter (B, S, T)."""
+        x = tokens.transpose(1, 2) * mask[:, None].to(tokens.dtype)
         found = []
         for convolution in self.convolutions:
             width: int = convolution.kernel_size[0]  # type: ignore[index, assignment]
-            answers = convolution(F.pad(x, ((width - 1) // 2, width // 2))).relu()
-            found.append((answers * real).amax(2))  # no answer is below 0, so a 0 on padding never wins
+            found.append(convolution(F.pad(x, ((width - 1) // 2, width // 2))).relu())
         return torch.cat(found, 1)
+
+    def summary(self, states: Tensor, mask: Tensor) -> Tensor:
+        """The largest answer of every filter (B, S)."""
+        # No answer is below 0, so a 0 on padding never wins.
+        return (states * mask[:, None].to(states.dtype)).amax(2)
 
 
 class BilstmForSequenceClassification(_Small):
@@ -197,14 +242,30 @@ class BilstmForSequenceClassification(_Small):
         self.backwards = nn.LSTM(config.hidden_size, config.intermediate_size, batch_first=True)
         self.post_init()
 
-    def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Maxima and means of both directions (B, P)."""
+    def states(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """What each LSTM remembers at every token, one beside the other (B, T, 2 F)."""
         steps = torch.arange(mask.shape[1], device=mask.device)[None]
-        order = (mask.sum(1, keepdim=True) - 1 - steps).clamp(min=0)[..., None].expand_as(tokens)
-        ahead, back = self.forwards(tokens)[0], self.backwards(tokens.gather(1, order))[0]
-        return torch.cat(
-            [pool(states, mask) for pool in (masked_max, masked_mean) for states in (ahead, back)], 1
-        )
+        order = (mask.sum(1, keepdim=True) - 1 - steps).clamp(min=0)[..., None]
+        ahead = self.forwards(tokens)[0]
+        back = self.backwards(tokens.gather(1, order.expand_as(tokens)))[0]
+        if self.config.pair_token_id is not None:  # of one text all states are summed up, in whichever order
+            back = back.gather(1, order.expand_as(back))
+        return torch.cat([ahead, back], 2)
+
+    def summary(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Maxima and means of both directions (B, 4 F)."""
+        return torch.cat([masked_max(states, mask), masked_mean(states, mask)], 1)
+
+
+def read_features(config: SmallConfig, summary: int) -> int:
+    """How many features a row is read from: S, or 4 S where it is two texts."""
+    return summary if config.pair_token_id is None else 4 * summary
+
+
+def before_first(marks: Tensor) -> Tensor:
+    """Which tokens of (B, T) stand before or on the first mark, bool (B, T)."""
+    marked = marks.to(torch.long)
+    return (marked.cumsum(1) - marked) == 0
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ def build(
     hub: Callable[[str], Path],
     resolve: Callable[[str], Path],
     vectors: Callable[[], Tensor] | None = None,
+    pairs: bool = False,
 ) -> Student:
     """Make the student called ``name``: a preset, ``LxH``, one that is no transformer, or a checkpoint.
 
@@ -86,6 +87,7 @@ def build(
         vectors: Gives what the teacher makes of every token, :func:`kdcli.models.inits.token_vectors`; their
             principal components are better first embeddings than the projected token table, which is taken
             when there are none.
+        pairs: It reads two texts a row: one that is no transformer keeps them apart.
 
     Raises:
         UsageError: The student is neither preset nor size nor checkpoint, or ``init`` cannot be had.
@@ -96,7 +98,7 @@ def build(
     if size is None:
         return _own(name, teacher, labels, presets, resolve)
     if (small := small_student(name)) is not None:
-        return _small(*small, teacher, labels, init, vectors)
+        return _small(*small, teacher, labels, init, vectors, pairs)
     notes: list[str] = []
     reason: str | None = None
     if init in ("auto", "hub"):
@@ -110,10 +112,15 @@ def build(
             notes.append("published weights cannot be had here; the teacher gives the first weights instead")
     student = _blank(size, teacher, labels)
     made = Student(student, init, notes, reason)
+    copied: list[str] = []
     if init != "random":
         copied = from_teacher(student, teacher, vectors)
         notes.extend(copied)
         made.init = "teacher" if copied else "random"
+    if pairs and len(copied) < 2:  # embeddings at most, and no layer
+        notes.append(
+            "layers that start from nothing learn slowly how two texts differ; --student static keeps them apart"
+        )
     return made
 
 
@@ -149,6 +156,7 @@ def _small(
     labels: Sequence[str],
     init: str,
     vectors: Callable[[], Tensor] | None,
+    pairs: bool,
 ) -> Student:
     from transformers import AutoConfig
 
@@ -163,6 +171,7 @@ def _small(
         max_position_embeddings=teacher.max_length,
         pad_token_id=teacher.tokenizer.pad_token_id,
         num_labels=len(labels),
+        pair_token_id=teacher.tokenizer.sep_token_id if pairs else None,
     )
     model: Any = fresh(config)
     student = Checkpoint(

@@ -74,7 +74,7 @@ class Vocabulary:
                 kept[index] |= one or (bool(model.get("byte_fallback")) and token.startswith("<0x"))
         if self.unknown is not None:
             kept[self.unknown] = True
-        for index in _token_ids(config).values():
+        for index in token_ids(config).values():
             if 0 <= index < len(kept):
                 kept[index] = True
         if families.presumed(str(config.model_type)).positions_after_padding:
@@ -142,7 +142,7 @@ def keep_tokens(model: nn.Module, kept: Sequence[int]) -> None:
     for holder in (config, getattr(config, "member", None)):
         if holder is None:
             continue
-        changed = {k: position[v] for k, v in _token_ids(holder).items() if v in position}
+        changed = {k: position[v] for k, v in token_ids(holder).items() if v in position}
         for key, value in ({"vocab_size": len(kept)} | changed).items():
             if isinstance(holder, dict):
                 holder[key] = value
@@ -150,7 +150,7 @@ def keep_tokens(model: nn.Module, kept: Sequence[int]) -> None:
                 setattr(holder, key, value)
 
 
-def _token_ids(config: Any) -> dict[str, int]:
+def token_ids(config: Any) -> dict[str, int]:
     """Every ``*_token_id`` that a configuration, or the dictionary of one, has."""
     values = config if isinstance(config, dict) else vars(config)
     return {k: v for k, v in values.items() if k.endswith("_token_id") and type(v) is int}

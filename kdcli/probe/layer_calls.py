@@ -1,5 +1,10 @@
 """How an encoder calls its layers: what each of them gets besides the hidden state, batch by batch.
 
+Two loops run layers by these calls. They differ in what they hold between layers: :mod:`kdcli.probe.layer_stream`
+(prune) visits the sub-layers of a layer several times while they are cut, :mod:`kdcli.stages.lowrank.sequential` keeps
+what the dense layer read and gave until its replacement is fitted to it. :mod:`kdcli.probe.in_order` (GPTQ) needs no
+family: it finds the order of any model's layers by running one batch.
+
 Shape letters: B rows, T tokens, D hidden features.
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,26 @@ def indexed(context: Context, rows: Encoded) -> list[tuple[np.ndarray, dict[str,
 def batches(context: Context, rows: Encoded) -> list[dict[str, Tensor]]:
     """Inputs of every batch."""
     return [batch for _, batch in indexed(context, rows)]
+
+
+@torch.no_grad()
+def targets(context: Context, rows: Encoded, at: np.ndarray, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Labels of the B rows ``at`` of some rows; one without a label gets the model's own answer.
+
+    Args:
+        context: The model and its task.
+        rows: That the batch is of.
+        at: (B,) positions.
+        inputs: The batch.
+    """
+    task, labels = context.checkpoint.task, rows.labels
+    if labels is None:
+        labels = task.unlabelled(len(rows), len(context.checkpoint.labels))
+    found = torch.from_numpy(labels[at]).to(context.device)
+    unknown = ~task.known(labels[at])
+    if unknown.any():
+        found[unknown] = task.own(context.checkpoint.model(**inputs).logits)[unknown]
+    return found
 
 
 @torch.no_grad()

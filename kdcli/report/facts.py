@@ -16,18 +16,18 @@ from kdcli.report import metrics
 from kdcli.report.gates import GENERAL
 from kdcli.report.schema import Gate, Latency, LineageEntry, Measurement, MetricValue, Report
 
-Kind = Literal["score", "open", "count", "bytes", "ms", "rate"]
+ValueKind = Literal["score", "open", "count", "bytes", "ms", "rate"]
 
 # (lower, higher): what to call an `after` that is below or above `before`.
-_WORDS: dict[Kind, tuple[str, str]] = {
+_WORDS: dict[ValueKind, tuple[str, str]] = {
     "count": ("fewer", "more"),
     "bytes": ("smaller", "larger"),
     "ms": ("faster", "slower"),
     "rate": ("less", "more"),
 }
 # Two runs of one model differ by this much; calling it faster or slower would be false.
-_NOISE: dict[Kind, float] = {"count": 0.0, "bytes": 0.0, "ms": 0.02, "rate": 0.02}
-_SIZES: tuple[tuple[str, str, Kind], ...] = (
+_NOISE: dict[ValueKind, float] = {"count": 0.0, "bytes": 0.0, "ms": 0.02, "rate": 0.02}
+_SIZES: tuple[tuple[str, str, ValueKind], ...] = (
     ("parameters", "parameters", "count"),
     ("non-zero parameters", "nonzero_parameters", "count"),
     ("checkpoint", "checkpoint_bytes", "bytes"),
@@ -113,7 +113,7 @@ class Fact:
     """One number of two models, side by side."""
 
     name: str
-    kind: Kind  # ``open``: a metric without an upper end; ``score``: every other metric
+    kind: ValueKind  # ``open``: a metric without an upper end; ``score``: every other metric
     before: float | None
     after: float | None
     lower_is_better: bool
@@ -199,7 +199,7 @@ class Fact:
         return f"{shown}, {'better' if self.better else 'worse'}"
 
 
-def _signed(difference: float, kind: Kind) -> str:
+def _signed(difference: float, kind: ValueKind) -> str:
     return f"{difference:+.4g}" if kind == "open" else f"{difference:+.4f}"
 
 

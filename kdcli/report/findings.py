@@ -18,7 +18,7 @@ class Sensitivity:
     layer: int
     part: str  # heads or neurons
     removed: float  # share of its units, in [0, 1]
-    kl: float  # KL divergence of the answers from those of the dense model, nats, mean over the rows
+    kl: float  # the task's divergence of the answers from those of the dense model, mean over the rows
 
 
 def sensitivity(report: Report) -> list[Sensitivity]:
@@ -40,6 +40,12 @@ def sensitivity(report: Report) -> list[Sensitivity]:
     return sorted(rows, key=lambda row: (row.layer, row.part, row.removed))
 
 
+def in_nats(report: Report) -> bool:
+    """Whether a divergence is a KL in nats: of numbers it is half the squared difference, in their unit."""
+    quality = report.after.quality
+    return quality is None or not metrics.of(quality.primary).ordered
+
+
 def sensitivity_text(report: Report) -> str:
     """The most and the least sensitive sub-layer in one sentence; empty without a table."""
     halves: dict[tuple[int, str], Sensitivity] = {}
@@ -50,8 +56,9 @@ def sensitivity_text(report: Report) -> str:
     if len(halves) < 2:
         return ""
     ranked = sorted(halves.values(), key=lambda row: row.kl)
+    what, unit = ("KL", " nats") if in_nats(report) else ("divergence", "")
     most, least = (
-        f"the {row.part} of layer {row.layer} (KL {number(row.kl)} nats with {100 * row.removed:.0f} % removed)"
+        f"the {row.part} of layer {row.layer} ({what} {number(row.kl)}{unit} with {100 * row.removed:.0f} % removed)"
         for row in (ranked[-1], ranked[0])
     )
     return f"pruned alone, {most} changed the answers most, {least} least"
@@ -97,8 +104,8 @@ def amount_text(report: Report) -> str:
 _CONTROLS = {
     "labels": "the labels alone",
     "labels+dropout": "the labels and dropout",
-    "labels+texts": "the labels and the same further texts",
-    "labels+texts+dropout": "the labels, the same further texts and dropout",
+    "labels+texts": "the labels and the same extra texts",
+    "labels+texts+dropout": "the labels, the same extra texts and dropout",
 }
 
 

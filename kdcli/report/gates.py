@@ -135,6 +135,24 @@ def check(limits: Limits, known: Iterable[str]) -> None:
         parse_expression(one, names)
 
 
+def check_drop(max_drop: float | None, metric: str | None) -> None:
+    """Refuse a limit that every model keeps, before one is loaded: a drop of 2, where 2 % was meant.
+
+    Args:
+        max_drop: In the unit of the primary metric.
+        metric: The primary one, as ``--metric`` names it; one that only the model names is taken to be at most 1.
+
+    Raises:
+        UsageError: The limit is above 1, and the metric may not be.
+    """
+    if max_drop is not None and max_drop > 1 and (metric is None or metrics.of(metric).scale != "open"):
+        raise UsageError(
+            f"--max-drop {max_drop:g}: a drop of {metric or 'the primary metric'} is at most 1",
+            f"write {max_drop / 100:g} for {max_drop:g} %; where the metric has the unit of the labels, name it: "
+            "--metric rmse",
+        )
+
+
 def value_of(name: str, after: Measurement, delta: Delta) -> float | None:
     """The value a gate judges; None when it was not measured."""
     if name == "drop":

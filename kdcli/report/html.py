@@ -206,13 +206,15 @@ def _sensitivity(report: Report) -> str:
         own = [row for row in rows if row.layer == layer]
         charts.append(_layer_chart(layer, own, high))
     said = findings.sensitivity_text(report)
+    nats = findings.in_nats(report)
+    what = "KL divergence" if nats else "Divergence (half the squared difference)"
     legend = (
-        "KL divergence from the dense model's answers, in nats, over the share removed from one sub-layer alone: "
-        f"heads solid, neurons dashed. Every axis goes from 1e{high - _DECADES} to 1e{high}, each line a tenth."
+        f"{what} from the dense model's answers{', in nats,' if nats else ''} over the share removed from one "
+        "sub-layer alone: heads solid, neurons dashed. "
+        f"Every axis goes from 1e{high - _DECADES} to 1e{high}, each line a tenth."
     )
-    table = _records(
-        [{"layer": r.layer, "part": r.part, "removed": r.removed, "KL, nats": r.kl} for r in rows]
-    )
+    column = "KL, nats" if nats else "divergence"
+    table = _records([{"layer": r.layer, "part": r.part, "removed": r.removed, column: r.kl} for r in rows])
     return (
         (f"<p>{text(said[0].upper() + said[1:])}.</p>" if said else "")
         + f'<p class="soft">{text(legend)}</p><div class="charts">{"".join(charts)}</div>'

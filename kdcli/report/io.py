@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from kdcli import atomic
 from kdcli.errors import InputError
 from kdcli.report import version1
 from kdcli.report.schema import LineageEntry, Measurement, Report
@@ -31,16 +30,9 @@ def dumps(report: Report) -> str:
 
 def write(report: Report, directory: Path) -> Path:
     """Write report.json atomically; its presence marks the directory as complete."""
-    handle, temporary = tempfile.mkstemp(prefix=".report-", dir=directory)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(dumps(report))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, directory / FILE)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with atomic.replacing(directory / FILE) as temporary:
+        temporary.write_text(dumps(report), encoding="utf-8")
+        temporary.chmod(0o644)
     return directory / FILE
 
 

@@ -44,6 +44,8 @@ class Metric:
         return f"{value:.4g}" if self.scale == "open" else f"{value:.4f}"
 
 
+_RANKED = "rows with a 'query', two of it or more, one with a label above 0"
+
 _TABLE = (
     Metric("accuracy", "accuracy", "share", test="McNemar"),
     Metric("top1", "top-1 accuracy", "share", test="McNemar", hub="accuracy"),
@@ -64,10 +66,8 @@ _TABLE = (
     Metric("rmse", "RMSE", "open", higher_is_better=False, ordered=True),
     Metric("r2", "R2", "coefficient", ordered=True, hub="r_squared"),
     Metric("pair_order", "pairs in the right order", "share", ordered=True),
-    Metric(
-        "ndcg_at_10", "NDCG@10", "coefficient", ordered=True, hub="ndcg_at_10", needs="rows with a 'query'"
-    ),
-    Metric("mrr_at_10", "MRR@10", "coefficient", ordered=True, hub="mrr_at_10", needs="rows with a 'query'"),
+    Metric("ndcg_at_10", "NDCG@10", "coefficient", ordered=True, hub="ndcg_at_10", needs=_RANKED),
+    Metric("mrr_at_10", "MRR@10", "coefficient", ordered=True, hub="mrr_at_10", needs=_RANKED),
 )
 KNOWN = {one.name: one for one in _TABLE}
 """Every metric that has a title of its own, by name."""

@@ -5,6 +5,7 @@ No weights are loaded: sizes come from config.json and the safetensors headers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,11 @@ def plan(request: Request, progress: Progress) -> DryRun:
     """
     common = request.common
     found = preflight.check(request)
-    names = [one.ref for one in found]
     first = found[0].path
     # A graph is judged without weights.
     files = safety.check_checkpoint(
         first, weights=request.stage != "evaluate" or any(first.glob("*.safetensors"))
     )
-    for expression in common.gates.expressions:
-        gates.parse_expression(expression)
     request = preflight.settle_data(request, first)
     common = request.common
     ref = common.data
@@ -89,9 +87,11 @@ def plan(request: Request, progress: Progress) -> DryRun:
     weights = sum(p.stat().st_size for p in files.weights)
     layers, hidden = _depth(config)
     cost = flops_a_row(layers, hidden, tokens)
-    task = _task(first, files.config, dataset, common.metric)
+    task, labels = _task(first, config, dataset, common.metric)
+    ranked = any(split.queries is not None for split in dataset.splits.values())
+    gates.check(common.gates, task.measurable(ranked))
     facts: dict[str, Any] = {
-        "model": " ".join(names),
+        "model": " ".join(one.ref for one in found),
         "from": [f"{f.source}: {f.path}" for f in found],
         "family": config.get("model_type"),
         "task": task.name,
@@ -107,7 +107,7 @@ def plan(request: Request, progress: Progress) -> DryRun:
     test = rows.get("test", rows.get("validation", 0))
     seconds += 2 * min(test, common.limit or test) * cost / RUNNING
     if request.stage != "evaluate":
-        sizes = Sizes(config, rows, tokens, len(dataset.label_names), weights, cost)
+        sizes = Sizes(config, rows, tokens, task, task.outputs(labels), weights, cost)
         foreseen = life.stage_of(request).foreseen(request, sizes)
         facts |= foreseen.facts
         seconds, memory = seconds + foreseen.seconds, memory + foreseen.memory
@@ -120,15 +120,15 @@ def plan(request: Request, progress: Progress) -> DryRun:
     return DryRun(request.stage, facts, int(memory), int(written), seconds, notes)
 
 
-def _task(model: Path, config: dict[str, Any], dataset: sources.Dataset, metric: str | None) -> Task:
-    """The model's own, or of one without a head what the data are for."""
+def _task(
+    model: Path, config: dict[str, Any], dataset: sources.Dataset, metric: str | None
+) -> tuple[Task, Sequence[str]]:
+    """The model's own with its labels, or of one without a head what the data are for with theirs."""
+    if foreign.task_of(model) is None:
+        return tasks.of_kind(dataset.kind, metric), dataset.label_names
     names = foreign.labels_of(config, "config.json")
-    known = None
-    if foreign.task_of(model) is not None:
-        known = tasks.recorded(
-            foreign.with_outputs(config, None if names is None else len(names)), metric=metric
-        )
-    return known or tasks.of_kind(dataset.kind, metric)
+    known = tasks.recorded(foreign.with_outputs(config, None if names is None else len(names)), metric=metric)
+    return known or tasks.of_kind(dataset.kind, metric), names or dataset.label_names
 
 
 def _depth(config: dict[str, Any]) -> tuple[int, int]:

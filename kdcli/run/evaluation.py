@@ -20,7 +20,7 @@ from kdcli.run import output, preflight, report_of
 from kdcli.run.outcome import Outcome
 from kdcli.stages.evaluate import stage
 from kdcli.stages.evaluate.options import EvaluateOptions
-from kdcli.stages.evaluate.stage import Candidate
+from kdcli.stages.evaluate.stage import EvaluatedModel
 from kdcli.timing import Timings
 
 
@@ -48,7 +48,7 @@ def run(request: Request, found: Sequence[Resolved], out: Path | None, progress:
     if first is not None:
         progress.phase(f"measure baseline {first.ref}")
         baseline = stage.measure(request, options, first, dataset, picked, timings, progress)
-    ours: list[Candidate] = []
+    ours: list[EvaluatedModel] = []
     for model in models:
         progress.phase(f"measure {model.ref}")
         ours.append(stage.measure(request, options, model, dataset, picked, timings, progress))
@@ -78,8 +78,8 @@ def run(request: Request, found: Sequence[Resolved], out: Path | None, progress:
 def _report(
     request: Request,
     options: EvaluateOptions,
-    one: Candidate,
-    baseline: Candidate | None,
+    one: EvaluatedModel,
+    baseline: EvaluatedModel | None,
     dataset: Dataset,
     picked: Picked,
     timings: Timings,

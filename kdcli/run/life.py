@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,9 @@ class _Life:
             with self.timings.phase("data"):
                 encoded = Splits(context.dataset, made)
                 self.made_read, self.made_rows = encoded[split], self.picked.of(encoded)
+                if context.deciding is not None:
+                    few = encoded["validation"].take(context.deciding)
+                    encoded = ChainMap({"validation": few}, encoded)  # type: ignore[arg-type]
         if made.task.decides and self._decides(applied):
             with self.timings.phase("quality"):
                 made.task = measurement.decided(made, encoded["validation"], self.progress)

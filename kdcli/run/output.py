@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from kdcli import cache, interrupts
+from kdcli import atomic, cache, interrupts
 from kdcli.errors import ResourceError, UsageError
 
 DEFAULT_PARENT = Path("kdcli-out")
@@ -190,23 +190,16 @@ def publish(work: Path, out: Path, *, force: bool = False, named: bool = True) -
     """
     for path in sorted(work.rglob("*")):
         if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+            atomic.sync(path)
     interrupts.check()
     with interrupts.held():  # no signal may come between two renames
         if force and (out / "report.json").is_file() and not out.is_symlink():
             old = out.parent / f".{out.name}.old-{os.getpid()}"
-            os.replace(out, old)
-            os.replace(work, out)
-            shutil.rmtree(old, ignore_errors=True)
+            atomic.replace_directory(work, out, old)
             place = out
         else:
             place = next(path for path in _numbered(out) if _moved(work, path))
-        descriptor = os.open(out.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        atomic.sync(out.parent)
     if named and place != out:
         raise UsageError(
             f"output '{out}' was made by another process in the meantime and is left as it is",

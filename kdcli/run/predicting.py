@@ -30,7 +30,7 @@ Answer = dict[str, object]
 
 
 @dataclass(frozen=True)
-class How:
+class PredictOptions:
     """How a model is run and what of its answers is wanted."""
 
     batch_size: int = 32
@@ -40,7 +40,7 @@ class How:
 
 
 def answers(
-    found: Resolved, read: Callable[[Kind], Iterator[Located]], how: How, progress: Progress
+    found: Resolved, read: Callable[[Kind], Iterator[Located]], how: PredictOptions, progress: Progress
 ) -> Iterator[list[Answer]]:
     """Answer texts in their order; the first answers come before the last texts are read.
 
@@ -50,7 +50,7 @@ def answers(
     Args:
         found: The model: judged by its own graph where it has one, else by an export of it, which is kept in the cache.
         read: Gives the texts for answers of a kind.
-        how: How it is run.
+        how: PredictOptions it is run.
         progress: Is told what is out of the ordinary.
 
     Yields:
@@ -120,7 +120,7 @@ def _encoded(checkpoint: Checkpoint, part: Located) -> Encoded:
 
 @contextmanager
 def _onnx(
-    checkpoint: Checkpoint, graph: Path, how: How, threads: int
+    checkpoint: Checkpoint, graph: Path, how: PredictOptions, threads: int
 ) -> Iterator[Callable[[Encoded], np.ndarray]]:
     size = 1 if measurement.dynamic_integers(graph) else how.batch_size
     device = devices.session_device(checkpoint.device)
@@ -132,7 +132,7 @@ def _onnx(
 
 
 @contextmanager
-def _torch(checkpoint: Checkpoint, how: How) -> Iterator[Callable[[Encoded], np.ndarray]]:
+def _torch(checkpoint: Checkpoint, how: PredictOptions) -> Iterator[Callable[[Encoded], np.ndarray]]:
     size = 1 if checkpoint.log.quantised is not None else how.batch_size
     yield lambda encoded: _logits(torch_runner(checkpoint), encoded, checkpoint.pad_id, size)
 

@@ -19,7 +19,7 @@ from kdcli.errors import InputError, UsageError
 from kdcli.models import foreign, references
 from kdcli.models.references import Resolved
 from kdcli.progress import Progress
-from kdcli.report import io
+from kdcli.report import gates, io
 from kdcli.report.schema import DataInfo
 from kdcli.request import DEFAULT_DATA, SPLIT_SEED, SUCCESSORS, Request
 from kdcli.run import output
@@ -215,6 +215,7 @@ def check(request: Request) -> list[Resolved]:
     Raises:
         KdcliError: Whatever would stop the run before its work begins.
     """
+    gates.check_drop(request.common.gates.max_drop, request.common.metric)
     found = [_resolve(name, request) for name in models_of(request)]
     for one in found:
         # What has no weights is told when it is loaded; a graph that was named is judged without them, if need be.

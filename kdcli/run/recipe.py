@@ -153,7 +153,7 @@ def run(
         progress.phase(f"stage {number} of {len(steps)}: {step.stage}")
         if writes:
             output.choose(target, "", step.stage, force=force, inputs=())
-        if writes and cache.whole(kept):
+        if writes and cache.intact(kept):
             progress.note(f"{step.stage}: nothing changed, taken from the cache")
             _copy(kept, target, place_of_data, step.stage, force=force)
             report = io.read(target)

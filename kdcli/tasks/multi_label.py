@@ -14,7 +14,6 @@ label the divergence is the loss.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -26,15 +25,13 @@ import torch.nn.functional as F
 from kdcli.errors import InputError
 from kdcli.names import printable
 from kdcli.report.schema import MetricValue, Warning_
-from kdcli.tasks import METRIC, THRESHOLDS, intervals
+from kdcli.tasks import METRIC, THRESHOLDS, intervals, thresholds
 from kdcli.tasks.f1 import macro_f1_statistic, micro_f1_statistic
 from kdcli.tasks.intervals import Statistic
 from kdcli.tasks.task import TINY, Blind, Comparison, Kind, Reduction, by_name, check_finite, highest
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-DEFAULT_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,10 @@ class MultiLabel:
     problem_type = "multi_label_classification"
     pipeline_tag = "text-classification"
     limit = "It knows {labels} labels; a text that fits none of them may get some, and one that fits some may get none."
+
+    def measurable(self, queries: bool) -> tuple[str, ...]:
+        """All of them."""
+        return self.metrics
 
     def outputs(self, labels: Sequence[str]) -> int:
         """One a label."""
@@ -81,8 +82,8 @@ class MultiLabel:
         return replace(self, thresholds=None, undecided=True)
 
     def fitted(self, logits: np.ndarray, labels: np.ndarray) -> Self:
-        """With the thresholds of :func:`fit_thresholds`."""
-        return replace(self, thresholds=fit_thresholds(logits, labels), undecided=False)
+        """With the thresholds of :func:`kdcli.tasks.thresholds.fitted`."""
+        return replace(self, thresholds=thresholds.fitted(logits, labels), undecided=False)
 
     def config_fields(self) -> dict[str, object]:
         """``problem_type``, and the metric and the thresholds where they are not the default ones."""
@@ -122,6 +123,24 @@ class MultiLabel:
 
     def unit(self, labels: np.ndarray) -> None:
         """None: an output is a logit."""
+
+    def first_logits(self, labels: np.ndarray) -> np.ndarray | None:
+        """The log odds of every label, from one more row with it and one without.
+
+        With zeros every rare label starts at one half, and hundreds of steps go into the frequencies alone.
+
+        Source: the prior of Lin et al. 2017, "Focal Loss for Dense Object Detection", ICCV, section 3.3. Differs: each
+        label has its own frequency, where they have 0.01 for all.
+        """
+        if not len(labels):
+            return None
+        count = (labels > 0.5).sum(0)
+        found: np.ndarray = np.log((count + 1) / (len(labels) - count + 1))
+        return found
+
+    def teaching_steps(self, labels: int) -> int:
+        """180, and 100 more a label, each of which is a question of its own with few rows that say yes."""
+        return 180 + 100 * labels
 
     def blind(self, labels: np.ndarray) -> Blind | None:
         """The loss of every label's own share, and the best score of a fixed set: the k most frequent labels, for any
@@ -201,7 +220,7 @@ class MultiLabel:
             return None
         message = (
             f"the two models are read at different thresholds, each at its own: 'before' at "
-            f"{_limits(first.thresholds)}, 'after' at {_limits(self.thresholds)}"
+            f"{thresholds.shown(first.thresholds)}, 'after' at {thresholds.shown(self.thresholds)}"
         )
         return Warning_(code="thresholds", message=message)
 
@@ -327,11 +346,11 @@ class MultiLabel:
 
     def _thresholds(self, outputs: int) -> np.ndarray:
         if self.thresholds is None:
-            return np.full(outputs, DEFAULT_THRESHOLD)
+            return np.full(outputs, thresholds.DEFAULT)
         if len(self.thresholds) != outputs:
             raise InputError(
                 f"the model has {outputs} labels, but {len(self.thresholds)} thresholds are stored with it",
-                f"remove {THRESHOLDS} from its config.json to decide at {DEFAULT_THRESHOLD}",
+                f"remove {THRESHOLDS} from its config.json to decide at {thresholds.DEFAULT}",
             )
         return np.array(self.thresholds)
 
@@ -384,45 +403,6 @@ def average_precision(logits: np.ndarray, truth: np.ndarray) -> Statistic:
     if not values:
         return intervals.linear(0.0, influence)
     return intervals.linear(float(np.mean(values)), influence / len(values))
-
-
-def fit_thresholds(logits: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
-    """The one threshold for all C labels that maximises micro F1 on these rows, exactly.
-
-    One for all, because that is what the optimum of micro F1 looks like: with calibrated probabilities every label's
-    best threshold is the same one, half of the best F1 (Lipton, Elkan and Narayanaswamy 2014, theorem 1). One a label,
-    fitted alone, follows the noise of the labels that occur a dozen times.
-    Measured on GoEmotions (28 labels, logistic regression on word pairs, thresholds from the 5,426 validation rows or
-    300 of them, micro F1 of the test rows): 0.5 for all gives 47.7, this one 54.4 and 54.1, one a label for its own F1
-    52.3 and 46.3, one a label for the common micro F1 54.5 and 52.6.
-
-    It lies half way between two neighbouring logits. Among equally good ones it is the nearest to 0.5, and 0.5 where
-    no row has a label.
-
-    Args:
-        logits: (N, C).
-        labels: (N, C) 0 or 1, of rows that all have them.
-    """
-    z, y = logits.astype(np.float64).ravel(), labels.ravel() > 0.5
-    if not y.any():
-        return (DEFAULT_THRESHOLD,) * logits.shape[1]
-    order = np.argsort(-z, kind="stable")
-    z, hits = z[order], np.cumsum(y[order])
-    ends = np.flatnonzero(np.append(z[1:] != z[:-1], True))  # the last of every distinct logit
-    f1 = 2 * hits[ends] / (ends + 1 + hits[-1])
-    after = np.append(z[ends[:-1] + 1], z[-1] - 2.0)
-    middle = (z[ends] + after) / 2
-    best = np.flatnonzero(f1 == f1.max())
-    at = middle[best[np.abs(middle[best]).argmin()]]
-    # Beyond 30 a probability is 0 or 1 to 13 digits, and no threshold lies between.
-    return (1 / (1 + math.exp(-max(-30.0, min(30.0, at)))),) * logits.shape[1]
-
-
-def _limits(thresholds: tuple[float, ...] | None) -> str:
-    if thresholds is None:
-        return f"{DEFAULT_THRESHOLD} (none is stored with it)"
-    low, high = min(thresholds), max(thresholds)
-    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
 
 
 def _listed(chosen: np.ndarray, names: Sequence[str]) -> str:

@@ -6,6 +6,9 @@ variance 1, which gives every term one scale:
     loss        (z - y)^2 / 2, the negative log likelihood less a constant      half of transformers' squared error
     divergence  (z_after - z_before)^2 / 2, the KL of the two Gaussians
 
+Where a model is trained, z and y are divided by the standard deviation of the labels first
+(:mod:`kdcli.training.number_head`).
+
 A temperature changes nothing: T^2 times the divergence of z / T is the divergence. With a cross-encoder's sigmoid z
 is the logit of a Bernoulli distribution. Logits are the outputs before the link; metrics judge the numbers after it.
 """
@@ -60,6 +63,15 @@ class Regression(Plain):
         """``regression``; None with a sigmoid, which transformers' pipeline applies only without one."""
         return "regression" if self.link is links.IDENTITY else None
 
+    def measurable(self, queries: bool) -> tuple[str, ...]:
+        """The ranking metrics only with queries."""
+        if not queries and self.primary in _RANKING:
+            raise InputError(
+                f"{self.primary} orders the rows of a query, but the data have no column 'query'",
+                "name the column by --columns query=NAME, or choose another --metric",
+            )
+        return tuple(name for name in self.metrics if queries or name not in _RANKING)
+
     def outputs(self, labels: Sequence[str]) -> int:
         """One."""
         return 1
@@ -99,6 +111,19 @@ class Regression(Plain):
     def strata(self, labels: np.ndarray) -> None:
         """None: numbers form no groups."""
         return None
+
+    def first_logits(self, labels: np.ndarray) -> np.ndarray | None:
+        """The mean of the labels, where an output has their unit."""
+        unit = self.unit(labels)
+        return None if unit is None else np.array([unit[0]])
+
+    def teaching_steps(self, labels: int) -> int:
+        """720: a number takes longer than a class.
+
+        MiniLM on STS-B reaches a Spearman of 0.830 on validation after the first of four epochs of 180 steps, and 0.863
+        after the fourth.
+        """
+        return 720
 
     def blind(self, labels: np.ndarray) -> Blind | None:
         """The loss and the score of the mean of the labels, with the noise of an order by chance.
@@ -180,13 +205,14 @@ class Regression(Plain):
 
         ``rmse`` is in the unit of the labels, ``r2`` may be negative. A constant prediction has no order: its
         correlations are 0 and :meth:`doubts` says why. With queries, whole queries are resampled, and a query's rows
-        count as relevant where their label is above 0.
+        count as relevant where their label is above 0; where no query can be ranked there is no ranking metric.
 
         Raises:
-            InputError: An answer is not a finite number, or the primary metric needs queries and there are none.
+            InputError: An answer is not a finite number, or the primary metric needs queries that can be ranked.
         """
         check_finite(logits, split)
-        every = {name: self._statistic(name, logits, labels, queries) for name in self._given(queries)}
+        given = self._given(labels, queries)
+        every = {name: self._statistic(name, logits, labels, queries) for name in given}
         return intervals.measured(every, len(labels), split, queries)
 
     def compare(
@@ -197,20 +223,25 @@ class Regression(Plain):
         queries: np.ndarray | None = None,
         first: Self | None = None,
     ) -> Comparison:
-        """Paired bootstrap of the primary metric, of whole queries where there are some."""
-        one = {name: self._statistic(name, before, labels, queries) for name in self._given(queries)}
-        two = {name: self._statistic(name, after, labels, queries) for name in self._given(queries)}
+        """Paired bootstrap of the primary metric, of whole queries where there are some.
+
+        Each model's output is read through its own link.
+        """
+        reader = first or self
+        given = self._given(labels, queries)
+        one = {name: reader._statistic(name, before, labels, queries) for name in given}
+        two = {name: self._statistic(name, after, labels, queries) for name in given}
         pair = intervals.paired(one[self.primary], two[self.primary], queries)
         return Comparison(
             differences={name: two[name].value - one[name].value for name in one},
             ci95=pair.ci95,
             p_value=pair.p_value,
-            agreement=self.same(before, after),
+            agreement=self.same(before, after, first),
         )
 
     def same(self, before: np.ndarray, after: np.ndarray, first: Self | None = None) -> float:
         """Share of pairs of rows in the same order."""
-        return ranking.same_order(self.scores(before)[:, 0], self.scores(after)[:, 0])
+        return ranking.same_order((first or self).scores(before)[:, 0], self.scores(after)[:, 0])
 
     def doubts(
         self, logits: np.ndarray, labels: np.ndarray, names: Sequence[str], *, of_input: bool = False
@@ -263,20 +294,23 @@ class Regression(Plain):
             return "print(1 / (1 + np.exp(-float(logits[0, 0]))))  # " + self.activation
         return "print(float(logits[0].sigmoid()))"
 
-    def _given(self, queries: np.ndarray | None) -> tuple[str, ...]:
-        if queries is None and self.primary in _RANKING:
+    def _given(self, labels: np.ndarray, queries: np.ndarray | None) -> tuple[str, ...]:
+        """The metrics that these rows have a value of."""
+        names = self.measurable(queries is not None)
+        ranked = queries is not None and bool(ranking.judged(np.maximum(labels, 0), queries)[1].any())
+        if not ranked and self.primary in _RANKING:
             raise InputError(
-                f"{self.primary} orders the rows of a query, but the data have no column 'query'",
-                "name the column by --columns query=NAME, or choose another --metric",
+                f"{self.primary} orders the rows of a query, and none here has two rows, one with a label above 0",
+                "give the rows of a query the same 'query', or choose another --metric",
             )
-        return tuple(name for name in self.metrics if queries is not None or name not in _RANKING)
+        return tuple(name for name in names if ranked or name not in _RANKING)
 
     def _statistic(
         self, metric: str, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None
     ) -> Statistic:
         x, y = self.scores(logits)[:, 0], labels.astype(np.float64)
         if metric in _RANKING:
-            self._given(queries)
+            self.measurable(queries is not None)  # raises
             assert queries is not None
             return (ranking.ndcg if metric == "ndcg_at_10" else ranking.mrr)(x, y, queries)
         return {

@@ -71,6 +71,15 @@ class Blind:
 class Plain:
     """A task whose answers leave nothing to decide."""
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """As :attr:`Task.metrics` has it."""
+        raise NotImplementedError
+
+    def measurable(self, queries: bool) -> tuple[str, ...]:
+        """All of them."""
+        return self.metrics
+
     def opened(self) -> Self:
         """Itself."""
         return self
@@ -91,6 +100,14 @@ class Plain:
     def unit(self, labels: np.ndarray) -> tuple[float, float] | None:
         """None: an output has no unit."""
         return None
+
+    def first_logits(self, labels: np.ndarray) -> np.ndarray | None:
+        """None: classes are about equally frequent, and a head gives them equal logits."""
+        return None
+
+    def teaching_steps(self, labels: int) -> int:
+        """180, and 10 more a label: two labels and 7,000 rows make one epoch, 150 labels and 15,000 rows four."""
+        return 180 + 10 * labels
 
     def score(self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None) -> float:
         """As :meth:`Task.score` has it."""
@@ -143,6 +160,14 @@ class Task(Protocol):
     @property
     def primary(self) -> str:
         """The metric that gates, searches and the best epoch go by: ``--metric``, or the task's own."""
+        ...
+
+    def measurable(self, queries: bool) -> tuple[str, ...]:
+        """Those of :attr:`metrics` that :meth:`measure` gives, of rows with or without queries.
+
+        Raises:
+            InputError: The primary metric needs queries and there are none.
+        """
         ...
 
     @property
@@ -226,6 +251,14 @@ class Task(Protocol):
 
     def unit(self, labels: np.ndarray) -> tuple[float, float] | None:
         """Mean and standard deviation of known labels where an output is measured in their unit; None elsewhere."""
+        ...
+
+    def first_logits(self, labels: np.ndarray) -> np.ndarray | None:
+        """(C,) what a new head had best answer before it has read a text; None where its own zeros will do."""
+        ...
+
+    def teaching_steps(self, labels: int) -> int:
+        """Steps of 32 rows that an encoder without a head for the task takes to learn it."""
         ...
 
     def blind(self, labels: np.ndarray) -> Blind | None:

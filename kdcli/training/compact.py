@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kdcli.inputs.text import Encoded
-from kdcli.models.tokens import token_tables
+from kdcli.models.tokens import token_ids, token_tables
 
 _LARGEST_PAD = 1024  # a padding id above it would keep too many rows in front of it
 
@@ -50,12 +51,31 @@ def compacted(model: nn.Module, texts: Sequence[Encoded], pad_id: int) -> Iterat
     whole: list[Tensor] = [table.weight.data for table in found]
     for table in found:
         _set(table, table.weight.data[at].clone(), table.weight.requires_grad)
+    named = _renumbered(model, used, position)
     try:
         yield [replace(text, ids=position[text.ids]) for text in texts]
     finally:
+        for config, ids in named:
+            vars(config).update(ids)
         for table, full in zip(found, whole, strict=True):
             full[at] = table.weight.data
             _set(table, full, table.weight.requires_grad)
+
+
+def _renumbered(model: nn.Module, used: np.ndarray, position: np.ndarray) -> list[tuple[Any, dict[str, int]]]:
+    """Give the tokens that a configuration names, and a model may look for, their new ids; returns the old ones.
+
+    A token that does not occur gets -1, which no token has.
+    """
+    configs = {id(config): config for part in model.modules() if (config := getattr(part, "config", None))}
+    found = []
+    for config in configs.values():
+        ids = token_ids(config)
+        found.append((config, ids))
+        vars(config).update(
+            {key: int(position[old]) if old < len(used) and used[old] else -1 for key, old in ids.items()}
+        )
+    return found
 
 
 def _shared(model: nn.Module, found: list[nn.Embedding]) -> bool:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdcli.errors import InputError
+from kdcli.report import metrics
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
+from kdcli.training import number_head
 
 GROWN = 2.0
 """How many times its first value a loss reaches in a training that diverged, at least."""
@@ -29,6 +31,7 @@ class Divergence:
         option: The option that sets the rate.
         labels: Of the validation rows.
         task: What they are.
+        deviation: Of labels that are numbers, without whose unit the losses are.
     """
 
     title: str
@@ -36,6 +39,7 @@ class Divergence:
     option: str
     labels: np.ndarray | None
     task: Task = CLASSIFICATION
+    deviation: float = 1.0
 
     def of_step(self, loss: float, epoch: int, step: int | None = None, *, what: str = "loss") -> None:
         """Stop at a loss that is no number.
@@ -69,15 +73,18 @@ class Divergence:
         blind = self.task.blind(self.labels)
         if blind is None:
             return
+        without_unit = self.task.blind(number_head.without_unit(self.labels, self.deviation))
+        one_answer = 0.0 if without_unit is None else without_unit.loss
         score = epoch[f"validation_{self.task.primary}"]
-        grown, worse = epoch["loss"] / max(first, 1e-12), epoch["validation_loss"] / max(blind.loss, 1e-12)
+        grown, worse = epoch["loss"] / max(first, 1e-12), epoch["validation_loss"] / max(one_answer, 1e-12)
         if before is not None:
             grown = max(grown, epoch["validation_loss"] / max(before, 1e-12))
         if grown > GROWN and worse > 1 and grown * worse > GROWN**2 and score <= blind.score + blind.noise:
+            shown = metrics.of(self.task.primary).of_score
             raise self._error(
                 f"the loss was {first:.4g} at the first step and {epoch['loss']:.4g} in epoch {epoch['epoch']:.0f}, "
-                f"and on validation it is {epoch['validation_loss']:.4g} (one answer for all rows: {blind.loss:.4g}) "
-                f"at {self.task.primary} {score:.4g} (one answer for all rows: {blind.score:.4g})"
+                f"and on validation it is {epoch['validation_loss']:.4g} (one answer for all rows: {one_answer:.4g}) "
+                f"at {self.task.primary} {shown(score):.4g} (one answer for all rows: {shown(blind.score):.4g})"
             )
 
     def _error(self, text: str) -> InputError:

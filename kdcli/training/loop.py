@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from kdcli.progress import Progress
 from kdcli.report import metrics
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
-from kdcli.training import distributed
+from kdcli.training import distributed, number_head, parameter_groups
 from kdcli.training.compact import compacted
 from kdcli.training.divergence import FEW, Divergence
 from kdcli.training.resume import ResumePoint, pack_optimizer, unpack_optimizer
@@ -78,25 +78,6 @@ class FitResult:
         found["best_score"] = shown(self.best_score)
         found["history"] = [row | {of_epoch: shown(row[of_epoch])} for row in self.history]
         return {f"best_{metric}" if name == "best_score" else name: value for name, value in found.items()}
-
-
-def parameter_groups(models: Sequence[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices and tables only: shrinking biases and norms towards zero has no meaning.
-
-    A model that trains several others has ``rated``, which gives each of them its share of the learning rate.
-    """
-    groups: list[dict[str, Any]] = []
-    for model in models:
-        named: Any = getattr(model, "rated", None)
-        for part, scale in [(model, 1.0)] if named is None else named():
-            trained = [p for p in part.parameters() if p.requires_grad]
-            for params, decay in (
-                ([p for p in trained if p.ndim > 1], weight_decay),
-                ([p for p in trained if p.ndim <= 1], 0.0),
-            ):
-                if params:
-                    groups.append({"params": params, "weight_decay": decay, "scale": scale})
-    return groups
 
 
 def learning_rate(step: int, steps: int, options: FitOptions) -> float:
@@ -183,29 +164,21 @@ class _Run:
 
     def run(self, train: Encoded, validation: Encoded, progress: Progress, resuming: bool) -> FitResult:
         options, resume = self.options, self.resume
-        groups = parameter_groups([self.model, self.extra], options.weight_decay)
+        unit = number_head.deviation(self.task, train.labels)
+        groups = parameter_groups.of(self.model, options.weight_decay, unit)
+        groups += parameter_groups.of(self.extra, options.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=_fused(self.device))
         self.parameters = [p for group in groups for p in group["params"]]
-        state = _State()
-        if resume is not None:
-            stored = resume.load() if resuming else None
-            if stored is not None:
-                state = _restore(self, *stored)
-                where = (
-                    "had ended" if state.done else f"resumed at epoch {state.epoch + 1}, step {state.step}"
-                )
-                progress.note(f"{self.title}: {where}")
-            elif not resuming and processes.first():
-                resume.clear()
-        if state.fresh:
-            torch.manual_seed(options.seed + processes.rank())
+        state = self.begin(progress, resuming)
         per_epoch = -(-len(train) // options.batch_size)
         lengths = train.lengths
         checking = inference(validation, options.batch_size * 4, self.pad_id)
-        divergence = Divergence(self.title, options.lr, options.rate_option, validation.labels, self.task)
+        divergence = Divergence(
+            self.title, options.lr, options.rate_option, validation.labels, self.task, unit
+        )
         before = None
         if state.fresh and per_epoch * options.epochs <= FEW:
-            before = evaluate(self.task, self.model, validation, checking, self.device)[1]
+            before = evaluate(self.task, self.model, validation, checking, self.device, unit)[1]
         with (
             interrupts.stepping() as interrupt,
             progress.task(self.title, per_epoch * options.epochs) as task,
@@ -232,7 +205,9 @@ class _Run:
                 state.seconds += time.perf_counter() - started
                 mean = state.end_epoch()
                 divergence.of_step(mean, state.epoch)
-                score, validation_loss = evaluate(self.task, self.model, validation, checking, self.device)
+                score, validation_loss = evaluate(
+                    self.task, self.model, validation, checking, self.device, unit
+                )
                 divergence.of_step(validation_loss, state.epoch, what="validation loss")
                 state.judge(self.model, score, validation_loss, mean, options, self.task.primary)
                 if state.done:
@@ -249,17 +224,24 @@ class _Run:
         assert state.best is not None
         self.model.load_state_dict(state.best)
         self.model.eval()
-        return FitResult(
-            epochs=state.epoch,
-            best_epoch=state.best_epoch,
-            best_score=state.best_score,
-            steps=state.steps,
-            seconds=round(state.seconds, 3),
-            tokens_per_s=round(state.tokens / max(state.seconds, 1e-9), 1),
-            padding_share=round(1 - state.tokens / max(state.cells, 1), 4),
-            history=state.history,
-            metric=self.task.primary,
-        )
+        return state.result(self.task.primary)
+
+    def begin(self, progress: Progress, resuming: bool) -> _TrainingState:
+        """Where to go on: at the resume point, or at a first step."""
+        state, resume = _TrainingState(), self.resume
+        if resume is not None:
+            stored = resume.load() if resuming else None
+            if stored is not None:
+                state = _restore(self, *stored)
+                where = (
+                    "had ended" if state.done else f"resumed at epoch {state.epoch + 1}, step {state.step}"
+                )
+                progress.note(f"{self.title}: {where}")
+            elif not resuming and processes.first():
+                resume.clear()
+        if state.fresh:
+            torch.manual_seed(self.options.seed + processes.rank())
+        return state
 
     def step(
         self, train: Encoded, rows: np.ndarray, at: int, steps: int, interrupt: Steps
@@ -274,6 +256,7 @@ class _Run:
         value = factor * self.loss(self.model(**inputs), Batch(own, mask, at / steps))
         value.backward()
         stop = distributed.average(self.parameters, interrupt.signal is not None)
+        parameter_groups.without_unit(self.optimizer)
         nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -282,13 +265,13 @@ class _Run:
         # A signal that arrived during the step stops a single process now, several after their next one.
         return value.detach(), stop or (processes.count() == 1 and interrupt.signal is not None)
 
-    def keep(self, resume: ResumePoint, state: _State) -> None:
+    def keep(self, resume: ResumePoint, state: _TrainingState) -> None:
         """Write a resume point; every process takes part, the first one writes."""
         tensors, plain = _snapshot(self, state)
         if processes.first():
             resume.save(tensors, plain)
 
-    def stop(self, state: _State, interrupt: Steps) -> None:
+    def stop(self, state: _TrainingState, interrupt: Steps) -> None:
         """Keep the resume point and end."""
         import signal
 
@@ -315,8 +298,12 @@ def evaluate(
     encoded: Encoded,
     batches: list[tuple[np.ndarray, Mapping[str, np.ndarray]]],
     device: torch.device,
+    deviation: float = 1.0,
 ) -> tuple[float, float]:
-    """What the task chooses models by, and the mean loss, of ``model`` on labelled rows."""
+    """What the task chooses models by, and the mean loss, of ``model`` on labelled rows.
+
+    The loss is that of numbers without their unit, where ``deviation`` says it.
+    """
     model.eval()
     assert encoded.labels is not None
     every: Tensor | None = None
@@ -324,7 +311,8 @@ def evaluate(
     for rows, batch in batches[processes.rank() :: processes.count()]:
         logits = model(**model_inputs(model, batch, device)).logits.float()
         labels = torch.from_numpy(encoded.labels[rows]).to(device)
-        total += float(task.loss(logits, labels, "sum"))
+        own, theirs = (number_head.without_unit(one, deviation) for one in (logits, labels))
+        total += float(task.loss(own, theirs, "sum"))
         if every is None:
             every = logits.new_zeros(len(encoded), logits.shape[1])
         every[torch.from_numpy(rows).to(device)] = logits
@@ -350,7 +338,7 @@ def _fused(device: torch.device) -> bool:
 
 
 @dataclass
-class _State:
+class _TrainingState:
     """Where a training stands; everything here is in a resume point."""
 
     epoch: int = 0  # that is being run, from 0
@@ -382,6 +370,20 @@ class _State:
             mean = float(distributed.total(self.running)) / processes.count() / max(self.step, 1)
         self.running, self.step, self.epoch = None, 0, self.epoch + 1
         return mean
+
+    def result(self, metric: str) -> FitResult:
+        """Of a training that has ended."""
+        return FitResult(
+            epochs=self.epoch,
+            best_epoch=self.best_epoch,
+            best_score=self.best_score,
+            steps=self.steps,
+            seconds=round(self.seconds, 3),
+            tokens_per_s=round(self.tokens / max(self.seconds, 1e-9), 1),
+            padding_share=round(1 - self.tokens / max(self.cells, 1), 4),
+            history=self.history,
+            metric=metric,
+        )
 
     def judge(
         self,
@@ -426,7 +428,7 @@ _PLAIN = (
 )
 
 
-def _snapshot(run: _Run, state: _State) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _snapshot(run: _Run, state: _TrainingState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"best.{k}": v for k, v in (state.best or {}).items()}
     for name, child in _with_own_state(run.extra):
         tensors |= {f"own.{name}/{k}": v for k, v in child.tensors().items()}
@@ -449,12 +451,12 @@ def _snapshot(run: _Run, state: _State) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, plain
 
 
-def _restore(run: _Run, tensors: dict[str, Tensor], plain: dict[str, Any]) -> _State:
+def _restore(run: _Run, tensors: dict[str, Tensor], plain: dict[str, Any]) -> _TrainingState:
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
     score, loss = plain.pop("best_score", plain.pop("best_accuracy", None)), plain.pop("best_loss")
-    state = _State(**plain, fresh=False)
+    state = _TrainingState(**plain, fresh=False)
     state.best_score = state.best_score if score is None else score
     state.best_loss = state.best_loss if loss is None else loss
     state.best = {k: v.to(run.device) for k, v in part("best.").items()} or None

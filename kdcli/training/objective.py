@@ -1,6 +1,8 @@
 """The loss of a distillation: labels and any number of terms, each one method with its weight.
 
 L = (1 - alpha) * L_labels + alpha * L_response + beta * L_feature + gamma * L_relation + sum(weight_i * L_i)
+
+Labels and answers that are numbers are divided by the labels' standard deviation: :mod:`kdcli.training.number_head`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from kdcli.errors import UsageError
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
+from kdcli.training import number_head
 from kdcli.training.capture import Capture
 from kdcli.training.features import TeacherSignals
 from kdcli.training.label_loss import hard
@@ -103,7 +106,8 @@ class Objective:
     ) -> None:
         self.terms, self.hard_weight, self.task = list(terms), hard_weight, task
         self.student, self.teacher, self.device = student, teacher, device
-        self.labels = torch.from_numpy(labels).to(device)
+        self.unit = number_head.deviation(task, labels)
+        self.labels = number_head.without_unit(torch.from_numpy(labels).to(device), self.unit)
         self.extra = nn.ModuleDict(
             {
                 t.chosen.name.replace("-", "_"): t.setting.trained
@@ -113,13 +117,14 @@ class Objective:
         )
 
     def __call__(self, output: Any, batch: Batch) -> Tensor:
-        """The weighted sum, a mean over the rows of the batch."""
-        logits = output.logits
+        """The weighted sum, a mean over the rows of the batch; of numbers without their unit."""
+        logits = number_head.without_unit(output.logits, self.unit)
         labels = self.labels[torch.from_numpy(batch.rows).to(self.device)]
         value = logits.new_zeros(())
         if self.hard_weight > 0:
             value = value + self.hard_weight * hard(self.task, logits, labels)
         own, theirs = self.student.signals(logits, batch.mask), self.teacher(batch)
+        theirs = replace(theirs, logits=number_head.without_unit(theirs.logits, self.unit))
         step = Step(labels, batch.progress, self.task)
         for term in self.terms:
             found = term.chosen.method.term(own, theirs, term.setting, step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kdcli import atomic
 from kdcli.errors import InputError, UsageError
 
 _STATE, _TENSORS = "state.json", "state.safetensors"
@@ -39,12 +39,7 @@ class ResumePoint:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / _TENSORS)
         content = {"identity": self.identity, "state": dict(state)}
         (temporary / _STATE).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
-        old = self._old
-        shutil.rmtree(old, ignore_errors=True)
-        if self.directory.exists():
-            os.replace(self.directory, old)  # a crash from here on leaves the previous state there
-        os.replace(temporary, self.directory)
-        shutil.rmtree(old, ignore_errors=True)
+        atomic.replace_directory(temporary, self.directory, self._old)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return tensors and state, or None when there is nothing to resume.

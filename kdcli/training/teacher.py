@@ -38,8 +38,8 @@ def fine_tuned(
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """Fine-tune a teacher that has no head for the task, or take it from the cache.
 
-    The cache key covers the teacher's files, the tokenised rows with their labels, the label names and
-    the options, so that nothing else can be mistaken for it.
+    The cache key covers the teacher's files, the tokenised rows with their labels, the label names, the task with
+    the metric that chooses the epoch, and the options, so that nothing else can be mistaken for it.
 
     Args:
         context: Whose ``train`` and ``validation`` rows are used; rows without a label take no part.
@@ -50,21 +50,29 @@ def fine_tuned(
         The fine-tuned teacher, loaded from the cache, and what was done, for the report.
     """
     encoded, device, progress = context.encoded, context.device, context.progress
+    labels = encoded["train"].labels
+    assert labels is not None
+    first = teacher.task.first_logits(labels[teacher.task.known(labels)])
+    unit = number_head.deviation(teacher.task, labels)
+    # How its head starts, only where that is not as ever: teachers of classes stay in the cache.
+    start = {"unit": unit} if unit != 1 else {} if first is None else {"first logits": first.tolist()}
     metric = teacher.task.primary  # chooses the epoch, and is stored with the model
     name = cache.key(
         format=_FORMAT,
+        **start,
         # Only where it was asked for: the others stay in the cache.
         **({} if metric == tasks.get(teacher.task.name).primary else {"metric": metric}),
         model=checkpoints.weights_digest(teacher.path),
         train=text.fingerprint(encoded["train"]),
         validation=text.fingerprint(encoded["validation"]),
         labels=teacher.labels,
+        task=[teacher.task.name, teacher.task.primary],
         options=asdict(options),
         device=device.type,
     )
     place = cache.entry("teachers", name)
     facts = place / "fit.json"
-    if cache.whole(place):
+    if cache.intact(place):
         detail = json.loads(facts.read_text(encoding="utf-8"))
         progress.note(f"fine-tuned teacher from the cache: {place}")
         return checkpoints.load(place, device=device), {**detail, "cached": True, "path": str(place)}
@@ -83,7 +91,7 @@ def fine_tuned(
     teacher.task = measurement.decided(teacher, encoded["validation"], progress)
     detail = {"fine_tuned": True, "key": name, **result.detail()}
     with distributed.first_then_others():
-        if not cache.whole(place):
+        if not cache.intact(place):
             with cache.writing(place) as temporary:
                 checkpoints.save(teacher, temporary)
                 content = json.dumps(detail, indent=1, sort_keys=True)

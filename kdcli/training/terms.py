@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from kdcli.registry import Method
+from kdcli.registry import MethodSpec
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
 
@@ -23,7 +23,7 @@ from kdcli.tasks.task import Task
 class Signals:
     """What one model shows of one batch; only what was asked for is there."""
 
-    logits: Tensor  # (B, C)
+    logits: Tensor  # (B, C); numbers over the standard deviation of the labels
     mask: Tensor  # (B, T) bool, True on real tokens
     pooled: Tensor | None = None  # (B, D), what the classification head reads
     hidden: Mapping[int, Tensor] = field(default_factory=dict)  # layer -> (B, T, D)
@@ -76,7 +76,7 @@ class LossSetting:
 class Step:
     """What changes from batch to batch."""
 
-    labels: Tensor  # of B rows, in the form of the task
+    labels: Tensor  # of B rows, in the form of the task; numbers over their standard deviation
     progress: float  # share of the training that is done, in [0, 1)
     task: Task = CLASSIFICATION
 
@@ -90,7 +90,7 @@ def _nothing(setting: LossSetting) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss(Method):
+class Loss(MethodSpec):
     """A distillation method: one term of the sum that is minimised."""
 
     kind: Literal["response", "feature", "relation", "adversarial"]  # weighted by alpha, beta, gamma, its own

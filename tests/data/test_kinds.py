@@ -64,12 +64,39 @@ def refusal(given: Table, columns: str | None = None, wanted: Wanted | None = No
         ({"label": [0.5, 1.5], "labels": [["a"], ["b"]]}, None, "number"),  # label comes first
         ({"label": [1, 0], "q": ["x", "x"]}, "query=q", "number"),
         ({"label": [0.5, 1.5]}, "label=label:ids", "one-of"),  # refused there
+        # Relevance in whole numbers, of rows that share a query.
+        ({"label": [0, 3, 1], "query": ["x", "x", "y"]}, None, "number"),
+        ({"label": ["0", "3", "1"], "query": ["7", "7", "8"]}, None, "number"),
+        ({"score": [1, 2, 1], "query": ["x", "x", "y"]}, None, "number"),
+        ({"label": [0, 3, 1], "query": ["x", "y", "z"]}, None, "one-of"),  # nothing to rank
+        ({"label": [0, 4, 0], "query": ["NO_QUERY"] * 3}, None, "one-of"),  # as in collections of posts
+        ({"label": ["a", "b", "a"], "query": ["x", "x", "y"]}, None, "one-of"),
+        ({"label": [True, False, True], "query": ["x", "x", "y"]}, None, "one-of"),
+        ({"label": [0, 3, 1], "query": ["x", "x", "y"]}, "label=label:ids", "one-of"),
         ({"label": [None, None]}, None, None),
         ({"label": ["", ""]}, None, None),
     ],
 )
 def test_the_data_tell_their_kind(columns: dict[str, list[Any]], said: str | None, kind: Kind | None) -> None:
-    assert recognised(table(text=["x", "y"], **columns), parse_columns(said)) == kind
+    rows = len(next(iter(columns.values())))
+    assert recognised(table(text=texts(rows), **columns), parse_columns(said)) == kind
+
+
+def test_a_query_that_is_the_text_ranks_nothing() -> None:
+    assert recognised(table(query=["x", "x", "y"], label=[0, 3, 1]), parse_columns("text=query")) == "one-of"
+    named = table(id=["1", "2", "3"], query=["x", "x", "y"], passage=texts(3), label=[0, 3, 1])
+    assert recognised(named, Columns()) == "number"
+
+
+def test_what_was_taken_is_told_with_the_way_out(tmp_path: Path) -> None:
+    rows = [{"query": f"q{i // 4}", "passage": f"p{i}", "label": i % 4} for i in range(160)]
+    path = write(tmp_path / "graded.jsonl", rows)
+    taken = load(str(path))
+    assert taken.kind == "number"
+    assert any("--task text-classification" in note and "ranked" in note for note in taken.notes)
+    wanted = Wanted("one-of", "--task text-classification")
+    classes = load(str(path), wanted=wanted, columns="text_a=query,text_b=passage")
+    assert (classes.kind, classes.label_names) == ("one-of", ["0", "1", "2", "3"])
 
 
 def test_numbers() -> None:
@@ -208,7 +235,8 @@ def test_queries_beside_pairs_under_other_names_and_as_numbers_of_groups() -> No
     rows = extract(groups, Columns(), NUMBERS).rows
     assert (rows.first, rows.second, rows.queries) == (texts(3), None, ["7", "7", "8"])
     # Classes do not rank: the column of queries is one like any other, as ever.
-    rows = extract(table(query=QUERIES, text=texts(3), label=[1, 0, 1]), Columns()).rows
+    classes = table(query=QUERIES, text=texts(3), label=[1, 0, 1])
+    rows = extract(classes, Columns(), Wanted("one-of", "--task text-classification")).rows
     assert (rows.first, rows.second, rows.queries) == (texts(3), None, None)
 
 

@@ -90,7 +90,7 @@ def test_lines_keep_their_place() -> None:
     assert joined(parts)[0] == ["one", "", " two \u2028 three", "last"]
     assert list(streamed.of_lines(lines.parts(io.BytesIO(b""), "stdin"), "stdin", Columns(), "one-of")) == []
     with pytest.raises(UsageError, match="does not apply to stdin"):
-        streamed.of_lines([lines.Part(1, ["a"])], "stdin", parse_columns("text=a"), "one-of")
+        streamed.of_lines([lines.LineBlock(1, ["a"])], "stdin", parse_columns("text=a"), "one-of")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,8 @@ def test_rows_that_are_split_in_another_way_than_the_file_says_are_refused(tmp_p
     encoded = text.encode(rows, made.tokenizer, made.max_length, None)
     assert reading.check_reading(made, rows, encoded, "test") == []
     reading.check_written(made, made, rows, encoded)
+    ranked = replace(rows, queries=["a", "b"])  # which are no tokens
+    reading.check_written(made, made, ranked, text.encode(ranked, made.tokenizer, made.max_length, None))
     other = load(tiny.saved(tmp_path / "other"))
     wrong = text.encode(rows, other.tokenizer, made.max_length, None)
     with pytest.raises(InputError, match="1 of 2 rows of test are not split as"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from kdcli.inputs import sampling
 from kdcli.inputs.text import Encoded
+from kdcli.tasks import get
 
 
 def encoded(labels: np.ndarray | None, count: int) -> Encoded:
@@ -66,6 +69,18 @@ def test_without_labels_rows_are_a_seeded_permutation() -> None:
     assert len(sampling.order(None, 0, 0)) == len(sampling.order(np.zeros(0, dtype=np.int64), 0, 0)) == 0
 
 
+def test_models_are_judged_on_whole_queries() -> None:
+    queries = np.random.default_rng(0).permutation(np.repeat(np.arange(20), 3))
+    rows = replace(encoded(np.zeros(60, np.float32), 60), queries=queries)
+    for count in (30, 31):
+        found = sampling.judged(rows, count, 0, get("regression"))
+        assert len(found) == 30
+        assert np.bincount(found.queries, minlength=20).tolist().count(3) == 10
+    assert len(np.unique(sampling.sample(rows, 30, 0, get("regression")).queries)) > 10  # parts of more
+    assert len(sampling.judged(rows, 1, 0, get("regression"))) == 3  # one query at least
+    assert sampling.judged(rows, 60, 0, get("regression")) is rows
+
+
 def test_a_sample_keeps_the_order_of_the_rows_and_all_rows_stay_as_they_are() -> None:
     labels = np.repeat([0, 1, 2], 20)
     rows = encoded(labels, 60)
@@ -78,3 +93,16 @@ def test_a_sample_keeps_the_order_of_the_rows_and_all_rows_stay_as_they_are() ->
         assert sampling.sample(rows, count, seed=0) is rows
         assert np.array_equal(sampling.positions(labels, 60, count, 0), np.arange(60))
     assert len(sampling.sample(encoded(None, 60), 9, seed=0)) == 9
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "expected"), [([50, 50, 50], 10, [4, 3, 3]), ([2, 90, 30], 40, [2, 19, 19])]
+)
+def test_evenly_takes_as_many_of_each_group_as_there_are(
+    sizes: list[int], count: int, expected: list[int]
+) -> None:
+    groups = np.random.default_rng(1).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    found = sampling.evenly(groups, count, seed=5)
+    assert len(set(found.tolist())) == count
+    assert np.bincount(groups[found], minlength=len(sizes)).tolist() == expected
+    assert not np.array_equal(found, sampling.evenly(groups, count, seed=6))

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from kdcli.errors import UsageError
-from kdcli.report.gates import GENERAL, Expression, judge, parse_expression, parse_size, value_of
+from kdcli.report.gates import GENERAL, Expression, check_drop, judge, parse_expression, parse_size, value_of
 from kdcli.request import Gates
 from tests.report.reports import delta, measurement
 
@@ -128,6 +128,15 @@ def test_a_drop_of_exactly_the_limit_is_allowed_and_a_gain_always() -> None:
     assert judge(limits, None, measurement(), delta(accuracy=rounding))[0].passed
     assert judge(limits, None, measurement(), delta(accuracy=0.2))[0].passed
     assert not judge(limits, None, measurement(), delta(accuracy=-0.0101))[0].passed
+
+
+def test_a_drop_above_1_is_for_metrics_in_the_unit_of_the_labels() -> None:
+    for fine in ((None, None), (1.0, None), (0.5, "spearman"), (250.0, "rmse"), (2.0, "log_loss")):
+        check_drop(*fine)
+    for metric in (None, "accuracy", "spearman", "ndcg_at_10"):
+        with pytest.raises(UsageError, match=r"--max-drop 2: a drop of .* is at most 1") as refused:
+            check_drop(2.0, metric)
+        assert "write 0.02 for 2 %" in str(refused.value.hint)
 
 
 def test_no_gates_asked_for_is_an_empty_list() -> None:

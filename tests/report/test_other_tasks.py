@@ -11,7 +11,7 @@ from kdcli.cli import table
 from kdcli.cli.console import Console
 from kdcli.errors import UsageError
 from kdcli.report import ci, findings, gates, html, io, markdown, metrics
-from kdcli.report.schema import Delta, Quality, Report
+from kdcli.report.schema import Delta, Method, Quality, Report
 from kdcli.request import Gates
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.multi_label import MultiLabel
@@ -172,3 +172,14 @@ def test_a_control_by_another_metric_is_told_in_its_unit() -> None:
         "Spearman on test: 0.8700 distilled; without the teacher 0.8500 with the labels alone; "
         "the teacher gives +0.02 over that (p = 0.01)"
     )
+
+
+def test_a_divergence_of_numbers_is_no_kl_in_nats() -> None:
+    rows = [{"layer": n, "part": "heads", "removed": 0.5, "kl": 0.03 * n} for n in (1, 2)]
+    report, other = full(), regression()
+    for one in (report, other):
+        one.method = Method(name="sensitivity", params={}, detail={"sensitivity": rows}, layers=[])
+    assert "the heads of layer 2 (KL 0.06 nats with" in findings.sensitivity_text(report)
+    assert "the heads of layer 2 (divergence 0.06 with 50 % removed)" in findings.sensitivity_text(other)
+    page = html.page(other)
+    assert "KL" not in page[page.index(">Sensitivity<") :].partition("</table>")[0]

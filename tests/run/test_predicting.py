@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 from sklearn import metrics
 
@@ -24,10 +23,7 @@ from kdcli import tasks
 from kdcli.cli.app import main
 from kdcli.errors import InputError, UsageError
 from kdcli.models import inspect
-from kdcli.models.checkpoint import Checkpoint, fresh, save
-from kdcli.models.transforms import TransformLog
 from kdcli.tasks.multi_label import MultiLabel
-from kdcli.tasks.task import Task
 from tests import tiny
 
 ROOT = Path(kdcli.__file__).parents[1]
@@ -49,24 +45,6 @@ class Model:
     value: float
 
 
-def _model(base: Path, labels: list[str], task: Task) -> Path:
-    settings = tiny.config(layers=1, hidden=16, heads=2, neurons=24)
-    settings.id2label = dict(enumerate(labels))
-    settings.label2id = {name: i for i, name in enumerate(labels)}
-    torch.manual_seed(0)
-    model = fresh(settings)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.4)
-    base.mkdir()
-    save(
-        Checkpoint(model.eval(), tiny.tokenizer(), list(labels), TransformLog(), Path("/none"), task=task),
-        base,
-    )
-    return base
-
-
 def _rows(name: str, rng: random.Random) -> list[dict[str, object]]:
     texts = [tiny.sentence(rng, i % 2 == 1) for i in range(48)]
     if name == "regression":
@@ -86,7 +64,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
         rows = _rows(name, random.Random(1))
         data = base / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        model, out = _model(base / f"{name}-plain", labels, task), base / name
+        model, out = tiny.of_task(base / f"{name}-plain", task, labels), base / name
         report = kdcli.evaluate(model, data=data, out=out, batch_size=1)
         assert report.after.quality is not None
         found[name] = Model(out, data, rows, report.after.quality.main.value)

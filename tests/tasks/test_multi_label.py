@@ -13,9 +13,9 @@ from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 from transformers import BertConfig, BertForSequenceClassification
 
 from kdcli.errors import InputError
-from kdcli.tasks import intervals
+from kdcli.tasks import intervals, thresholds
 from kdcli.tasks.f1 import macro_f1_statistic, micro_f1_statistic
-from kdcli.tasks.multi_label import MultiLabel, average_precision, fit_thresholds
+from kdcli.tasks.multi_label import MultiLabel, average_precision
 from tests.tasks.references import curvature, spread
 
 N, C = 300, 5
@@ -269,7 +269,7 @@ def test_the_threshold_is_the_best_of_all(seed: int) -> None:
     generator = np.random.default_rng(seed)
     logits = generator.normal(-1, 1, (20, 3)).round(1)
     labels = (generator.random((20, 3)) < sigmoid(logits)).astype(np.float32)
-    fitted = fit_thresholds(logits, labels)
+    fitted = thresholds.fitted(logits, labels)
     assert len(fitted) == 3
     assert len(set(fitted)) == 1
     every = sorted({*logits.ravel(), logits.max() + 1})
@@ -293,13 +293,13 @@ def test_with_calibrated_scores_it_is_half_of_the_best_f1() -> None:
 
 
 def test_the_threshold_is_between_0_and_1_and_half_where_nothing_is_known() -> None:
-    assert fit_thresholds(np.ones((3, 2)), np.zeros((3, 2))) == (0.5, 0.5)
-    assert fit_thresholds(np.array([[3.0], [-3.0]]), np.array([[1.0], [0.0]])) == (
+    assert thresholds.fitted(np.ones((3, 2)), np.zeros((3, 2))) == (0.5, 0.5)
+    assert thresholds.fitted(np.array([[3.0], [-3.0]]), np.array([[1.0], [0.0]])) == (
         0.5,
     )  # anything between is as good
-    all_right = fit_thresholds(np.full((3, 2), 2.0), np.ones((3, 2)))
+    all_right = thresholds.fitted(np.full((3, 2), 2.0), np.ones((3, 2)))
     assert 0 < all_right[0] < float(sigmoid(np.float64(2)))
-    (huge, _) = fit_thresholds(np.array([[900.0, 800], [900, -900]]), np.array([[1, 0], [1, 0]]))
+    (huge, _) = thresholds.fitted(np.array([[900.0, 800], [900, -900]]), np.array([[1, 0], [1, 0]]))
     assert 0 < huge < 1
 
 

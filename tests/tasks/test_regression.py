@@ -296,6 +296,17 @@ def test_ranking_metrics_need_queries() -> None:
         Regression("ndcg_at_10").score(np.ones((2, 1)), np.ones(2))
     assert refused.value.hint is not None
     assert "--columns query=NAME" in refused.value.hint
+    # Without a query that can be ranked there is nothing to report: 0 would be no worse after any compression.
+    logits, single = np.arange(4, dtype=np.float32)[:, None], np.arange(4)
+    for labels, queries in (
+        (np.arange(4.0), single),
+        (np.zeros(4), single // 2),
+        (-np.arange(4.0), single // 2),
+    ):
+        assert "ndcg_at_10" not in Regression().measure(logits, labels, "test", queries)
+        assert "mrr_at_10" not in Regression().compare(logits, logits, labels, queries).differences
+        with pytest.raises(InputError, match="none here has two rows, one with a label above 0"):
+            Regression("ndcg_at_10").measure(logits, labels, "test", queries)
 
 
 # One answer for all rows.
@@ -361,6 +372,24 @@ def test_a_comparison_is_paired(metric: str, rows: tuple[np.ndarray, np.ndarray,
     assert task.compare(logits, -logits, labels, queries).p_value == 2 / (intervals.RESAMPLES + 1)
     same = task.compare(logits, logits, labels, queries)
     assert (same.p_value, same.agreement, same.differences[metric]) == (1.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("metric", ["rmse", "pearson"])
+def test_each_model_is_read_through_its_own_link(metric: str) -> None:
+    z = np.random.default_rng(0).normal(0, 3, 50).astype(np.float32)[:, None]
+    labels = (1 / (1 + np.exp(-z[:, 0]))).astype(np.float32)
+    sigmoid, plain = Regression(metric, "sigmoid"), Regression(metric)
+    # The same numbers, one model giving them, the other their logit; so is a bad one no better for being read wrongly.
+    same = plain.compare(z, labels[:, None], labels, first=sigmoid)
+    assert same.differences[metric] == pytest.approx(0, abs=1e-6)  # the labels are float32
+    assert same.ci95 == pytest.approx((0, 0), abs=1e-6)
+    assert same.agreement == 1
+    worse = sigmoid.compare(labels[:, None], labels[:, None], labels, first=plain)
+    own = sigmoid.measure(labels[:, None], labels, "t")[metric].value
+    other = plain.measure(labels[:, None], labels, "t")[metric].value
+    assert worse.differences[metric] == pytest.approx(own - other, abs=1e-12)
+    assert worse.ci95 is not None
+    assert worse.ci95[0] <= own - other <= worse.ci95[1]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -17,9 +17,9 @@ from kdcli.errors import ExitCode, InputError, InterruptedRun, UsageError
 from kdcli.inputs import text
 from kdcli.progress import Progress, ProgressTask
 from kdcli.tasks.classification import CLASSIFICATION
-from kdcli.training import loop
+from kdcli.training import loop, parameter_groups
 from kdcli.training.label_loss import hard, label_loss
-from kdcli.training.loop import Batch, FitOptions, fit, learning_rate, parameter_groups
+from kdcli.training.loop import Batch, FitOptions, fit, learning_rate
 from kdcli.training.resume import ResumePoint
 from kdcli.training.side_by_side import Together
 from tests import tiny
@@ -245,7 +245,7 @@ def test_only_matrices_decay_and_frozen_parameters_are_left_out() -> None:
     model = tiny.checkpoint().model
     frozen = model.get_submodule("bert.encoder.layer.0")
     frozen.requires_grad_(False)
-    matrices, vectors = parameter_groups([model, torch.nn.Module()], 0.1)
+    matrices, vectors = parameter_groups.of(model, 0.1)
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim > 1 for p in matrices["params"])
     assert all(p.ndim == 1 for p in vectors["params"])
@@ -310,7 +310,7 @@ def test_a_crash_while_a_point_is_replaced_leaves_the_previous_one(
         real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kdcli.training.resume.os.replace", crash_at_the_second)
+        patch.setattr("kdcli.atomic.os.replace", crash_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             point.save({"a": torch.ones(1)}, {"step": 2})
     stored = ResumePoint(tmp_path / "point", {"data": "x"}).load()

@@ -1,8 +1,8 @@
 """The same student trained without its teacher, so that nobody mistakes training for distillation.
 
-What helps a student is not the teacher alone: it reads further texts, which the teacher answers but which carry the
+What helps a student is not the teacher alone: it reads extra texts, which the teacher answers but which carry the
 labels of the rows they were made from, too. So there are several controls, from the same first weights and for as many
-steps: the labels alone; the labels of the rows and of the same further texts; and, where the student has no dropout
+steps: the labels alone; the labels of the rows and of the same extra texts; and, where the student has no dropout
 because the teacher's answers regularise it enough, the latter with dropout. The student is compared with the best.
 
 What the controls share with the student: its first weights, which come from the teacher unless ``--init`` says
@@ -51,14 +51,14 @@ class Lesson:
     """What one control learns from."""
 
     name: str
-    rows: Encoded  # with labels; those of a further text are of the first row it was made from
+    rows: Encoded  # with labels; those of a extra text are of the first row it was made from
     loss: BatchLoss
     further: int  # texts among the rows
     dropout: float
 
 
 def lessons(context: Context, taught: Taught, texts: Texts) -> list[Lesson]:
-    """The controls of a student: the labels alone, with the same further texts, and with dropout where it has none.
+    """The controls of a student: the labels alone, with the same extra texts, and with dropout where it has none.
 
     Raises:
         UsageError: No training row has a label.

@@ -24,14 +24,14 @@ BATCH_SIZE = 128
 # Without --augment and --epochs the work is bounded in tokens, because that is what it costs. Measured for a
 # student of 2x128 on CLINC150: 3 versions of a row 92.6% on validation, 5 versions 92.9% after as many steps; 0.3 M
 # rows of 11 tokens seen in training 92.8%, 0.6 M rows 93.6%.
-FURTHER_TOKENS = 850_000  # of the further texts, for the teacher to read
+FURTHER_TOKENS = 850_000  # of the extra texts, for the teacher to read
 SEEN_TOKENS = 4_800_000  # that the student reads in training
 MOST_VERSIONS = 16  # of one row
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
 
 
 def augmented(plan: DistillPlan, tokens: float) -> int:
-    """How many further texts a row gets, of so many tokens in all: as asked, else by the tokens."""
+    """How many extra texts a row gets, of so many tokens in all: as asked, else by the tokens."""
     if plan.options.augment is not None:
         return plan.options.augment
     if plan.hard_weight >= 1:  # nobody would look at their teacher's answers

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from kdcli import families
+from kdcli.families.family import Encoder
 from kdcli.foresight import RUNNING, TRAINING, Foreseen, Sizes, flops_a_row
 from kdcli.models.aliases import small_student
 from kdcli.request import Request
 from kdcli.stages.distill import fitting
 from kdcli.stages.distill.options import STUDENT_PRESETS
-from kdcli.stages.distill.plan import check, teacher_epochs
+from kdcli.stages.distill.plan import check, need_task, teacher_epochs
+from kdcli.stages.distill.student import precheck
+from kdcli.training.terms import Shape
 
 _SECONDS_A_ROW = 1.5e-4  # of a training step besides its products: measured with a student of 2x128
 
@@ -16,9 +20,12 @@ def foreseen(request: Request, sizes: Sizes) -> Foreseen:
     """Teacher, outputs and student.
 
     Raises:
-        UsageError: A bad option.
+        UsageError: A bad option, or a method or strategy that means nothing for this teacher and its task.
     """
     plan = check(request)
+    need_task(plan, sizes.task)
+    if (teacher := _shape(sizes)) is not None:
+        precheck(plan, teacher)
     options = plan.options
     size = _size(options.student)
     facts = {"student": options.student, "method": list(options.methods), "strategy": options.strategy}
@@ -35,7 +42,7 @@ def foreseen(request: Request, sizes: Sizes) -> Foreseen:
     seconds = texts * sizes.cost / RUNNING
     if not has_head:
         batch = plan.settings.teacher_batch_size
-        rounds = plan.settings.teacher_epochs or teacher_epochs(train, sizes.labels, batch)
+        rounds = plan.settings.teacher_epochs or teacher_epochs(sizes.task, train, sizes.labels, batch)
         seconds += sizes.learning(rounds * train)
     logits = 4 * texts * sizes.labels
     trainings = 4 if options.control else 1  # each of up to three controls takes as many steps as the student
@@ -47,6 +54,18 @@ def foreseen(request: Request, sizes: Sizes) -> Foreseen:
     vocabulary = int(sizes.config.get("vocab_size") or 30000)
     parameters = vocabulary * size[1] + 12 * size[0] * size[1] ** 2
     return Foreseen(facts, seconds, 16 * parameters, 8 * parameters + logits + sizes.weights)
+
+
+def _shape(sizes: Sizes) -> Shape | None:
+    """The teacher as its configuration describes it; None where only its weights would tell."""
+    family = families.find(str(sizes.config.get("model_type")))
+    if not isinstance(family, Encoder):
+        return None
+    keys = (family.keys.layers, family.keys.hidden, family.keys.heads)
+    if not all(isinstance(sizes.config.get(key), int) for key in keys):
+        return None
+    layers, hidden, heads = (int(sizes.config[key]) for key in keys)
+    return Shape(layers, hidden, heads, sizes.labels, hidden)
 
 
 def _size(student: str) -> tuple[int, int] | None:

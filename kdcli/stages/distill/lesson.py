@@ -17,6 +17,7 @@ from kdcli.inputs.text import Encoded
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import placement, students
 from kdcli.models.checkpoint import Checkpoint
+from kdcli.report import metrics
 from kdcli.stages.distill.fitting import fit_options, run_fit
 from kdcli.stages.distill.plan import DistillPlan, teacher_weights
 from kdcli.stages.distill.student import Taught
@@ -55,7 +56,8 @@ def soft_targets(
         logits = teachers.outputs(
             teacher, rows, device=context.device, progress=context.progress, graph=graph
         )
-        order = [teacher.labels.index(name) for name in context.checkpoint.labels]
+        order = teacher.task.order(context.checkpoint.labels, teacher.labels)
+        assert order is not None, "teachers with other labels were refused"
         found.append(logits if order == list(range(len(order))) else np.asarray(logits)[:, order])
     if len(found) == 1:
         return found[0]
@@ -171,11 +173,13 @@ class _Lesson:
         self.features(replace(short, epochs=1, keep="last"), f"{title} trial features", some)
         two = self.answers(replace(short, epochs=TRIAL_EPOCHS - 1), f"{title} trial in two phases", some)
         self.student.model.load_state_dict(weights)
-        found["trial"] = {"one": one.best_score, "two": two.best_score, "rows": len(some)}
         better = two.best_score > one.best_score
+        metric = metrics.of(self.student.task.primary)
+        reached = {"one": metric.of_score(one.best_score), "two": metric.of_score(two.best_score)}
+        found["trial"] = reached | {"rows": len(some)}
         self.context.progress.note(
-            f"trial on validation, {self.student.task.primary}: one phase {one.best_score:.4g}, "
-            f"two {two.best_score:.4g}; {'two' if better else 'one'} taken"
+            f"trial on validation, {metric.name}: one phase {reached['one']:.4g}, "
+            f"two {reached['two']:.4g}; {'two' if better else 'one'} taken"
         )
         return better
 

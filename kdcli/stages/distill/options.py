@@ -113,7 +113,7 @@ class DistillOptions(StageOptions):
         default=None, ge=0, description="Weight of the relation terms. [default: the method's own]"
     )
     weights: Annotated[Mapping[str, float], Flag(name="weight", metavar="NAME=VALUE", parse=_weights)] = (
-        Field(default_factory=dict, description="Weight of any further term; repeatable.")
+        Field(default_factory=dict, description="Weight of any other term; repeatable.")
     )
     layer_map: Annotated[
         str | None, Flag(metavar="MAP", names=lambda: layer_maps.NAMES, check=_layer_map)
@@ -138,14 +138,14 @@ class DistillOptions(StageOptions):
         "the rest teaches unlabelled.",
     )
     unlabeled: Annotated[Path | None, Flag(metavar="FILE")] = Field(
-        default=None, description="Further texts without labels."
+        default=None, description="Extra texts without labels."
     )
     augment: Annotated[int | None, Flag(metavar="N")] = Field(
         default=None,
         ge=0,
-        description="Further texts per row, made from it and labelled by the teacher. [default: by the rows]",
+        description="Extra texts made from each row, labelled by the teacher. [default: from the number of rows]",
     )
     control: Annotated[bool, Flag(off=True)] = Field(
         default=False,
-        description="Also train the same student without the teacher: on the labels, and on the further texts too.",
+        description="Also train the same student without the teacher, on the labels with and without the extra texts.",
     )

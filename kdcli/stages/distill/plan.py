@@ -13,6 +13,7 @@ from kdcli.errors import UsageError
 from kdcli.models import students
 from kdcli.request import Request
 from kdcli.stages.distill.options import STUDENT_PRESETS, DistillOptions
+from kdcli.tasks.task import Task
 from kdcli.training import objective
 from kdcli.training.objective import ChosenLoss
 from kdcli.training.terms import Loss
@@ -20,7 +21,7 @@ from kdcli.training.terms import Loss
 ALPHA = 0.5
 
 
-class Settings(BaseModel):
+class DistillSettings(BaseModel):
     """What ``--set`` may say about a distillation besides the methods' own parameters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,7 +53,7 @@ class Settings(BaseModel):
         description="of the student while it trains; by default 0, for static, cnn, bilstm 0.2",
     )
     augment_seed: int = Field(
-        0, ge=0, description="of the further texts; not --seed, so that runs share the teacher's outputs"
+        0, ge=0, description="of the extra texts; not --seed, so that runs share the teacher's outputs"
     )
     phases: Literal["auto", "one", "two"] = Field(
         "auto", description="two: match the teacher's pooled vector first; auto: when a trial says so"
@@ -81,7 +82,7 @@ class DistillPlan:
     """A checked request."""
 
     options: DistillOptions
-    settings: Settings
+    settings: DistillSettings
     chosen: Sequence[ChosenLoss]
     hard_weight: float  # of the labels
 
@@ -109,7 +110,7 @@ def check(request: Request) -> DistillPlan:
         )
     if options.strategy == "online" and options.augment:
         raise UsageError(
-            "strategy 'online' learns from the training rows alone: its teacher changes, so it labels no further texts",
+            "strategy 'online' learns from the training rows alone: its teacher changes, so it labels no extra texts",
             "leave --augment out, or use another strategy",
         )
     if len(options.teachers) > 1 and options.strategy in ("online", "layerwise"):
@@ -133,7 +134,21 @@ def check(request: Request) -> DistillPlan:
     return DistillPlan(options, settings, chosen, hard)
 
 
-def assistants(settings: Settings) -> list[str]:
+def need_task(plan: DistillPlan, task: Task) -> None:
+    """Refuse methods and a strategy that cannot work with the answers of a task.
+
+    Raises:
+        UsageError: Says which, why, and what to use.
+    """
+    registry.need_answers({one.name: one.method for one in plan.chosen}, task)
+    if plan.options.strategy == "layerwise" and task.kind != "one-of":
+        raise UsageError(
+            f"strategy 'layerwise' mixes probabilities of classes, and the task is {task.name}",
+            "use --strategy teacher-assisted",
+        )
+
+
+def assistants(settings: DistillSettings) -> list[str]:
     """Names of the assistants, largest first.
 
     Raises:
@@ -147,7 +162,7 @@ def assistants(settings: Settings) -> list[str]:
     return names
 
 
-def teacher_weights(settings: Settings, teachers: int) -> list[float]:
+def teacher_weights(settings: DistillSettings, teachers: int) -> list[float]:
     """The weight of every teacher, summing to 1.
 
     Raises:
@@ -167,7 +182,7 @@ def teacher_weights(settings: Settings, teachers: int) -> list[float]:
     return [value / sum(found) for value in found]
 
 
-def _settings(request: Request, methods: Mapping[str, Loss]) -> tuple[Settings, dict[str, Any]]:
+def _settings(request: Request, methods: Mapping[str, Loss]) -> tuple[DistillSettings, dict[str, Any]]:
     """The distillation's own settings and those of the methods; ``--temperature`` is one of the latter."""
     options = request.options_as(DistillOptions)
     given = dict(request.common.settings)
@@ -176,17 +191,11 @@ def _settings(request: Request, methods: Mapping[str, Loss]) -> tuple[Settings, 
         if not holders:
             raise UsageError(f"--temperature belongs to none of the methods {', '.join(methods)}")
         given.setdefault("temperature", str(options.temperature))
-    own, by_method = registry.share_out("distill", given, methods, Settings)
+    own, by_method = registry.share_out("distill", given, methods, DistillSettings)
     configs = {name: method.configured(by_method[name]) for name, method in methods.items()}
-    return registry.parse_config(Settings, own), configs
+    return registry.parse_config(DistillSettings, own), configs
 
 
-def teacher_epochs(rows: int, labels: int, batch_size: int) -> int:
-    """Epochs that give a fine-tuned teacher enough steps: 180, and 10 more for every label; 720 for a number.
-
-    Two labels and 7,000 rows make one epoch, 150 labels and 15,000 rows four; never more than ten. A number takes
-    longer than a class: MiniLM on STS-B reaches a Spearman of 0.830 on validation after the first of four epochs (180
-    steps each) and 0.863 after the fourth.
-    """
-    steps = 720 if labels == 1 else 180 + 10 * labels
-    return min(10, max(1, round(steps * batch_size / rows)))
+def teacher_epochs(task: Task, rows: int, labels: int, batch_size: int) -> int:
+    """Epochs that give a fine-tuned teacher about the steps that its task takes: one to ten."""
+    return min(10, max(1, round(task.teaching_steps(labels) * batch_size / rows)))

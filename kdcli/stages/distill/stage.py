@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from kdcli import tasks
 from kdcli.context import Applied, Context, Stage
 from kdcli.data import sources
 from kdcli.errors import InputError, UsageError
@@ -25,11 +24,12 @@ from kdcli.report.schema import Warning_
 from kdcli.request import Request
 from kdcli.stages.distill.foresight import foreseen
 from kdcli.stages.distill.options import DistillOptions
-from kdcli.stages.distill.plan import DistillPlan, check, teacher_epochs
+from kdcli.stages.distill.plan import DistillPlan, check, need_task, teacher_epochs
 from kdcli.stages.distill.prepared import Prepared
 from kdcli.stages.distill.student import precheck
 from kdcli.tasks.task import Task
 from kdcli.training import teacher as teachers
+from kdcli.training.capture import shape_of
 from kdcli.training.loop import FitOptions
 
 _MODULES = {"assistant-chain": "succession", "self": "succession"}
@@ -39,7 +39,8 @@ def prepare(context: Context) -> Prepared:
     """Give every teacher a head for the task, and apply the label budget."""
     plan = check(context.request)
     options = plan.options
-    precheck(context, plan)
+    need_task(plan, context.checkpoint.task)
+    precheck(plan, shape_of(context.checkpoint))
     train, validation = context.encoded["train"], context.encoded["validation"]
     assert train.labels is not None
     if options.labels is not None:
@@ -48,7 +49,8 @@ def prepare(context: Context) -> Prepared:
         classes = 1 if groups is None else len(np.unique(groups))
         train = _budget(train, options.labels, context.seed, task, len(context.checkpoint.labels))
         count = choosing(options.labels, len(train), len(validation), classes)
-        validation = sampling.sample(validation, count, context.seed, task)
+        context.deciding = sampling.judged_positions(validation, count, context.seed, task)
+        validation = validation.take(context.deciding)
         context.progress.note(
             f"--labels {options.labels}: the labels of {options.labels} training rows teach, "
             f"{len(validation)} validation rows choose"
@@ -71,23 +73,12 @@ def prepare(context: Context) -> Prepared:
     for ref in options.teachers[1:]:
         found = references.resolve(ref, offline=context.request.common.offline)
         more_teacher = checkpoints.load(
-            found.path,
-            labels=teacher.labels,
-            task=tasks.get(teacher.task.name, teacher.task.primary),
-            device=context.device,
+            found.path, labels=teacher.labels, task=teacher.task.opened(), device=context.device
         )
-        if more_teacher.has_head and more_teacher.task.name != teacher.task.name:
-            # Its outputs would be read as answers of another kind.
-            raise InputError(
-                f"teacher '{ref}' is for {more_teacher.task.name}, but '{options.teachers[0]}' is for "
-                f"{teacher.task.name}",
-                "give teachers of the same task",
-            )
         if more_teacher.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
             raise InputError(f"teacher '{ref}' has another vocabulary than '{options.teachers[0]}'")
-        if more_teacher.has_head and sorted(more_teacher.labels) != sorted(teacher.labels):
-            raise InputError(f"teacher '{ref}' knows other labels than '{options.teachers[0]}'")
         if more_teacher.has_head:
+            _check_alike(ref, more_teacher, options.teachers[0], teacher)
             came_trained.append(ref)
         every.append(_with_head(context, plan, more_teacher)[0])
     return Prepared(plan, every, detail, came_trained)
@@ -125,6 +116,25 @@ def _saw_more(labels: int, teachers: Sequence[str]) -> Warning_:
     )
 
 
+def _check_alike(ref: str, one: Checkpoint, first_ref: str, first: Checkpoint) -> None:
+    """Refuse a teacher whose answers cannot be averaged with those of the first.
+
+    Raises:
+        InputError: It is for another task, knows other labels, or its output is read in another way.
+    """
+    if one.task.name != first.task.name:
+        raise InputError(f"teacher '{ref}' is for {one.task.name}, '{first_ref}' is for {first.task.name}")
+    if one.task.order(first.labels, one.labels) is None:
+        raise InputError(f"teacher '{ref}' knows other labels than '{first_ref}'")
+    ways = [model.task.about(len(model.labels)).get("activation") for model in (one, first)]
+    if ways[0] != ways[1]:
+        raise InputError(
+            f"the output of teacher '{ref}' is read through a different activation ({ways[0]}) than that of "
+            f"'{first_ref}' ({ways[1]}), so their answers have no mean",
+            "give teachers of one kind",
+        )
+
+
 def choosing(labels: int, train: int, validation: int, classes: int) -> int:
     """How many validation rows may choose when the labels of ``labels`` of ``train`` rows may teach.
 
@@ -146,7 +156,7 @@ def _with_head(
     context.progress.phase("teacher")
     options = FitOptions(
         epochs=settings.teacher_epochs
-        or teacher_epochs(labelled, len(teacher.labels), settings.teacher_batch_size),
+        or teacher_epochs(teacher.task, labelled, len(teacher.labels), settings.teacher_batch_size),
         batch_size=settings.teacher_batch_size,
         lr=settings.teacher_lr or (1e-4 if int(teacher.config.hidden_size) <= 384 else 3e-5),
         seed=context.seed,
@@ -166,13 +176,7 @@ def _budget(train: Encoded, labels: int, seed: int, task: Task, outputs: int) ->
         raise UsageError(
             f"--labels {labels} is out of range: from {len(classes)}, one a label, to {len(train)}, all rows"
         )
-    shuffled = np.random.default_rng(seed).permutation(len(train))
-    # Rank of every row within its group, in shuffled order: taking the lowest ranks takes the groups evenly.
-    by_class = shuffled[np.argsort(groups[shuffled], kind="stable")]
-    sizes = np.bincount(groups)
-    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
-    rank = np.arange(len(train)) - starts
-    kept = by_class[np.argsort(rank, kind="stable")[:labels]]
+    kept = sampling.evenly(groups, labels, seed)
     hidden = task.unlabelled(len(train), outputs)
     hidden[kept] = train.labels[kept]
     return Encoded(train.ids, train.type_ids, train.offsets, hidden)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from kdcli import families, registry
+from kdcli import families
 from kdcli.context import Context
 from kdcli.errors import UnavailableError, UsageError
 from kdcli.families import bert
@@ -21,7 +21,6 @@ from kdcli.stages.distill.fitting import augmented
 from kdcli.stages.distill.options import STUDENT_PRESETS, DistillOptions
 from kdcli.stages.distill.plan import DistillPlan
 from kdcli.training import layer_map, number_head, vocabulary
-from kdcli.training.capture import shape_of
 from kdcli.training.loop import FitOptions, FitResult
 from kdcli.training.terms import LossSetting, Shape
 
@@ -44,18 +43,19 @@ class Taught:
         return self.made.checkpoint
 
 
-def precheck(context: Context, plan: DistillPlan) -> None:
-    """Refuse methods and layer maps that mean nothing for these models, before anything is trained.
+def precheck(plan: DistillPlan, teacher: Shape) -> None:
+    """Refuse methods and layer maps that mean nothing for a teacher and a student of these sizes.
+
+    Args:
+        plan: Methods and student.
+        teacher: With as many classes as the student is going to have.
 
     Raises:
         UsageError: Says which and why.
     """
-    registry.need_answers({one.name: one.method for one in plan.chosen}, context.checkpoint.task)
     size = students.size_of(plan.options.student, STUDENT_PRESETS)
     if size is None:  # a checkpoint of the user's own: known when it is loaded
         return
-    teacher = shape_of(context.checkpoint)
-    teacher = replace(teacher, classes=len(context.checkpoint.labels))
     student = Shape(*size, max(1, size[1] // students.HEAD_SIZE), teacher.classes, size[1])
     spec = plan.options.layer_map
     pairs = (
@@ -80,7 +80,7 @@ class Texts:
     """What a student reads: the training rows and, after them, texts made from them, which have no labels."""
 
     rows: Encoded
-    origins: augment.Origins | None = None  # of the further texts; None when there are none
+    origins: augment.Origins | None = None  # of the extra texts; None when there are none
 
 
 def rows_of(context: Context, plan: DistillPlan, teacher: Checkpoint) -> Texts:
@@ -103,7 +103,7 @@ def rows_of(context: Context, plan: DistillPlan, teacher: Checkpoint) -> Texts:
     )
     new = augment.unlike(more, train)
     more = more.take(new)
-    context.progress.note(f"{len(more)} further texts made from {len(train)}, for the teacher to label")
+    context.progress.note(f"{len(more)} extra texts made from {len(train)}, for the teacher to label")
     return Texts(
         text.concatenate(train, more, teacher.task.unlabelled(1, len(context.checkpoint.labels))),
         origins.take(new),
@@ -131,6 +131,7 @@ def make(
         hub=published,
         resolve=lambda ref: references.resolve(ref, offline=offline).path,
         vectors=lambda: vocabulary.token_vectors(teacher, context.progress),
+        pairs=context.dataset.splits["train"].second is not None,
     )
     made.checkpoint.task = teacher.task.opened()
     train = context.encoded["train"]

@@ -32,7 +32,7 @@ RUNTIMES = {"onnx": ("onnx",), "torch": ("torch",), "both": ("onnx", "torch")}
 
 
 @dataclass
-class Candidate:
+class EvaluatedModel:
     """A model that is judged, measured."""
 
     source: str
@@ -58,7 +58,7 @@ def measure(
     picked: picked_rows.Picked,
     timings: Timings,
     progress: Progress,
-) -> Candidate:
+) -> EvaluatedModel:
     """Load one model and measure its quality on the rows; its latency comes later, together with the others'.
 
     Raises:
@@ -106,10 +106,10 @@ def measure(
         weights=weights,
     )
     timed = measurement.Timed(checkpoint, graph, rows, measured)
-    return Candidate(found.ref, checkpoint, timed, warnings, agreed)
+    return EvaluatedModel(found.ref, checkpoint, timed, warnings, agreed)
 
 
-def check_ids(judges: list[Candidate]) -> None:
+def check_ids(judges: list[EvaluatedModel]) -> None:
     """Refuse models that a number in the data would mean different labels of.
 
     Raises:
@@ -152,7 +152,7 @@ class Against:
     warnings: list[Warning_] = field(default_factory=list)
 
 
-def compare(one: Candidate, baseline: Candidate | None, lineage: list[LineageEntry]) -> Against:
+def compare(one: EvaluatedModel, baseline: EvaluatedModel | None, lineage: list[LineageEntry]) -> Against:
     """Compare a model with the baseline, or without one with the first model of its lineage as its report recorded it.
 
     Args:
@@ -174,13 +174,13 @@ def compare(one: Candidate, baseline: Candidate | None, lineage: list[LineageEnt
     return found
 
 
-def bytes_of(one: Candidate) -> int:
+def bytes_of(one: EvaluatedModel) -> int:
     """What :func:`copy` writes, about."""
     assert one.graph is not None
     return sum(path.stat().st_size for path in (*_copied(one), one.graph, *files.beside(one.graph)))
 
 
-def copy(one: Candidate, work: Path) -> None:
+def copy(one: EvaluatedModel, work: Path) -> None:
     """Copy a model unchanged, with the graph that was judged.
 
     Where plain transformers, which the card has people call, would make another tokenizer out of the copy, its settings
@@ -200,7 +200,7 @@ def copy(one: Candidate, work: Path) -> None:
             tokenizers.save(tokenizer, source, work, max_length=one.checkpoint.max_length)
 
 
-def _copied(one: Candidate) -> list[Path]:
+def _copied(one: EvaluatedModel) -> list[Path]:
     return [path for path in sorted(one.checkpoint.path.iterdir()) if path.is_file() and _belongs(path)]
 
 

@@ -279,8 +279,8 @@ def refit(problem: Problem, moments: Moments, *, ridge: float) -> Problem:
     else:
         right, left = problem.right, target
         if sensitivity is not None:  # known for P alone: T = P X up to what P does not reach
-            # By the driver that takes dependent columns, which only the CPU has.
-            x = torch.linalg.lstsq(problem.left.cpu(), target.cpu(), driver="gelsy").solution.to(target)
+            # Not by lstsq: what LAPACK's solver for dependent columns gives depends on where they lie in memory.
+            x = definite.solve(problem.plain, problem.left.T @ target)
             sensitivity = x.T @ sensitivity @ x
     # The mean output is the targets' own: centre + bias = target mean.
     bias = None if problem.bias is None else moments.target_mean - left @ mean

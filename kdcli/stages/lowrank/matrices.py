@@ -157,7 +157,7 @@ class Work:
             )
         if "fisher" in self.rule.needs:
             labelled = [
-                (batch, self._targets(rows, at, batch))
+                (batch, calibration.targets(self.context, rows, at, batch))
                 for at, batch in calibration.indexed(self.context, rows)
             ]
             with self.context.progress.task("Fisher information", len(labelled)) as task:
@@ -171,18 +171,6 @@ class Work:
             Sample(one.inputs, {name: size**power for name, size in sizes.items()})
             for one, sizes in zip(samples, self.felt.tokens, strict=True)
         ]
-
-    @torch.no_grad()
-    def _targets(self, rows: Encoded, at: np.ndarray, batch: Mapping[str, Tensor]) -> Tensor:
-        """Labels of a batch of B rows; a row without one gets the model's own answer."""
-        labels = rows.labels
-        if labels is None:
-            labels = self.task.unlabelled(len(rows), len(self.context.checkpoint.labels))
-        targets = torch.from_numpy(labels[at]).to(self.context.device)
-        unknown = ~self.task.known(labels[at])
-        if unknown.any():
-            targets[unknown] = self.task.own(self.model(**batch).logits)[unknown]
-        return targets
 
     # --- how many directions ----------------------------------------------------------------------
 

@@ -55,8 +55,8 @@ class LowRankOptions(Recovery):
     )
     merge: bool = Field(default=False, description="Multiply factors back where that is smaller or faster.")
     include: Annotated[tuple[str, ...], Flag(metavar="PATTERN")] = Field(
-        default=(), description="Only layers of this glob; repeatable."
+        default=(), description="Only layers that match this glob; repeatable."
     )
     exclude: Annotated[tuple[str, ...], Flag(metavar="PATTERN")] = Field(
-        default=(), description="No layers of this glob; repeatable."
+        default=(), description="No layers that match this glob; repeatable."
     )

@@ -9,17 +9,17 @@ from typing import Any, Literal
 from torch import Tensor
 
 from kdcli.models.conv_factors import Conv, FactorisedConv
-from kdcli.registry import Method
+from kdcli.registry import MethodSpec
 from kdcli.stages.lowrank.factors import Problem
 
 ConvRanks = tuple[int, ...]
 """Of one convolution: what it counts is its method's own."""
 
-Statistic = Literal["sensitivity", "fisher", "magnitude"]
+LayerStatistic = Literal["sensitivity", "fisher", "magnitude"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearRule(Method):
+class LinearRule(MethodSpec):
     """Factorises matrices: says what an error costs, see :mod:`kdcli.stages.lowrank.factors`.
 
     Its ``config`` has ``samples`` and ``centred``.
@@ -27,7 +27,7 @@ class LinearRule(Method):
 
     #: (M, K), both (m, m) float64.
     metrics: Callable[[Problem, Any], tuple[Tensor, Tensor]]
-    needs: frozenset[Statistic] = frozenset()  # statistics it reads besides the inputs
+    needs: frozenset[LayerStatistic] = frozenset()  # statistics it reads besides the inputs
 
     @property
     def weighs_tokens(self) -> bool:
@@ -46,7 +46,7 @@ class LinearRule(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvolutionRule(Method):
+class ConvolutionRule(MethodSpec):
     """Factorises convolutions from their weights alone."""
 
     #: ConvRanks at which nothing is lost.

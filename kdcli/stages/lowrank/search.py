@@ -11,21 +11,22 @@ from kdcli.inputs import sampling
 from kdcli.probe import bisection
 from kdcli.probe import rows as calibration
 from kdcli.probe.bisection import JUDGED_ROWS
+from kdcli.report import metrics
 
 MOST, LEAST = 0.95, 0.05  # of the parameters
 TRIES = 6
 
-Ranks = TypeVar("Ranks")
+AnyRanks = TypeVar("AnyRanks")
 
 
 def smallest(
     context: Context,
     max_drop: float,
-    shared: Callable[[float], Ranks],
-    put: Callable[[Ranks], None],
+    shared: Callable[[float], AnyRanks],
+    put: Callable[[AnyRanks], None],
     back: Callable[[], None],
     detail: dict[str, Any],
-) -> Ranks | None:
+) -> AnyRanks | None:
     """Try budgets on validation rows, each on the dense model.
 
     Args:
@@ -40,11 +41,11 @@ def smallest(
         The ranks of the smallest budget that loses at most ``max_drop``; None where none does.
     """
     task = context.checkpoint.task
-    judged = sampling.sample(context.encoded["validation"], JUDGED_ROWS, sampling.JUDGING_SEED, task)
-    full = calibration.score(context, judged)
+    judged = sampling.judged(context.encoded["validation"], JUDGED_ROWS, sampling.JUDGING_SEED, task)
+    full, shown = calibration.score(context, judged), metrics.of(task.primary).of_score
     scores: list[float | None] = []
 
-    def attempt(budget: float) -> tuple[Ranks, float] | None:
+    def attempt(budget: float) -> tuple[AnyRanks, float] | None:
         try:
             ranks = shared(budget)
         except UsageError:  # rank 1 everywhere is more than that
@@ -53,11 +54,11 @@ def smallest(
         put(ranks)
         score = calibration.score(context, judged)
         back()
-        scores.append(score)
+        scores.append(shown(score))
         return ranks, full - score
 
     steps: list[dict[str, Any]] = []
-    detail["search"] = {"rows": len(judged), task.primary: full, "max_drop": max_drop, "steps": steps}
+    detail["search"] = {"rows": len(judged), task.primary: shown(full), "max_drop": max_drop, "steps": steps}
     found = bisection.search(attempt, max_drop, safe=MOST, bold=LEAST, tries=TRIES, safe_first=True, digits=4)
     if found is None:  # the first budget could not be met, and no other was tried
         steps.append({"budget": MOST, task.primary: None, "kept": False})

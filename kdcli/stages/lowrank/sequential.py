@@ -235,6 +235,7 @@ def replace_all(
             part.replace(model)
             errors |= part.advance()
             exact = part.after
+            del part  # what it has kept of the dense layer is as much as the hidden states, several times
             if job.spend:
                 for unit in own.values():
                     unit.dense.to("meta")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kdcli import cache
 from kdcli.context import Context
 from kdcli.errors import UsageError
 from kdcli.probe import speedup
@@ -14,21 +14,21 @@ from kdcli.stages.lowrank import rank_budget
 from kdcli.stages.lowrank.options import LowRankOptions
 from kdcli.stages.lowrank.rank_budget import Choices
 
-Picked = dict[str, Any]
+PickedRanks = dict[str, Any]
 """Layer name -> what it becomes, one of the options of its choices: a rank, ranks, or None (dense)."""
 
 _FILE = "speed.json"
 
 
-def resumed(context: Context, detail: dict[str, Any]) -> Picked | None:
+def resumed(context: Context, detail: dict[str, Any]) -> PickedRanks | None:
     """What an interrupted run had chosen, when it is resumed.
 
     Another measurement could ask for other ranks, and the training that goes on belongs to those.
     """
-    kept = context.resume_dir / _FILE
-    if not context.request.common.resume or not kept.exists():
+    if not context.request.common.resume:
         return None
-    earlier = json.loads(kept.read_text(encoding="utf-8"))
+    if (earlier := cache.load_json(context.resume_dir / _FILE)) is None:
+        return None
     detail["target_speedup"] = earlier["target_speedup"]
     return {name: tuple(rank) if isinstance(rank, list) else rank for name, rank in earlier["ranks"].items()}
 
@@ -38,9 +38,9 @@ def choose(
     target: float,
     choices: Mapping[str, Choices],
     whole: float,
-    measure: Callable[[Picked], Speed],
+    measure: Callable[[PickedRanks], Speed],
     detail: dict[str, Any],
-) -> Picked:
+) -> PickedRanks:
     """Choose what every layer becomes, so that the damage is least and the finished model fast enough.
 
     What layers cost alone is not what they cost in the finished graph, where some are fused and all share the
@@ -67,7 +67,7 @@ def choose(
     dense, least = (sum(float(c.cost[at]) for c in choices.values()) for at in (-1, 0))
     seen: list[dict[str, int]] = []
 
-    def attempt(share: float) -> Attempt[Picked] | None:
+    def attempt(share: float) -> Attempt[PickedRanks] | None:
         at = rank_budget.least(choices, whole * share - (whole - dense))
         if at in seen:
             return None
@@ -90,7 +90,6 @@ def choose(
     }
     options = context.request.options
     if isinstance(options, LowRankOptions) and options.epochs:
-        context.resume_dir.mkdir(parents=True, exist_ok=True)
-        words = json.dumps({"ranks": chosen.result, "target_speedup": detail["target_speedup"]})
-        (context.resume_dir / _FILE).write_text(words, encoding="utf-8")
+        kept = {"ranks": chosen.result, "target_speedup": detail["target_speedup"]}
+        cache.save_json(context.resume_dir / _FILE, kept)
     return chosen.result

@@ -115,9 +115,10 @@ def foreseen(request: Request, sizes: Sizes) -> Foreseen:
     """Statistics, and the recovery.
 
     Raises:
-        UsageError: A bad setting.
+        UsageError: A bad setting, or a method that cannot work with the task's answers.
     """
     options = request.options_as(LowRankOptions)
+    registry.need_answers({options.method: rule_of(options.method)}, sizes.task)
     settings_of(options.method, request.common.settings)
     seconds = sizes.learning(STATISTICS_ROWS) + sizes.learning(options.epochs * sizes.rows["train"])
     return Foreseen({"method": options.method}, seconds)
@@ -172,7 +173,7 @@ def _plan(context: Context) -> LowRankPlan:
 
 def rule_of(name: str) -> LinearRule | ConvolutionRule:
     """A method by its name."""
-    found = registry.load("lowrank", name, registry.Method)
+    found = registry.load("lowrank", name, registry.MethodSpec)
     assert isinstance(found, LinearRule | ConvolutionRule)
     return found
 

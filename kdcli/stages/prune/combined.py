@@ -26,7 +26,7 @@ FIXED = {"layers": ("keep_layers", "keep"), "width": ("width",)}
 
 
 @dataclass(frozen=True)
-class Part:
+class StructurePart:
     """One kind of structure, its method, and how much of it goes."""
 
     structure: str  # vocab, layers, width, heads, neurons or heads+neurons
@@ -49,7 +49,7 @@ class CombinedPlan:
     """Parts in the order in which they go."""
 
     options: PruneOptions
-    parts: list[Part]
+    parts: list[StructurePart]
     params: dict[str, Any]  # for the report
     max_drop: float | None = None  # search the smallest model that keeps it
 
@@ -100,7 +100,7 @@ def check(request: Request) -> CombinedPlan:
     chosen = _chosen(structures, options.method)
     _, settings = registry.share_out("prune", request.common.settings, dict(chosen.values()))
     parts = [
-        Part(structure, name, criterion, criterion.configured(settings[name]), settings[name])
+        StructurePart(structure, name, criterion, criterion.configured(settings[name]), settings[name])
         for structure, (name, criterion) in chosen.items()
     ]
     if options.target_speedup is not None:
@@ -156,7 +156,7 @@ def _chosen(structures: tuple[str, ...], method: str | None) -> dict[str, tuple[
     return found
 
 
-def _share_out(options: PruneOptions, parts: list[Part]) -> list[Part]:
+def _share_out(options: PruneOptions, parts: list[StructurePart]) -> list[StructurePart]:
     """Say which part ``--sparsity`` or ``--budget`` is for: heads and neurons, or the one part that has MACs."""
     open_parts = [p for p in parts if p.structure != "vocab" and not p.fixed]
     of_units = [p for p in open_parts if p.structure in plan.UNITS]
@@ -182,7 +182,7 @@ def _share_out(options: PruneOptions, parts: list[Part]) -> list[Part]:
     return [replace(p, sparsity=sparsity, budget=options.budget) if p is target else p for p in parts]
 
 
-def _alone(request: Request, part: Part, budget: float | None = None) -> Request:
+def _alone(request: Request, part: StructurePart, budget: float | None = None) -> Request:
     """The request for this part by itself, without training and without gates."""
     options = request.options_as(PruneOptions).model_copy(
         update={
@@ -237,7 +237,7 @@ def apply(context: Context, chain: CombinedPlan) -> Applied:
     return Applied(context.checkpoint, method, warnings=state.warnings)
 
 
-def _cut_units(context: Context, part: Part, state: State) -> None:
+def _cut_units(context: Context, part: StructurePart, state: State) -> None:
     """Heads and neurons spend what is left of a budget that refers to the model as it came."""
     budget = None
     if part.budget is not None:

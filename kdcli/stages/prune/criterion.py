@@ -17,7 +17,7 @@ from kdcli.families.layer import Layer
 from kdcli.inputs.feeding import Labelled
 from kdcli.models.transforms import Cut
 from kdcli.progress import Progress
-from kdcli.registry import Method
+from kdcli.registry import MethodSpec
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
 
@@ -155,7 +155,7 @@ def _does_not(job: Any, config: Any) -> NoReturn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Criterion(Method):
+class Criterion(MethodSpec):
     """A method of pruning: what it does for which structures.
 
     Its ``config`` has ``samples`` and ``batch_size`` where it reads training rows, and ``steps`` where it can judge

@@ -20,13 +20,13 @@ from kdcli.stages.prune.criterion import LayerJob, WidthJob
 from kdcli.stages.prune.options import PruneOptions
 
 if TYPE_CHECKING:
-    from kdcli.stages.prune.combined import Part, State
+    from kdcli.stages.prune.combined import State, StructurePart
 
 STEP = 8
 """Features are cut in eights, the numbers that vector units and integer kernels work in."""
 
 
-def shrink(context: Context, part: Part, state: State) -> None:
+def shrink(context: Context, part: StructurePart, state: State) -> None:
     """Drop layers or cut features, in place, and write down what went."""
     if part.structure == "layers":
         _drop_layers(context, part, state)
@@ -34,11 +34,11 @@ def shrink(context: Context, part: Part, state: State) -> None:
         _narrow(context, part, state)
 
 
-def _batches(context: Context, part: Part) -> list[Labelled]:
-    return rows_read.of(context, part.criterion, part.config)
+def _batches(context: Context, part: StructurePart) -> list[Labelled]:
+    return rows_read.for_criterion(context, part.criterion, part.config)
 
 
-def _drop_layers(context: Context, part: Part, state: State) -> None:
+def _drop_layers(context: Context, part: StructurePart, state: State) -> None:
     checkpoint = context.checkpoint
     model, family = checkpoint.model, checkpoint.family
     layers = stack.encoder_layers(model, family)
@@ -86,7 +86,7 @@ def _drop_layers(context: Context, part: Part, state: State) -> None:
     state.origin = left
 
 
-def _narrow(context: Context, part: Part, state: State) -> None:
+def _narrow(context: Context, part: StructurePart, state: State) -> None:
     checkpoint = context.checkpoint
     model, family = checkpoint.model, checkpoint.family
     have = stack.width_of(model, family)
@@ -110,7 +110,7 @@ def _narrow(context: Context, part: Part, state: State) -> None:
     }
 
 
-def _width(part: Part, state: State, layers: list[Layer], have: int) -> int:
+def _width(part: StructurePart, state: State, layers: list[Layer], have: int) -> int:
     """How many features stay."""
     if (width := part.config.width) is not None:
         if width > have:

@@ -25,7 +25,7 @@ from kdcli.families.layer import Layer
 from kdcli.families.modules import LowRankLinear, Projection
 from kdcli.stages.prune.criterion import Units
 
-Kind = tuple[str, ...]
+LayerKind = tuple[str, ...]
 """``heads`` or ``neurons``, and what else decides the cost of such a sub-layer: the ranks of its factors."""
 
 _FLOOR = 0.01  # of the mean cost of a unit: noise must not make a unit free, or worth less than nothing
@@ -74,7 +74,7 @@ class LatencyCurve:
 class LatencyTable:
     """The latency of a model's parts at one batch size and one length, on one machine."""
 
-    curves: Mapping[Kind, LatencyCurve]
+    curves: Mapping[LayerKind, LatencyCurve]
     rest: float  # milliseconds of everything that no head and no neuron belongs to
 
     def anchored(self, layers: Sequence[Layer], milliseconds: float) -> LatencyTable:
@@ -132,7 +132,7 @@ class LatencyTable:
         return float(np.clip((1 - share) * self.total(layers), 0.0, most))
 
 
-def kind_of(layer: Layer, part: str) -> Kind:
+def kind_of(layer: Layer, part: str) -> LayerKind:
     """Which curve a sub-layer that has units is on."""
     if part == "heads":
         projections = [layer.query, layer.key, layer.value, layer.attention_output]

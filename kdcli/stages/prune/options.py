@@ -81,7 +81,7 @@ class PruneOptions(Recovery):
 
     structure: Annotated[str, Flag(metavar="NAME", names=lambda: STRUCTURE_NAMES, check=_structure)] = Field(
         default="heads+neurons",
-        description="What is removed; + joins vocab, layers, width, heads and neurons; N:M, such as 2:4, zeros all "
+        description="What to remove; + joins vocab, layers, width, heads and neurons; N:M, such as 2:4, zeros all "
         "but N of M neighbours.",
     )
     method: Annotated[str | None, choice("prune method", _methods)] = Field(

@@ -11,6 +11,7 @@ from kdcli.context import Applied, Context
 from kdcli.errors import InputError
 from kdcli.models import checkpoint as checkpoints
 from kdcli.probe import bisection
+from kdcli.report import metrics
 from kdcli.report.schema import Warning_
 from kdcli.stages.prune.plan import TRIES
 from kdcli.training import loop
@@ -24,7 +25,7 @@ def apply(context: Context, max_drop: float, cut: Callable[[Context, float], App
 
     Args:
         context: The input.
-        max_drop: In points of 1 of the primary metric on the validation rows.
+        max_drop: In the unit of the primary metric, on the validation rows.
         cut: Prunes the model of a context by a share, recovery included.
 
     Raises:
@@ -36,7 +37,7 @@ def apply(context: Context, max_drop: float, cut: Callable[[Context, float], App
         raise InputError(
             f"--max-drop searches by the {metric} on the validation rows, and some have no label"
         )
-    dense = score(context)
+    dense, shown = score(context), metrics.of(metric).of_score
     rows: list[dict[str, Any]] = []
 
     def attempt(share: float) -> tuple[Applied, float]:
@@ -52,13 +53,15 @@ def apply(context: Context, max_drop: float, cut: Callable[[Context, float], App
                 "try": number,
                 "sparsity": share,
                 "macs_kept": applied.method.detail.get("encoder_macs_kept"),
-                metric: value,
+                metric: shown(value),
                 "drop": dense - value,
                 "kept": bisection.keeps(dense - value, max_drop),
                 "seconds": round(time.perf_counter() - begun, 1),
             }
         )
-        context.progress.note(f"try {number}: validation {metric} {value:.4f} after {dense:.4f}")
+        context.progress.note(
+            f"try {number}: validation {metric} {shown(value):.4f} after {shown(dense):.4f}"
+        )
         return applied, dense - value
 
     best = bisection.search(attempt, max_drop, safe=0.0, bold=MOST, tries=TRIES)
@@ -68,7 +71,7 @@ def apply(context: Context, max_drop: float, cut: Callable[[Context, float], App
     applied.method.detail["search"] = {
         "split": "validation",
         "rows": len(labels),
-        f"{metric}_before": dense,
+        f"{metric}_before": shown(dense),
         "max_drop": max_drop,
         "tries": rows,
     }

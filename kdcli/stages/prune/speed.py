@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from kdcli import cache
 from kdcli.context import Applied, Context
 from kdcli.devices import session_device
 from kdcli.errors import UsageError
@@ -127,9 +127,9 @@ def apply(
         amount = Amount(prices.price, prices.remove(now, options.structure, share), recover=False)
         return units.apply(inner, plan, amount), inner
 
-    if context.request.common.resume and options.epochs and not gradual and chosen.exists():
-        # Another measurement could ask for another cut, and the training that goes on belongs to this one.
-        earlier = json.loads(chosen.read_text(encoding="utf-8"))
+    # Another measurement could ask for another cut, and the training that goes on belongs to this one.
+    resuming = context.request.common.resume and options.epochs and not gradual
+    if earlier := cache.load_json(chosen) if resuming else None:
         tries, number = earlier["tries"], earlier["number"]
         found = Chosen(cut(tries[number]["share_of_time"]), number, tries)
     else:
@@ -144,8 +144,7 @@ def apply(
         found = speedup.correct(context, target, attempt, rounds=1 if gradual else speedup.ROUNDS)
     applied, inner = found.result
     if options.epochs and not gradual:
-        chosen.parent.mkdir(parents=True, exist_ok=True)
-        chosen.write_text(json.dumps({"tries": found.tries, "number": found.number}), encoding="utf-8")
+        cache.save_json(chosen, {"tries": found.tries, "number": found.number})
         applied.method.detail["recovery"] = recover(inner, **plan.training)
     summary = speedup.summary(target, found)
     applied.method.detail["target_speedup"] = summary | {"table": table_row}

@@ -18,7 +18,7 @@ from kdcli.probe.hooks import Enough, reading
 from kdcli.probe.layer_stream import Stream
 from kdcli.stages.prune.criterion import WeightJob
 
-Statistic = Literal["moment", "squares"]
+InputStatistic = Literal["moment", "squares"]
 
 
 class SecondMoment:
@@ -28,7 +28,7 @@ class SecondMoment:
     how the rows were cut into batches beyond the rounding of one product.
     """
 
-    def __init__(self, size: int, statistic: Statistic, device: torch.device) -> None:
+    def __init__(self, size: int, statistic: InputStatistic, device: torch.device) -> None:
         place = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         shape = (size,) if statistic == "squares" else (size, size)
         self.sum = torch.zeros(shape, dtype=torch.float64, device=place)
@@ -52,7 +52,7 @@ Decide = Callable[[str, nn.Linear, Tensor], None]
 
 
 @torch.no_grad()
-def sequentially(job: WeightJob, statistic: Statistic, decide: Decide) -> None:
+def sequentially(job: WeightJob, statistic: InputStatistic, decide: Decide) -> None:
     """Show ``decide`` every matrix with the statistic of its inputs, in the order in which they run.
 
     Every matrix sees what reaches it from those before it as ``decide`` left them. Matrices that read the

@@ -38,7 +38,7 @@ def apply(context: Context, plan: PrunePlan, amount: Amount | None = None) -> Ap
             layers, options.structure, tokens, sparsity=plan.sparsity, budget=options.budget
         )
         amount = Amount(lambda now: costs(now, tokens), remove)
-    batches = rows_read.of(context, plan.criterion, plan.config)
+    batches = rows_read.for_criterion(context, plan.criterion, plan.config)
     job = UnitJob(
         model,
         layers,

@@ -20,10 +20,10 @@ from kdcli.report.schema import Warning_
 from kdcli.stages.prune.criterion import TokenJob
 
 if TYPE_CHECKING:
-    from kdcli.stages.prune.combined import Part, State
+    from kdcli.stages.prune.combined import State, StructurePart
 
 
-def drop(context: Context, part: Part, state: State) -> None:
+def drop(context: Context, part: StructurePart, state: State) -> None:
     """Cut the vocabulary; the data is tokenised again from here on.
 
     The checkpoint of ``context`` becomes a new one with the same model and the new tokenizer, so that whoever
@@ -72,8 +72,8 @@ def drop(context: Context, part: Part, state: State) -> None:
         )
 
 
-def _counts(context: Context, part: Part, size: int) -> np.ndarray:
-    """How often each token occurs in the training and validation rows and in the further texts, (V,)."""
+def _counts(context: Context, part: StructurePart, size: int) -> np.ndarray:
+    """How often each token occurs in the training and validation rows and in the extra texts, (V,)."""
     checkpoint = context.checkpoint
     texts = [context.encoded[name] for name in ("train", "validation") if name in context.encoded]
     if (file := part.config.vocab_text) is not None:

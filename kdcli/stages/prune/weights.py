@@ -33,7 +33,7 @@ def apply(context: Context, plan: PrunePlan) -> Applied:
         raise InputError("the model's encoder has no weights left to prune")
     layers = encoder_layers(checkpoint.model, checkpoint.family)
     pattern = plan.n_of_m or Pattern(plan.sparsity or 0.0)
-    batches = rows_read.of(context, plan.criterion, plan.config)
+    batches = rows_read.for_criterion(context, plan.criterion, plan.config)
     job = WeightJob(checkpoint.model, layers, matrices, pattern, batches, context.seed, context.progress)
     detail: dict[str, Any] = {"note": _ZEROS}
     found: dict[str, Tensor]

@@ -22,7 +22,7 @@ from kdcli.measure import comparison, environment
 from kdcli.measure import measurement as measuring
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.report import gates
+from kdcli.report import gates, metrics
 from kdcli.report.schema import Delta, Gate, Measurement
 from kdcli.stages.quantize import guard
 from kdcli.stages.quantize import plan as plans
@@ -99,6 +99,13 @@ class Tried:
         assert self.measurement is not None
         return gates.drop_of(self.measurement, self.delta) or 0.0
 
+    @property
+    def loss(self) -> str:
+        """In words; a gain is none."""
+        assert self.measurement is not None
+        assert self.measurement.quality is not None
+        return metrics.of(self.measurement.quality.primary).points(max(0.0, self.drop))
+
     def row(self) -> dict[str, Any]:
         """For the report."""
         made: dict[str, Any] = {"candidate": self.candidate.name, "scheme": self.candidate.scheme}
@@ -171,7 +178,7 @@ def apply(context: Context, plan: AutoPlan) -> Applied:
     ]
     timings = Timings()
     count = min(plan.config.rows, context.request.common.limit or plan.config.rows)
-    rows = sampling.sample(
+    rows = sampling.judged(
         context.encoded["validation"], count, sampling.JUDGING_SEED, context.checkpoint.task
     )
     conditions = measuring.Conditions(
@@ -239,10 +246,9 @@ def _try_all(
 ) -> list[Tried]:
     """Build every candidate, then time all of them in turns with the input."""
     assert context.input_graph is not None
-    given = measuring.measure(
-        context.checkpoint, context.input_graph, rows, "validation", conditions, title="input"
-    )
-    timed = [measuring.Timed(context.checkpoint, context.input_graph, rows, given)]
+    first = _decided(context.checkpoint, context.input_graph, rows, conditions)
+    given = measuring.measure(first, context.input_graph, rows, "validation", conditions, title="input")
+    timed = [measuring.Timed(first, context.input_graph, rows, given)]
     tried, found = [], []
     for number, candidate in enumerate(candidates):
         context.progress.phase(f"candidate {candidate.name}")
@@ -258,25 +264,39 @@ def _try_all(
             one.reason = f"it could not be built: {error}"
             continue
         one.seconds = sum(clock.seconds.values())
+        model = _decided(model, place / graphs.FILE, rows, conditions)
         measured = measuring.measure(
             model, place / graphs.FILE, rows, "validation", conditions, title=candidate.name
         )
-        found.append((one, measured))
+        found.append((one, measured, model.task))
         del model  # its weights; for timing only the graph is needed
         timed.append(measuring.Timed(context.checkpoint, place / graphs.FILE, rows, measured))
     context.progress.phase("time the candidates")
     measuring.time_together(timed, conditions)
-    for one, measured in found:
+    for one, measured, task in found:
         assert rows.labels is not None
         one.measurement = measured.measurement
         one.delta = comparison.row_by_row(
             comparison.compare(given.measurement, measured.measurement),
-            context.checkpoint.task.compare(given.logits, measured.logits, rows.labels),
+            task.compare(given.logits, measured.logits, rows.labels, rows.queries, first.task),
         )
         one.gates = gates.judge(
             context.request.common.gates, given.measurement, measured.measurement, one.delta
         )
     return tried
+
+
+def _decided(model: Checkpoint, graph: Path, rows: Encoded, conditions: measuring.Conditions) -> Checkpoint:
+    """The same as it would ship: what validation rows decided for the input they decide anew for its successor.
+
+    Here they are the rows that judge, for the input as for every candidate.
+    """
+    if not model.task.decided:
+        return model
+    task = measuring.decided(
+        model, rows, conditions.progress, graph=graph, device=conditions.device, threads=conditions.threads
+    )
+    return replace(model, task=task)
 
 
 def _build(
@@ -339,7 +359,7 @@ def why_not(one: Tried, best: Tried, objective: str) -> str:
         )
         return f"missed {shown}"
     if not best.passed:
-        return f"missed as many gates or more, and loses {100 * one.drop:.2f} points against {100 * best.drop:.2f}"
+        return f"missed as many gates or more, and loses {one.loss} against {best.loss}"
     if objective == "smallest":
         return f"{one.bytes / best.bytes:.2f} times the size"
     if one.milliseconds <= _SAME_TIME * best.milliseconds:

@@ -9,6 +9,7 @@ import torch
 from kdcli.context import Applied, Context
 from kdcli.inputs import sampling
 from kdcli.probe import bisection
+from kdcli.report import metrics
 from kdcli.stages.quantize import plan as plans
 from kdcli.stages.quantize import single_layers
 from kdcli.stages.quantize.plan import QuantizePlan
@@ -37,7 +38,7 @@ def apply(context: Context, plan: QuantizePlan) -> Applied:
         return _with(carry_out(context, plan), detail)
     checkpoint, validation = context.checkpoint, context.encoded["validation"]
     count = min(bisection.JUDGED_ROWS, context.request.common.limit or bisection.JUDGED_ROWS)
-    rows = sampling.sample(validation, count, sampling.JUDGING_SEED, checkpoint.task)
+    rows = sampling.judged(validation, count, sampling.JUDGING_SEED, checkpoint.task)
     dense = {f"{name}.weight": layer.weight.detach().clone() for name, layer in plan.layers.items()}
     base = answer(checkpoint, rows)
     applied = carry_out(context, plan)
@@ -86,13 +87,14 @@ def _restore(context: Context, weights: dict[str, torch.Tensor]) -> None:
 
 def _say(context: Context, found: single_layers.FewestKept, drop: float) -> None:
     names = ", ".join(found.kept[:4]) + (" and others" if len(found.kept) > 4 else "")
-    text = f"quantising everything loses {100 * drop:.2f} points on validation rows"
+    metric = metrics.of(context.checkpoint.task.primary)
+    text = f"quantising everything loses {metric.points(drop)} ({metric.title}) on validation rows"
     if not found.kept:
         context.progress.note(f"{text}, and keeping layers in fp32 does not help")
         return
     end = "" if found.met else "; that is still too much, but nothing else was better"
     context.progress.note(
-        f"{text}; with {len(found.kept)} layers kept in fp32 ({names}) {100 * found.drop:.2f}{end}"
+        f"{text}; with {len(found.kept)} layers kept in fp32 ({names}) {metric.points(max(0.0, found.drop))}{end}"
     )
 
 

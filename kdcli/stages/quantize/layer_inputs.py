@@ -15,7 +15,6 @@ from kdcli.inputs import batching, kinds, sampling
 from kdcli.inputs.feeding import model_inputs
 from kdcli.probe.hooks import watching
 
-Layers = Mapping[str, nn.Module]
 T = TypeVar("T")
 
 
@@ -33,7 +32,7 @@ def calibration_batches(context: Context, rows: int, batch_size: int = 8) -> Ite
 @torch.no_grad()
 def observe(
     context: Context,
-    layers: Layers,
+    layers: Mapping[str, nn.Module],
     rows: int,
     make: Callable[[], T],
     add: Callable[[T, Tensor], None],

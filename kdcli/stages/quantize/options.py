@@ -29,7 +29,7 @@ class QuantizeOptions(Dense):
         default=128, ge=1, description="Rows to calibrate on."
     )
     keep_fp32: Annotated[tuple[str, ...], Flag(metavar="PATTERN")] = Field(
-        default=(), description="Leave layers of this glob alone; repeatable."
+        default=(), description="Leave layers that match this glob in fp32; repeatable."
     )
     embeddings: Annotated[str | None, choice("embedding format", lambda: EMBEDDINGS)] = Field(
         default=None,

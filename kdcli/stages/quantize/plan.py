@@ -17,7 +17,7 @@ from kdcli.stages.quantize.options import QuantizeOptions
 from kdcli.stages.quantize.scheme import Scheme, WeightRounding
 
 Convolution = nn.Conv1d | nn.Conv2d
-Layer = nn.Linear | nn.Embedding | Convolution
+Quantisable = nn.Linear | nn.Embedding | Convolution
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class QuantizePlan:
     scheme: Scheme
     config: Any  # its settings
     options: QuantizeOptions
-    layers: Mapping[str, Layer]  # what is quantised; what is kept in fp32 is not among them
+    layers: Mapping[str, Quantisable]  # what is quantised; what is kept in fp32 is not among them
     embeddings: str  # format of the tables, one of EMBEDDINGS
     settings: Mapping[str, str]  # as they were given
     rounding: WeightRounding | None = None  # that ``config.rounding`` names
@@ -161,7 +161,7 @@ def _refuse_without_use(name: str, scheme: Scheme, options: QuantizeOptions) -> 
 
 def choose(
     model: nn.Module, keep: tuple[str, ...], *, tables: bool, convolutions: bool = False
-) -> dict[str, Layer]:
+) -> dict[str, Quantisable]:
     """Every linear layer, the factors of factorised ones among them, and the embedding tables; less the kept.
 
     Convolutions are among them for schemes that have a kernel for them.
@@ -171,7 +171,7 @@ def choose(
     Raises:
         UsageError: A pattern that matches nothing, or patterns that leave nothing.
     """
-    layers: dict[str, Layer] = {}
+    layers: dict[str, Quantisable] = {}
     for name, module in model.named_modules():
         table = isinstance(module, nn.Embedding) and is_token_table(name)
         convolution = isinstance(module, Convolution) and convolutions

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import Tensor
 
 from kdcli.models.integers import Integers
-from kdcli.registry import Method
+from kdcli.registry import MethodSpec
 
 if TYPE_CHECKING:
     from kdcli.context import Applied, Context
@@ -49,7 +49,7 @@ class OfInputs(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightRounding(Method):
+class WeightRounding(MethodSpec):
     """A way of choosing integers, scales and zero points; one of the two is there."""
 
     of_weight: OfWeight | None = None
@@ -87,7 +87,7 @@ def _no_operators(config: Any) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheme(Method):
+class Scheme(MethodSpec):
     """A number format: what it rounds, how, and how its graph is written.
 
     Its ``config`` has ``smooth`` where SmoothQuant may come first, and ``rounding`` where the way of rounding is one

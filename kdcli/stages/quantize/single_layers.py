@@ -12,6 +12,7 @@ from kdcli.inputs.text import Encoded
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.probe.bisection import keeps
 from kdcli.progress import Progress
+from kdcli.report import metrics
 from kdcli.stages.quantize.simulated import Answers, Simulation
 
 # The divergence of probabilities is told apart with few rows; a search by accuracy needs more.
@@ -30,14 +31,15 @@ class LayerGroup:
     kept: tuple[float, float] = (0.0, 0.0)
 
     def row(self, metric: str) -> dict[str, Any]:
-        """For the report, the scores by the name of the metric."""
+        """For the report, the scores as values of the metric."""
+        shown = metrics.of(metric).of_score
         return {
             "unit": self.name,
             "layers": len(self.layers),
             "divergence_one_quantised": self.alone[0],
-            f"{metric}_one_quantised": self.alone[1],
+            f"{metric}_one_quantised": shown(self.alone[1]),
             "divergence_one_kept": self.kept[0],
-            f"{metric}_one_kept": self.kept[1],
+            f"{metric}_one_kept": shown(self.kept[1]),
         }
 
 
@@ -70,7 +72,7 @@ def measure(
         ``units``: :class:`LayerGroup` objects; ``rows``, ``all`` and ``none``: how many rows, and (divergence,
         accuracy) with everything and with nothing quantised.
     """
-    few = sampling.sample(rows, SENSITIVITY_ROWS, sampling.JUDGING_SEED, checkpoint.task)
+    few = sampling.judged(rows, SENSITIVITY_ROWS, sampling.JUDGING_SEED, checkpoint.task)
     everything = set(simulation.layers)
     found = units(checkpoint, simulation.layers)
     base = simulation.answers(set(), few)
@@ -96,7 +98,7 @@ def search(
     max_drop: float,
     first: Answers,
 ) -> FewestKept:
-    """The fewest units to keep so that accuracy on ``rows`` falls by at most ``max_drop``.
+    """The fewest units to keep so that the score on ``rows`` falls by at most ``max_drop``.
 
     Units are kept in the order of what that gains, and in the order of what they lose alone: where little is left
     of a model, keeping one unit gains nothing. The smallest number that will do is found by halving, then each
@@ -108,7 +110,7 @@ def search(
         found: Units, the one whose keeping gains most first.
         rows: Labelled rows.
         base: The float model's answers to them.
-        max_drop: In points of 1.
+        max_drop: In the unit of the primary metric.
         first: Answers with everything quantised.
     """
     everything = set(simulation.layers)
@@ -164,11 +166,12 @@ def _unit_of(checkpoint: Checkpoint, layer: str) -> str:
 
 
 def table(found: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    """What :func:`measure` found, for the report, the scores by the name of the metric."""
+    """What :func:`measure` found, for the report, the scores as values of the metric."""
+    shown = metrics.of(metric).of_score
     return {
         "rows": found["rows"],
         "divergence_all_quantised": found["all"][0],
-        f"{metric}_all_quantised": found["all"][1],
-        f"{metric}_none_quantised": found["none"][1],
+        f"{metric}_all_quantised": shown(found["all"][1]),
+        f"{metric}_none_quantised": shown(found["none"][1]),
         "units": [unit.row(metric) for unit in found["units"]],
     }

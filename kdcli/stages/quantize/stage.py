@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kdcli import registry
 from kdcli.context import Applied, Context, Stage
 from kdcli.foresight import Foreseen, Sizes
 from kdcli.report.schema import Warning_
@@ -56,7 +57,7 @@ def foreseen(request: Request, sizes: Sizes) -> Foreseen:
     """Scheme, tables, and the onnxruntime that the graph needs.
 
     Raises:
-        UsageError: A bad option.
+        UsageError: A bad option, or a scheme that cannot work with the task's answers.
     """
     options = request.options_as(QuantizeOptions)
     if options.scheme == auto.SCHEME:
@@ -64,6 +65,7 @@ def foreseen(request: Request, sizes: Sizes) -> Foreseen:
         facts = {"scheme": options.scheme, "embeddings": options.embeddings or "int8"}
         return Foreseen(facts | {"onnxruntime": "as the chosen scheme needs"}, written=sizes.weights // 2)
     found = plans.settle(options.scheme, request.common.settings)
+    registry.need_answers({options.scheme: found.scheme}, sizes.task)
     tables = plans.tables_of(options.scheme, found.scheme.tables, options, found.scheme.embeddings)
     needed = oldest_runtime.of_scheme(found.scheme, found.config, tables)
     facts = {"scheme": options.scheme, "embeddings": tables}

@@ -37,7 +37,7 @@ def loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: Scores (B, 1); no gradient flows into them.
 
     Returns:
-        Scalar, in squared units of the scores, at least 0; 0 for a single row.
+        Scalar, in squared units of the scores (of which training leaves none), at least 0; 0 for a single row.
     """
     dtype = student.dtype if student.dtype.itemsize >= 4 else torch.float32
     d = (student.to(dtype) - teacher.detach().to(dtype)).flatten()

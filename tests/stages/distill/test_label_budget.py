@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from kdcli.run import life
 from kdcli.stages.distill import lesson
 from kdcli.stages.distill import stage as distill
 from kdcli.stages.distill.options import DistillOptions
+from kdcli.tasks.multi_label import MultiLabel
 from tests import tiny
 
 
@@ -94,6 +98,37 @@ def test_a_teacher_that_is_fine_tuned_first_sees_no_more_labels_than_its_student
     report = run(headless, data_dir, tmp_path / "out", 24)
     assert seen == [[24, 8]]
     assert not any(w.code == "teacher-labels" for w in report.warnings)
+
+
+def test_a_student_that_reads_other_tokens_decides_by_as_few_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["joy", "anger", "fear"]
+    rng = random.Random(0)
+    data = tmp_path / "data.jsonl"
+    rows = [
+        {"text": tiny.sentence(rng, i % 2 == 1), "labels": rng.sample(names, 1 + i % 2)} for i in range(200)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    load, decided, seen = life.checkpoints.load, life.measurement.decided, []
+
+    def loaded(path: Path, **how: Any) -> Any:
+        made = load(path, **how)
+        if how.get("in_file"):
+            made.tokenizer.add_tokens(["unheard-of"])
+        return made
+
+    def recorded(checkpoint: Any, rows: Any, *more: Any, **how: Any) -> Any:
+        seen.append(rows.labels)
+        return decided(checkpoint, rows, *more, **how)
+
+    monkeypatch.setattr(life.checkpoints, "load", loaded)
+    monkeypatch.setattr(life.measurement, "decided", recorded)
+    report = run(tiny.of_task(tmp_path / "teacher", MultiLabel(), names), data, tmp_path / "out", 40)
+    count = report.method.detail["rows"]["choosing"]
+    assert count == 5  # of 20 validation rows the share that 40 of 160 is
+    assert {len(labels) for labels in seen} == {count}
+    assert report.after.quality.main.n == 20  # measured on all rows of test
 
 
 def test_what_a_trained_teacher_saw_is_said(teacher: Path, data_dir: Path, tmp_path: Path) -> None:

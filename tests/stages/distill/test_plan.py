@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +10,21 @@ import pytest
 from kdcli import processes, tasks
 from kdcli.errors import UsageError
 from kdcli.request import Common, Request
-from kdcli.stages.distill import student
 from kdcli.stages.distill.options import STRATEGIES, DistillOptions
-from kdcli.stages.distill.plan import ALPHA, DistillPlan, Settings, assistants, check, teacher_weights
+from kdcli.stages.distill.plan import (
+    ALPHA,
+    DistillPlan,
+    DistillSettings,
+    assistants,
+    check,
+    need_task,
+    teacher_epochs,
+    teacher_weights,
+)
+from kdcli.tasks.classification import CLASSIFICATION
+from kdcli.tasks.multi_label import MultiLabel
+from kdcli.tasks.regression import Regression
 from kdcli.training.losses import dkd, rkd
-from tests import tiny
 
 
 def plan(settings: dict[str, str] | None = None, teachers: int = 1, **options: Any) -> DistillPlan:
@@ -39,7 +48,7 @@ def test_defaults() -> None:
     found = plan()
     assert [(one.name, one.weight) for one in found.chosen] == [("response", ALPHA)]
     assert found.hard_weight == 1 - ALPHA
-    assert found.settings == Settings()
+    assert found.settings == DistillSettings()
 
 
 def test_weights_and_order_are_those_that_were_asked_for() -> None:
@@ -115,7 +124,7 @@ def test_the_distillations_own_settings_are_no_methods() -> None:
         ({"alpha": float("nan")}, "alpha: 'nan' must be at least 0"),
         ({"methods": ("response", "rkd", "response")}, "a method is given twice: response, rkd, response"),
         ({"methods": ("respons",)}, "unknown distill method 'respons': did you mean 'response'"),
-        ({"strategy": "online", "augment": 2}, "labels no further texts"),
+        ({"strategy": "online", "augment": 2}, "labels no extra texts"),
         ({"layer_map": "uniforn"}, "unknown layer map 'uniforn': did you mean 'uniform'"),
         ({"layer_map": "1:2,1:3"}, "student layer 1 is given twice"),
         ({"layer_map": "0:1"}, "'0:1' is not a pair student:teacher"),
@@ -161,8 +170,8 @@ def test_what_a_strategy_can_do(strategy: str) -> None:
 
 
 def test_assistants_are_checked_before_any_work() -> None:
-    assert assistants(Settings()) == ["mini"]
-    assert assistants(Settings(assistants=" small, mini,3x96,")) == ["small", "mini", "3x96"]
+    assert assistants(DistillSettings()) == ["mini"]
+    assert assistants(DistillSettings(assistants=" small, mini,3x96,")) == ["small", "mini", "3x96"]
     for names, words in ((",", "names no assistant"), ("mini,0x16", "out of range")):
         with pytest.raises(UsageError, match=words):
             plan({"assistants": names}, strategy="assistant-chain")
@@ -189,7 +198,7 @@ def test_the_adversary_trains_in_one_process_only(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_teacher_weights_sum_to_one(given: str | None, teachers: int, expected: list[float]) -> None:
-    assert teacher_weights(Settings(teacher_weights=given), teachers) == pytest.approx(expected)
+    assert teacher_weights(DistillSettings(teacher_weights=given), teachers) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("given", ["1", "1,2,3", "1,0", "1,-1", "1,x", "", ",", "nan,1", "1,nan", "inf,1"])
@@ -199,10 +208,21 @@ def test_teacher_weights_that_are_none_are_refused(given: str) -> None:
 
 
 def test_a_method_that_cannot_compare_the_tasks_answers_is_refused_before_any_training() -> None:
-    made = tiny.checkpoint()
     checked = plan(methods=("response", "dkd"))
-    context: Any = SimpleNamespace(checkpoint=made)
-    student.precheck(context, replace(checked, chosen=checked.chosen[:1]))
-    context.checkpoint = replace(made, task=tasks.get("multi-label"))
+    need_task(replace(checked, chosen=checked.chosen[:1]), tasks.get("multi-label"))
+    need_task(checked, tasks.get("text-classification"))
     with pytest.raises(UsageError, match="method 'dkd' is for answers that are one of several labels"):
-        student.precheck(context, checked)
+        need_task(checked, tasks.get("multi-label"))
+
+
+def test_a_teacher_learns_for_as_long_as_its_task_takes() -> None:
+    """Epochs of 32 rows a step; the data sets are CLINC150, SST-2, GoEmotions and STS-B by their sizes."""
+    found = [
+        teacher_epochs(CLASSIFICATION, 15_250, 151, 32),
+        teacher_epochs(CLASSIFICATION, 6_920, 2, 32),
+        teacher_epochs(MultiLabel(), 43_410, 28, 32),
+        teacher_epochs(Regression(), 5_749, 1, 32),
+    ]
+    assert found == [4, 1, 2, 4]
+    assert teacher_epochs(Regression(), 100, 1, 32) == 10
+    assert teacher_epochs(Regression(), 10**6, 1, 32) == 1

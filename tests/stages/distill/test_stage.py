@@ -138,6 +138,11 @@ def test_a_teacher_without_head_is_fine_tuned_once(data_dir: Path, tmp_path: Pat
     third = Notes()
     life.run(request(headless, data_dir, tmp_path / "c", {"settings": other}), third)
     assert any("fine-tuning it first" in line for line in third.lines)  # another recipe is another teacher
+    fourth = Notes()
+    by_f1 = request(headless, data_dir, tmp_path / "d", {"settings": other, "metric": "macro_f1"})
+    life.run(by_f1, fourth)
+    # The metric chooses the epoch, and stays with the teacher: without it another run would be judged by it.
+    assert any("fine-tuning it first" in line for line in fourth.lines)
 
 
 def test_the_student_learns_from_a_good_teacher_without_any_label(data_dir: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,9 @@ from kdcli.stages.quantize.auto import Candidate, Tried
 from kdcli.stages.quantize.options import QuantizeOptions
 from kdcli.stages.quantize.simulated import Answers, Simulation, answer
 from kdcli.stages.quantize.single_layers import LayerGroup
+from kdcli.tasks.multi_label import MultiLabel
 from tests import tiny
+from tests.report import reports
 from tests.stages import contexts
 from tests.stages.quantize.test_blocks import context_of
 
@@ -314,7 +318,7 @@ def test_uint8_wins_where_seven_bits_lose(tmp_path: Path, monkeypatch: pytest.Mo
 def tried(name: str, ms: float, size: int, drop: float, passed: bool = True) -> Tried:
     gate = Gate(name="max-drop", expression="drop<=0.01", value=drop, threshold=0.01, passed=passed)
     made = Tried(Candidate(name, "dynamic-int8"), gates=[gate])
-    made.measurement, made.delta = object(), object()  # type: ignore[assignment]
+    made.measurement, made.delta = reports.measurement(), object()  # type: ignore[assignment]
     made.__class__ = type(
         "Known",
         (Tried,),
@@ -339,7 +343,12 @@ def test_the_fastest_or_smallest_that_passes_is_chosen_and_the_others_are_told_w
     # When none passes there is still an output: the one that loses least.
     e, f = tried("e", 1.0, 10, 0.05, passed=False), tried("f", 2.0, 10, 0.03, passed=False)
     assert auto.choose([e, f], "fastest") is f
-    assert "5.00 points against 3.00" in auto.why_not(e, f, "fastest")
+    assert "loses 5.0 points against 3.0 points" in auto.why_not(e, f, "fastest")
+    for one, rmse in ((e, 0.5), (f, 0.25)):  # a number has no points of a hundred
+        one.measurement = reports.regression().after
+        one.measurement.quality.primary = "rmse"
+        one.__class__.drop = property(lambda _, rmse=rmse: rmse)
+    assert "loses 0.5 against 0.25" in auto.why_not(e, f, "fastest")
     with pytest.raises(UsageError, match="none of the candidates"):
         auto.choose([Tried(Candidate("g", "fp16"))], "fastest")
 
@@ -373,3 +382,31 @@ def test_auto_measures_every_candidate_and_shows_the_losers(
     assert report.method.params["asked"] == "auto"
     assert report.after.size.onnx_bytes == pytest.approx(smallest["onnx_bytes"], rel=0.05)
     assert checkpoints.load(tmp_path / "out").log.quantised.scheme == report.method.name
+
+
+def test_auto_judges_candidates_by_the_thresholds_that_they_would_ship_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that are measured are the ones that decide here, so that table and report say the same."""
+    monkeypatch.setattr(auto, "CANDIDATES", (Candidate("fp16", "fp16"),))
+    names, rng = ["joy", "anger", "fear"], random.Random(0)
+    (tmp_path / "data").mkdir()
+    for split, count in (("train", 40), ("validation", 60)):
+        rows = [
+            {"text": tiny.sentence(rng, i % 2 == 1), "labels": rng.sample(names, i % 3)} for i in range(count)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "data" / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    sure = MultiLabel(thresholds=(0.9999,) * 3)  # which no answer reaches, as of a student of soft answers
+    model = tiny.of_task(tmp_path / "model", sure, names)
+    request = Request(
+        stage="quantize",
+        model=str(model),
+        options=QuantizeOptions(scheme="auto"),
+        common=Common(out=tmp_path / "out", data=str(tmp_path / "data")),
+    )
+    report = life.run(request, Progress()).report
+    (row,) = report.method.detail["auto"]["candidates"]
+    assert report.before.quality.main.value == 0
+    assert row["micro_f1"] == report.after.quality.main.value > 0.3
+    assert abs(row["drop"]) < 0.1  # the input is read at a fitted threshold there, too

@@ -99,11 +99,6 @@ def run(context: Context, prepared: Prepared) -> Applied:
     teacher = context.checkpoint
     if not families.is_encoder(teacher.model_type):
         raise UsageError(f"strategy 'layerwise' needs encoder layers, a '{teacher.model_type}' shows none")
-    if teacher.task.kind != "one-of":
-        raise UsageError(
-            f"strategy 'layerwise' mixes probabilities of classes, and the task is {teacher.task.name}",
-            "use --strategy teacher-assisted",
-        )
     made = students.make(context, plan, teacher, plan.options.student)
     if not families.is_encoder(made.checkpoint.model_type) or made.checkpoint.log.transforms:
         raise UsageError(

@@ -24,6 +24,7 @@ from kdcli.context import Applied, Context
 from kdcli.measure import measurement
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.students import Student
+from kdcli.report import metrics
 from kdcli.stages.distill import control, fitting
 from kdcli.stages.distill import student as students
 from kdcli.stages.distill.plan import DistillPlan
@@ -31,6 +32,7 @@ from kdcli.stages.distill.prepared import Prepared
 from kdcli.stages.distill.strategies import succession, teacher_assisted
 from kdcli.stages.distill.student import Taught
 from kdcli.tasks.task import Task
+from kdcli.training import number_head
 from kdcli.training.label_loss import hard
 from kdcli.training.loop import Batch
 from kdcli.training.losses import response
@@ -52,12 +54,15 @@ def together(context: Context, plan: DistillPlan) -> tuple[Taught, dict[str, Any
     rate, task = plan.settings.teacher_lr or TEACHER_RATE, teacher.task
     both = Together([made.checkpoint.model, teacher.model], [0], [1.0, rate / options.lr], task)
     assert rows.labels is not None
-    labels = torch.from_numpy(rows.labels).to(context.device)
+    if not teacher.has_head:
+        number_head.start(teacher, rows.labels)
+    unit = number_head.deviation(task, rows.labels)
+    labels = number_head.without_unit(torch.from_numpy(rows.labels).to(context.device), unit)
     alpha, soft = 1 - plan.hard_weight, plan.chosen[0]
 
     def loss(output: Outputs, batch: Batch) -> Tensor:
         targets = labels[torch.from_numpy(batch.rows).to(context.device)]
-        own, theirs = output.every
+        own, theirs = (number_head.without_unit(logits, unit) for logits in output.every)
         value = hard(task, theirs, targets) + (1 - alpha) * hard(task, own, targets)
         return value + alpha * response.loss(own, theirs.detach(), soft.config, task)
 
@@ -88,22 +93,25 @@ def _peers(context: Context, plan: DistillPlan) -> Taught:
     models, task = [one.checkpoint.model for one in made], context.checkpoint.task
     peers = Together(models, list(range(len(models))), [1.0] * len(models), task)
     assert rows.labels is not None
-    labels = torch.from_numpy(rows.labels).to(context.device)
+    unit = number_head.deviation(task, rows.labels)
+    labels = number_head.without_unit(torch.from_numpy(rows.labels).to(context.device), unit)
     alpha, soft = 1 - plan.hard_weight, plan.chosen[0]
 
     def loss(output: Outputs, batch: Batch) -> Tensor:
         targets = labels[torch.from_numpy(batch.rows).to(context.device)]
-        return mutual(task, output.every, targets, alpha, lambda s, t: response.loss(s, t, soft.config, task))
+        every = [number_head.without_unit(logits, unit) for logits in output.every]
+        return mutual(task, every, targets, alpha, lambda s, t: response.loss(s, t, soft.config, task))
 
     result = fitting.run_fit(context, made[0].checkpoint, rows, loss, options, "peers", model=peers)
     scores = [_validation(context, one.checkpoint) for one in made]
     best = scores.index(max(scores))
+    reached = [metrics.of(task.primary).of_score(score) for score in scores]
     context.progress.note(
         f"peers on validation, {task.primary}: "
-        + ", ".join(f"{a:.4g}" for a in scores)
+        + ", ".join(f"{a:.4g}" for a in reached)
         + f"; number {best + 1} is kept"
     )
-    return _taught(made[best], options, result, {"online": "peers", "peers": scores, "kept": best + 1})
+    return _taught(made[best], options, result, {"online": "peers", "peers": reached, "kept": best + 1})
 
 
 def mutual(task: Task, every: list[Tensor], targets: Tensor, alpha: float, soft: Any) -> Tensor:

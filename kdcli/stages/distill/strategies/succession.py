@@ -18,6 +18,7 @@ from kdcli import processes
 from kdcli.context import Applied, Context
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models.checkpoint import Checkpoint
+from kdcli.report import metrics
 from kdcli.stages.distill import control, lesson
 from kdcli.stages.distill import student as students
 from kdcli.stages.distill.plan import DistillPlan, assistants
@@ -40,6 +41,7 @@ def run(context: Context, prepared: Prepared) -> Applied:
     first_weights = _before_any(context, plan) if plan.options.control else None
     taught_by: Sequence[Checkpoint] = prepared.teachers
     table: list[dict[str, Any]] = []
+    metric = metrics.of(context.checkpoint.task.primary)
     best: Taught | None = None
     steps = best_steps = 0  # that went into the weights of the last one, and of the best one
     for number, name in enumerate(names, start=1):
@@ -55,7 +57,7 @@ def run(context: Context, prepared: Prepared) -> Applied:
                 "student": name,
                 "taught_by": _name(taught_by, table),
                 "parameters": sum(p.numel() for p in made.checkpoint.model.parameters()),
-                f"validation_{context.checkpoint.task.primary}": taught.result.best_score,
+                f"validation_{metric.name}": metric.of_score(taught.result.best_score),
             }
         )
         if best is None or not own or taught.result.best_score > best.result.best_score:

@@ -29,7 +29,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     min_count: int = Field(1, ge=1, description="how often a token must occur in the texts to stay")
     vocab_text: str | None = Field(
-        None, description="a file of further texts: one a line, or a table with the data's text columns"
+        None, description="a file of extra texts: one a line, or a table with the data's text columns"
     )
 
 

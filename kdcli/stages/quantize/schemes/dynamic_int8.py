@@ -39,6 +39,7 @@ from kdcli.export.int8 import quantise_graph
 from kdcli.inputs import sampling
 from kdcli.measure import environment
 from kdcli.models.integers import Integers
+from kdcli.report import metrics
 from kdcli.stages.quantize import integer_weights
 from kdcli.stages.quantize.plan import QuantizePlan
 from kdcli.stages.quantize.rounding import rtn
@@ -126,7 +127,7 @@ def hardware_choice(context: Context, plan: QuantizePlan) -> tuple[Any, dict[str
     if environment.has_vnni() or named or config.bits < 8:
         return config, detail
     validation = context.encoded["validation"]
-    rows = sampling.sample(validation, ROWS, sampling.JUDGING_SEED, context.checkpoint.task)
+    rows = sampling.judged(validation, ROWS, sampling.JUDGING_SEED, context.checkpoint.task)
     dense = {f"{name}.weight": layer.weight.detach().clone() for name, layer in plan.matrices.items()}
     base = answer(context.checkpoint, rows)
     scores = {}
@@ -138,8 +139,11 @@ def hardware_choice(context: Context, plan: QuantizePlan) -> tuple[Any, dict[str
         scores[name] = (got.score, -base.divergence(got))
     # As accurate is good enough: the faster form comes first.
     best = max(scores, key=lambda name: (scores[name][0], name == "int8, 7 bits"))
-    metric = context.checkpoint.task.primary
-    detail |= {metric: {name: score[0] for name, score in scores.items()}, "chosen": best}
+    metric = metrics.of(context.checkpoint.task.primary)
+    detail |= {
+        metric.name: {name: metric.of_score(score[0]) for name, score in scores.items()},
+        "chosen": best,
+    }
     unsigned = best == "uint8"
     return config.model_copy(update={"unsigned": unsigned, "reduce_range": not unsigned}), detail
 

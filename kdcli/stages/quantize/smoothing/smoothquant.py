@@ -33,7 +33,7 @@ from kdcli.families.modules import SmoothLinear
 from kdcli.families.stack import encoder_layers
 from kdcli.models import transforms
 from kdcli.models.transforms import Smooth
-from kdcli.registry import Method
+from kdcli.registry import MethodSpec
 from kdcli.stages.quantize.layer_inputs import observe
 from kdcli.stages.quantize.plan import QuantizePlan
 
@@ -166,4 +166,4 @@ def _fold_into_values(
     return folded
 
 
-METHOD = Method(config=Config)
+METHOD = MethodSpec(config=Config)

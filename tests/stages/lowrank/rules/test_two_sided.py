@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdcli.stages.lowrank import curvature
+from kdcli.stages.lowrank import curvature, factors
 from kdcli.stages.lowrank.rules import two_sided, whitening
 from tests.stages.lowrank.rules import problems
 from tests.stages.lowrank.rules.problems import SHAPES
@@ -125,3 +126,36 @@ def test_the_model_diverges_less_than_with_whitening() -> None:
     assert predicted[0] < 0.7 * predicted[1]
     # To an order: rows and their sensitivity are not independent here.
     assert predicted[0] == pytest.approx(divergences[0], rel=0.5)
+
+
+def placed(source: torch.Tensor, offset: int) -> torch.Tensor:
+    """The same matrix, ``offset`` bytes behind where PyTorch would put it."""
+    room = torch.empty(source.numel() + offset // source.element_size(), dtype=source.dtype)
+    return room[-source.numel() :].view(source.shape).copy_(source)
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_a_refit_solves_for_the_sensitivity_and_does_not_depend_on_where_matrices_lie(
+    dependent: bool,
+) -> None:
+    """The same bits at 16 places; the solution is compared with NumPy's pseudo-inverse."""
+    layer, x = problems.layer_of((128, 128)), problems.inputs(400, 128)
+    if dependent:  # two equal input features
+        with torch.no_grad():
+            layer.weight[:, 1] = layer.weight[:, 0]
+    now = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * x.std(0)
+    moments = problems.moments_of(layer, now, layer(x).detach())
+    g = felt(128)
+    made = problems.problem_of(layer, x, sensitivity=known(layer, g))
+    found = []
+    for offset in range(0, 4096, 256):
+        moved = dataclasses.replace(made, left=placed(made.left, offset))
+        found.append(factors.refit(moved, moments, ridge=0.3))
+    for other in found[1:]:
+        assert other.sensitivity is not None
+        assert torch.equal(other.sensitivity, found[0].sensitivity)
+    weight, target = made.left.numpy(), found[0].left.numpy()
+    solution = np.linalg.pinv(weight, rcond=1e-8) @ target
+    expected = solution.T @ made.sensitivity.numpy() @ solution
+    # Normal equations lose as many digits as the square of the condition number, here some 1e6.
+    np.testing.assert_allclose(found[0].sensitivity.numpy(), expected, atol=1e-6 * np.abs(expected).max())
