@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcli import cache, families, tasks
+from kdcli import cache, families
 from kdcli.context import Context
 from kdcli.export import sessions
 from kdcli.inputs import batching, text
@@ -56,12 +56,9 @@ def fine_tuned(
     unit = number_head.deviation(teacher.task, labels)
     # How its head starts, only where that is not as ever: teachers of classes stay in the cache.
     start = {"unit": unit} if unit != 1 else {} if first is None else {"first logits": first.tolist()}
-    metric = teacher.task.primary  # chooses the epoch, and is stored with the model
     name = cache.key(
         format=_FORMAT,
         **start,
-        # Only where it was asked for: the others stay in the cache.
-        **({} if metric == tasks.get(teacher.task.name).primary else {"metric": metric}),
         model=checkpoints.weights_digest(teacher.path),
         train=text.fingerprint(encoded["train"]),
         validation=text.fingerprint(encoded["validation"]),
