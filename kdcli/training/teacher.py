@@ -29,7 +29,7 @@ from kdcli.training.loop import FitOptions
 from kdcli.training.resumable import TrainingId
 from kdcli.training.terms import Needs
 
-_FORMAT = 5  # raise it when the same inputs would give other cached content
+_FORMAT = 6  # raise it when the same inputs would give other cached content
 _BATCH_TOKENS = 4096
 
 
@@ -53,12 +53,11 @@ def fine_tuned(
     labels = encoded["train"].labels
     assert labels is not None
     first = teacher.task.first_logits(labels[teacher.task.known(labels)])
-    unit = number_head.deviation(teacher.task, labels)
-    # How its head starts, only where that is not as ever: teachers of classes stay in the cache.
-    start = {"unit": unit} if unit != 1 else {} if first is None else {"first logits": first.tolist()}
     name = cache.key(
         format=_FORMAT,
-        **start,
+        task=[teacher.task.name, teacher.task.primary],  # the metric chooses the epoch
+        first=None if first is None else first.tolist(),
+        unit=number_head.deviation(teacher.task, labels),
         model=checkpoints.weights_digest(teacher.path),
         train=text.fingerprint(encoded["train"]),
         validation=text.fingerprint(encoded["validation"]),
