@@ -23,8 +23,8 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
-_SHARES = ("drop", "agreement", "p_value")
-_COMPARED = (*_SHARES, "speedup", "size_ratio")
+_SHARES = ("agreement", "p_value")
+_COMPARED = ("drop", *_SHARES, "speedup", "size_ratio")
 _SIZES = ("parameters", "nonzero_parameters", "checkpoint_bytes", "onnx_bytes", "onnx_gzip_bytes")
 _TIMES = ("p50_ms", "p90_ms", "p99_ms")
 GENERAL = (*_COMPARED, "macs", *_SIZES, *_TIMES, "throughput_per_s")
@@ -100,9 +100,10 @@ def parse_expression(given: str, known: Iterable[str] | None = None) -> Expressi
         threshold = math.nan
     if not math.isfinite(threshold):
         raise UsageError(f"'{number}' in the gate '{given}' is not a number")
+    # How far a drop can go depends on the primary metric: :func:`check_drop`.
     bounded = name in _SHARES or (name not in GENERAL and metrics.of(name).scale != "open")
     if bounded and (threshold >= _PERCENT or (threshold > 1 and sign[0] == "<")):
-        # drop<=2 would hold whatever the model answers.
+        # ece<=5 would hold whatever the model answers.
         raise UsageError(
             f"'{number}' in the gate '{given}': {name} is at most 1",
             f"write {threshold / 100:g} for {number} %",
@@ -135,22 +136,31 @@ def check(limits: Limits, known: Iterable[str]) -> None:
         parse_expression(one, names)
 
 
-def check_drop(max_drop: float | None, metric: str | None) -> None:
+def check_drop(limits: Limits, metric: str | None) -> None:
     """Refuse a limit that every model keeps, before one is loaded: a drop of 2, where 2 % was meant.
 
     Args:
-        max_drop: In the unit of the primary metric.
+        limits: What was asked for; drops are in the unit of the primary metric.
         metric: The primary one, as ``--metric`` names it; one that only the model names is taken to be at most 1.
 
     Raises:
         UsageError: The limit is above 1, and the metric may not be.
     """
-    if max_drop is not None and max_drop > 1 and (metric is None or metrics.of(metric).scale != "open"):
-        raise UsageError(
-            f"--max-drop {max_drop:g}: a drop of {metric or 'the primary metric'} is at most 1",
-            f"write {max_drop / 100:g} for {max_drop:g} %; where the metric has the unit of the labels, name it: "
-            "--metric rmse",
-        )
+    if metric is not None and metrics.of(metric).scale == "open":
+        return
+    drops = [] if limits.max_drop is None else [(f"--max-drop {limits.max_drop:g}", limits.max_drop)]
+    drops += [
+        (f"the gate '{given}'", one.threshold)
+        for given in limits.expressions
+        if (one := parse_expression(given)).name == "drop"
+    ]
+    for said, drop in drops:
+        if drop > 1:
+            raise UsageError(
+                f"{said}: a drop of {metric or 'the primary metric'} is at most 1",
+                f"write {drop / 100:g} for {drop:g} %; where the metric has the unit of the labels, name it: "
+                "--metric rmse",
+            )
 
 
 def value_of(name: str, after: Measurement, delta: Delta) -> float | None:

@@ -215,7 +215,7 @@ def check(request: Request) -> list[Resolved]:
     Raises:
         KdcliError: Whatever would stop the run before its work begins.
     """
-    gates.check_drop(request.common.gates.max_drop, request.common.metric)
+    gates.check_drop(request.common.gates, request.common.metric)
     found = [_resolve(name, request) for name in models_of(request)]
     for one in found:
         # What has no weights is told when it is loaded; a graph that was named is judged without them, if need be.

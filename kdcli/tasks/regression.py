@@ -199,7 +199,12 @@ class Regression(Plain):
     # Arrays.
 
     def score(self, logits: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None) -> float:
-        """The primary metric; the negative RMSE, so that larger is better."""
+        """The primary metric; the negative RMSE, so that larger is better.
+
+        Raises:
+            InputError: It needs queries that can be ranked, and there is none.
+        """
+        self._given(labels, queries)
         found = self._statistic(self.primary, logits, labels, queries)
         return found.value if found.higher_is_better else -found.value
 

@@ -21,7 +21,7 @@ from kdcli.progress import Progress
 from kdcli.report import metrics
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
-from kdcli.training import distributed, number_head, parameter_groups
+from kdcli.training import distributed, number_head, parameter_groups, usable
 from kdcli.training.compact import compacted
 from kdcli.training.divergence import FEW, Divergence
 from kdcli.training.resume import ResumePoint, pack_optimizer, unpack_optimizer
@@ -134,10 +134,9 @@ def fit(
 
     Raises:
         InterruptedRun: SIGINT or SIGTERM arrived; the resume point holds the state after the last step.
-        InputError: The training diverged: see :mod:`kdcli.training.divergence`.
+        InputError: Its rows can teach or choose nothing, or it diverged: see :mod:`kdcli.training.divergence`.
     """
-    if train.labels is not None:
-        task.check_learnable(train.labels)
+    usable.check(task, train, validation, int(model.config.num_labels))
     with compacted(model, [train, validation], pad_id) as (compact_train, compact_validation):
         if begin is not None:
             begin(compact_train)

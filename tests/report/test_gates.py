@@ -31,9 +31,9 @@ def test_a_size_keeps_every_digit() -> None:
     assert parse_size("9" * 400) == int("9" * 400)
 
 
-@pytest.mark.parametrize("given", ["drop<=2", "drop<1.5", "ece<=5", "accuracy>=90", "agreement>=99.5"])
+@pytest.mark.parametrize("given", ["ece<=5", "accuracy>=90", "agreement>=99.5"])
 def test_a_share_in_percent_is_refused(given: str) -> None:
-    """drop<=2 held for a model that answers nothing right."""
+    """ece<=5 held whatever the model answers."""
     with pytest.raises(UsageError, match="is at most 1"):
         parse_expression(given)
 
@@ -131,12 +131,16 @@ def test_a_drop_of_exactly_the_limit_is_allowed_and_a_gain_always() -> None:
 
 
 def test_a_drop_above_1_is_for_metrics_in_the_unit_of_the_labels() -> None:
-    for fine in ((None, None), (1.0, None), (0.5, "spearman"), (250.0, "rmse"), (2.0, "log_loss")):
-        check_drop(*fine)
+    for drop, metric in ((1.0, None), (0.5, "spearman"), (250.0, "rmse"), (2.0, "log_loss")):
+        check_drop(Gates(max_drop=drop), metric)
+        check_drop(Gates(expressions=(f"drop<={drop}", "rmse<=60")), metric)
+    check_drop(Gates(), None)
     for metric in (None, "accuracy", "spearman", "ndcg_at_10"):
         with pytest.raises(UsageError, match=r"--max-drop 2: a drop of .* is at most 1") as refused:
-            check_drop(2.0, metric)
+            check_drop(Gates(max_drop=2.0), metric)
         assert "write 0.02 for 2 %" in str(refused.value.hint)
+        with pytest.raises(UsageError, match=r"the gate 'drop<=2': a drop of .* is at most 1"):
+            check_drop(Gates(expressions=("accuracy>=0.5", "drop<=2")), metric)
 
 
 def test_no_gates_asked_for_is_an_empty_list() -> None:

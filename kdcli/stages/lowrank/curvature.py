@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdcli.inputs import kinds
 from kdcli.probe.hooks import watching
-from kdcli.stages.lowrank.factors import narrow_by_outputs
+from kdcli.stages.lowrank.factors import narrow_by_outputs, narrow_size
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.task import Task
 
@@ -73,7 +73,7 @@ def sensitivity(
             parts.append({})
             for name, gradient in zip(outputs, gradients, strict=True):
                 layer = layers[name]
-                size = min(layer.weight.shape)
+                size = narrow_size(layer)
                 if name not in matrices:
                     matrices[name] = torch.zeros(size, size, device=logits.device)
                 if gradient is None:

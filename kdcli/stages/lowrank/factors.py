@@ -45,6 +45,11 @@ def narrow_by_outputs(layer: nn.Linear | nn.Embedding) -> bool:
     return isinstance(layer, nn.Embedding) or layer.out_features < layer.in_features
 
 
+def narrow_size(layer: nn.Linear | nn.Embedding) -> int:
+    """m, the features of the narrow side; of a table always its outputs, also where it has fewer tokens."""
+    return layer.embedding_dim if isinstance(layer, nn.Embedding) else min(layer.weight.shape)
+
+
 @dataclass(frozen=True)
 class Problem:
     """A layer and what is known about it, all float64 on one device; m = min(O, I), u = Q x.
@@ -107,7 +112,7 @@ def problem_of(
         bias = torch.zeros(len(weight), dtype=torch.float64, device=place)
     else:
         bias = None if layer.bias is None else layer.bias.detach().to(place, torch.float64)
-    one = torch.eye(min(weight.shape), dtype=torch.float64, device=place)
+    one = torch.eye(narrow_size(layer), dtype=torch.float64, device=place)
     left, right = (one, weight) if narrow_by_outputs(layer) else (weight, one)
     mean, covariance = moments.mean, moments.covariance
     output = left @ mean

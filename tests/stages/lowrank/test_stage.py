@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -387,6 +388,25 @@ def test_fitting_behind_the_factorised_layers_helps(tmp_path: Path) -> None:
         found[mode] = kl(made, dense)
     assert found["targets"] < 0.8 * found["off"]
     assert found["targets"] < found["inputs"]
+
+
+@pytest.mark.parametrize("method", ["svd", "two-sided"])
+def test_a_table_of_fewer_tokens_than_features(method: str, tmp_path: Path) -> None:
+    made = tiny.checkpoint(hidden=64)
+    name = made.family.tokens
+    original = made.model.get_submodule(name).weight.detach().double().numpy()
+    assert original.shape[0] < original.shape[1]
+    options = {"method": method, "rank": 13, "include": ("embeddings",), "exclude": ("*.layer.*",)}
+    contexts.applied(lowrank, context_of(made, tmp_path, **options))
+    table = made.model.get_submodule(name)
+    assert isinstance(table, LowRankEmbedding)
+    with torch.no_grad():
+        now = table(torch.arange(len(original))).double().numpy()
+    u, s, v = np.linalg.svd(original)
+    if method == "svd":  # the rows of a table are all alike to it
+        np.testing.assert_allclose(now, u[:, :13] * s[:13] @ v[:13], atol=1e-5)
+    else:
+        assert np.linalg.matrix_rank(now, 1e-4) == 13
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -104,6 +104,36 @@ def test_the_sampled_sensitivity_is_the_second_order_divergence(shape: tuple[int
     assert model.fc.weight.grad is None
 
 
+@pytest.mark.parametrize("tokens", [3, 9])
+def test_a_table_is_felt_by_its_outputs_also_with_fewer_tokens_than_features(tokens: int) -> None:
+    shape = (tokens, 5)
+    model = Classifier((5, 5), torch.empty(0))
+    table = nn.Embedding(*shape)
+
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=model.head(table(input_ids)[:, 0]))
+
+    whole = nn.Module()
+    whole.table, whole.forward = table, forward  # type: ignore[assignment]
+    batch = {
+        "input_ids": torch.ones(20000, 2, dtype=torch.long),
+        "attention_mask": torch.ones(20000, 2, dtype=torch.long),
+    }
+    found = curvature.sensitivity(whole, {"table": table}, [batch], 0).matrices["table"]
+    p = (
+        forward(batch["input_ids"][:1], batch["attention_mask"])
+        .logits[0]
+        .softmax(-1)
+        .detach()
+        .double()
+        .numpy()
+    )
+    jacobian = model.head.weight.detach().double().numpy()
+    expected = jacobian.T @ (np.diag(p) - np.outer(p, p)) @ jacobian
+    # Sampling noise as above.
+    np.testing.assert_allclose(found, expected, atol=0.06 * np.abs(expected).max())
+
+
 def test_the_model_diverges_less_than_with_whitening() -> None:
     x = problems.inputs(400, 8)
     model = Classifier((8, 8), x)
