@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job, end to end, as `make demo` runs it: one pipeline, then one table.
-# No further texts, where this data would get five a row by default: the teacher labels a sixth of what it would.
+# No extra texts, where this data would get five a row by default: the teacher labels a sixth of what it would.
 set -euo pipefail
 out=${DEMO_OUT:-kdcli-out/demo}
 

@@ -3,7 +3,7 @@
 Runs `kdcli distill` once for every line of the plan below through the installed command, skips what is there, and
 prints Markdown tables. Every line says what it changes against the default recipe; `headline` and `labels` also
 train the controls, the same student from the same first weights for as many steps without the teacher: on the labels
-alone, with the same further texts, and with dropout where the student has none.
+alone, with the same extra texts, and with dropout where the student has none.
 
     python benchmarks/distill.py run headline --data clinc150=DIR --data sst2=DIR --teacher clinc150=DIR ...
     python benchmarks/distill.py run methods --lane 0/2 ...     # every second line; two processes share the cores
@@ -53,7 +53,7 @@ TITLES = [
         "p50 b1",
         "p50 b32",
         "training",
-        "further texts",
+        "extra texts",
     ),
 ]
 

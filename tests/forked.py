@@ -27,11 +27,8 @@ def call(place: str, words: list[str]) -> int:
         content = {"words": words, "cwd": os.getcwd(), "environment": dict(os.environ)}
         connection.sendall(json.dumps(content).encode())
         connection.shutdown(socket.SHUT_WR)
-        for stream in (
-            0,
-            1,
-            2,
-        ):  # the next in a pipe waits for the end of what the call writes, not of this process
+        # The next one in a pipe waits for the end of what the call writes, not for that of this process.
+        for stream in (0, 1, 2):
             os.close(stream)
         answer = connection.recv(1)
     return answer[0] if answer else LOST

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from kdcli.data import arrow, files, folders, hub, splits
+from kdcli.data.answers import are_scores
 from kdcli.data.columns import Columns, complete, parse_columns, query_of, targets
 from kdcli.data.files import FORMS, REFUSED, decode, form_of, read_bytes
 from kdcli.data.labels import ordered, suggest
@@ -250,8 +251,9 @@ def _extracted(tables: dict[str, Table], found: _Found) -> dict[str, Located]:
         by, kind = next(((name, kind) for name, kind in seen if kind is not None), ("", "one-of"))
         ways = {name: Wanted(kind, "" if name == by else f"the {by} split") for name in tables}
         if kind != "one-of":
-            ranked = kind == "number" and query_of(tables[by].names, found.columns) is not None
-            found.notes.append(f"'{found.ref}': {_RANKED if ranked else _RECOGNISED[kind]}")
+            found.notes.append(
+                f"'{found.ref}': {_RECOGNISED[kind]}{_ranked(tables[by], found.columns, kind)}"
+            )
     parts = {name: extract(table, found.columns, ways[name]) for name, table in tables.items()}
     first = next(iter(tables))
     if parts[first].kind == "any-of":
@@ -263,10 +265,15 @@ _RECOGNISED: dict[Kind, str] = {
     "any-of": "a row can have any number of labels",
     "number": "the label of a row is a number",
 }
-_RANKED = (
-    f"the label of a row is a number, by which the rows of a query are ranked; --task {OF_TEXTS['one-of']} makes a "
-    "class of every number"
-)
+
+
+def _ranked(table: Table, columns: Columns, kind: Kind) -> str:
+    """How what was recognised goes on where there are queries; whole numbers may be classes after all."""
+    if kind != "number" or query_of(table.names, columns) is None:
+        return ""
+    whole = not any(are_scores(table.column(name)) for name in targets(table.names, columns, kind))
+    way_out = f"; --task {OF_TEXTS['one-of']} makes a class of every number" if whole else ""
+    return f", by which the rows of a query are ranked{way_out}"
 
 
 def _no_train(path: Path) -> InputError:

@@ -1,4 +1,4 @@
-"""kdcli's ``static`` students, :class:`kdcli.models.small.Static`: pooled token embeddings and one hidden layer."""
+"""kdcli's ``static`` students, in :mod:`kdcli.models.small`: pooled token embeddings and one hidden layer."""
 
 from __future__ import annotations
 

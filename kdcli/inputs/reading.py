@@ -11,7 +11,7 @@ from kdcli.data.readers import Rows
 from kdcli.errors import InputError
 from kdcli.inputs import sampling, text
 from kdcli.inputs.text import Encoded
-from kdcli.models import graph_only, inputs, tokenizers
+from kdcli.models import graph_only, inputs, tokenizers, tokens
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.report.schema import Warning_
 
@@ -116,6 +116,7 @@ def told(checkpoint: Checkpoint, splits: Mapping[str, Encoded]) -> list[Warning_
                 "rows hold nothing else: it cannot tell such texts apart"
             )
             found.append(Warning_(code="unknown-tokens", message=message))
+        found += _other_texts(checkpoint, split, encoded)
     tokenizer = checkpoint.tokenizer
     if tokenizer.padding_side == "left" and not checkpoint.pads_left and not graph_only.is_one(checkpoint):
         change = inputs.padding_difference(checkpoint.model, tokenizer, left=True)
@@ -126,6 +127,28 @@ def told(checkpoint: Checkpoint, splits: Mapping[str, Encoded]) -> list[Warning_
             )
             found.append(Warning_(code="padding-side", message=message))
     return found
+
+
+def _other_texts(checkpoint: Checkpoint, split: str, encoded: Encoded) -> list[Warning_]:
+    """Warn of single texts for a student that keeps the texts of a pair apart, and of pairs for one that does not."""
+    mark = tokens.border(checkpoint.tokenizer)
+    if not len(encoded) or mark is None or not hasattr(checkpoint.config, "pair_token_id"):
+        return []
+    # The token that ends the first text ends the second one, too.
+    pairs = np.add.reduceat(encoded.ids == mark, encoded.offsets[:-1], dtype=np.int64) > 1
+    if checkpoint.config.pair_token_id is None:
+        wrong, said = (
+            int(pairs.sum()),
+            "two texts, and the model was made for one: it cannot tell how they differ",
+        )
+    else:
+        wrong, said = (
+            int((~pairs).sum()),
+            "one text, and the model was made for pairs: half of what it reads is empty",
+        )
+    if not wrong:
+        return []
+    return [Warning_(code="other-texts", message=f"{wrong} of {len(encoded)} rows of {split} have {said}")]
 
 
 def unknown(encoded: Encoded, tokenizer: Any) -> tuple[float, int]:

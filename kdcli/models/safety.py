@@ -355,6 +355,12 @@ def _check_config(config: dict[str, Any], path: Path, stored: int | None) -> Non
             f"widths in {where} is {str(widths)[:30]}; "
             f"at most {MAX_WINDOWS} whole numbers from 1 to {MAX_WINDOWS} are allowed"
         )
+    mark, last = config.get("pair_token_id"), (config.get("vocab_size") or MAX_SIZE) - 1
+    if mark is not None and not (type(mark) is int and 0 <= mark <= last):
+        # It would be found in no row, and half of what the model reads would be empty.
+        raise InputError(
+            f"pair_token_id in {where} is {str(mark)[:30]}; a token from 0 to {last} is allowed, or null"
+        )
     described = _described(config)
     if stored is not None and described > _EXCESS * max(stored, MAX_SIZE):
         # Building it would exhaust the memory before the mismatch with the weights is found.

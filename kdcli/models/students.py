@@ -18,7 +18,7 @@ from kdcli.errors import InputError, KdcliError, UsageError, did_you_mean
 from kdcli.families import bert, ensemble, stack
 from kdcli.families import positions as positions_of
 from kdcli.families.family import Encoder
-from kdcli.models import inits, transforms
+from kdcli.models import inits, tokens, transforms
 from kdcli.models.aliases import SMALL_STUDENTS, small_student
 from kdcli.models.checkpoint import Checkpoint, fresh, load
 
@@ -171,7 +171,7 @@ def _small(
         max_position_embeddings=teacher.max_length,
         pad_token_id=teacher.tokenizer.pad_token_id,
         num_labels=len(labels),
-        pair_token_id=teacher.tokenizer.sep_token_id if pairs else None,
+        pair_token_id=tokens.border(teacher.tokenizer) if pairs else None,
     )
     model: Any = fresh(config)
     student = Checkpoint(

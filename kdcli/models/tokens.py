@@ -150,6 +150,12 @@ def keep_tokens(model: nn.Module, kept: Sequence[int]) -> None:
                 setattr(holder, key, value)
 
 
+def border(tokenizer: Any) -> int | None:
+    """The token that ends the first of two texts; None where nothing marks it. T5 has no separator but the end."""
+    found: int | None = tokenizer.sep_token_id
+    return tokenizer.eos_token_id if found is None else found
+
+
 def token_ids(config: Any) -> dict[str, int]:
     """Every ``*_token_id`` that a configuration, or the dictionary of one, has."""
     values = config if isinstance(config, dict) else vars(config)

@@ -50,7 +50,7 @@ def answers(
     Args:
         found: The model: judged by its own graph where it has one, else by an export of it, which is kept in the cache.
         read: Gives the texts for answers of a kind.
-        how: PredictOptions it is run.
+        how: How it is run.
         progress: Is told what is out of the ordinary.
 
     Yields:

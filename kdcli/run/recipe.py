@@ -67,8 +67,8 @@ def read(path: Path, argv: Sequence[str] = ()) -> list[Request]:
         InputError: The file is missing, broken, or has an unknown key or a wrong value; names the line and the stage.
     """
     content = _content(path)
-    shared = {_key(k): v for k, v in content.items() if k != "stages"}
-    lines = {_key(k): line for k, line in content.lines.items()}
+    shared, lines = _keyed(content, path)
+    stages = shared.pop("stages")
     for key in shared:
         if key not in (*_SHARED, "model"):
             known = (*_SHARED, "model", "stages")
@@ -77,8 +77,7 @@ def read(path: Path, argv: Sequence[str] = ()) -> list[Request]:
     model = shared.pop("model", None)
     argv = argv or ("kdcli", "run", redact(str(path)))
     steps: list[Request] = []
-    for number, entry in enumerate(content["stages"], 1):
-        at = content["stages"].lines[number - 1]
+    for number, (entry, at) in enumerate(zip(stages, stages.lines, strict=True), 1):
         where = f"recipe '{path}', line {at}, stage {number}"
         if isinstance(entry, str):
             entry = {entry: {}}
@@ -95,8 +94,7 @@ def read(path: Path, argv: Sequence[str] = ()) -> list[Request]:
             raise InputError(f"recipe '{path}' names a 'model', but starts with distill, which has a teacher")
         if not steps and name != "distill" and not isinstance(model, str):
             raise InputError(f"recipe '{path}' starts with {name} but names no 'model'")
-        of_stage = {_key(k): v for k, v in (given or {}).items()}
-        own = {_key(k): line for k, line in given.lines.items()} if given else {}
+        of_stage, own = _keyed(given, path) if given else ({}, {})
         place = _Place(path, number, at, lines | own)
         steps.append(_step(place, name, shared | of_stage, _BEFORE if steps else model, argv))
     return steps
@@ -129,7 +127,7 @@ def _content(path: Path) -> lined.LinedMapping:
         raise InputError(f"recipe '{path}' is not YAML: {first_line(error)}") from error
     if (
         not isinstance(content, lined.LinedMapping)
-        or not isinstance(content.get("stages"), list)
+        or not isinstance(content.get("stages"), lined.LinedList)
         or not content["stages"]
     ):
         raise InputError(f"recipe '{path}' has no list 'stages'", "see kdcli run --help for an example")
@@ -232,6 +230,24 @@ def _step(
 
 def _key(name: Any) -> str:
     return str(name).replace("-", "_")
+
+
+def _keyed(content: lined.LinedMapping, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A mapping by its keys with underscores, and their lines where the recipe has them.
+
+    Raises:
+        InputError: A key is there with a hyphen and with an underscore.
+    """
+    lines: dict[str, int] = {}
+    for name, line in content.lines.items():
+        key = _key(name)
+        if key in lines:
+            raise InputError(
+                f"recipe '{path}', line {line}: '{name}' is given twice, first in line {lines[key]}",
+                "leave one of the two out",
+            )
+        lines[key] = line
+    return {_key(name): value for name, value in content.items()}, lines
 
 
 def _cache_key(request: Request) -> tuple[str, str]:

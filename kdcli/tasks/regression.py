@@ -10,7 +10,8 @@ Where a model is trained, z and y are divided by the standard deviation of the l
 (:mod:`kdcli.training.number_head`).
 
 A temperature changes nothing: T^2 times the divergence of z / T is the divergence. With a cross-encoder's sigmoid z
-is the logit of a Bernoulli distribution. Logits are the outputs before the link; metrics judge the numbers after it.
+is the logit of a Bernoulli distribution, which has no unit and which a temperature softens. Logits are the outputs
+before the link; metrics judge the numbers after it.
 """
 
 from __future__ import annotations
@@ -301,7 +302,7 @@ class Regression(Plain):
         if self.link is links.IDENTITY:
             return "print(float(logits[0, 0]))" if of_graph else "print(float(logits[0]))"
         if of_graph:
-            return "print(1 / (1 + np.exp(-float(logits[0, 0]))))  # " + self.activation
+            return "print(1 / (1 + numpy.exp(-float(logits[0, 0]))))  # " + self.activation
         return "print(float(logits[0].sigmoid()))"
 
     def _given(self, labels: np.ndarray, queries: np.ndarray | None) -> tuple[str, ...]:

@@ -73,7 +73,10 @@ def _renumbered(model: nn.Module, used: np.ndarray, position: np.ndarray) -> lis
         ids = token_ids(config)
         found.append((config, ids))
         vars(config).update(
-            {key: int(position[old]) if old < len(used) and used[old] else -1 for key, old in ids.items()}
+            {
+                key: int(position[old]) if 0 <= old < len(used) and used[old] else -1
+                for key, old in ids.items()
+            }
         )
     return found
 

@@ -48,7 +48,7 @@ def without_unit(values: _Values, deviation: float) -> _Values:
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Those of the layer that has the unit of the labels; none where an unknown architecture calls it otherwise."""
+    """Those of the layer that has the unit of the labels."""
     return [parameter for layer in _last(model) for parameter in layer.parameters()]
 
 
@@ -73,8 +73,13 @@ def start(checkpoint: Checkpoint, labels: np.ndarray) -> None:
 
 
 def _last(model: nn.Module) -> list[nn.Linear]:
-    """The last linear layer of a transformers classifier."""
+    """The last linear layer of a transformers classifier.
+
+    Where the head has another name, as that of BART and T5 has, it is the last one with as many outputs as labels.
+    """
     config: Any = model.config
     path = families.presumed(config.model_type).logits
     head = dict(model.named_modules()).get(path, nn.Identity())
-    return [one for one in head.modules() if isinstance(one, nn.Linear)][-1:]
+    linear = [one for one in head.modules() if isinstance(one, nn.Linear)]
+    every = (one for one in model.modules() if isinstance(one, nn.Linear))
+    return (linear or [one for one in every if one.out_features == config.num_labels])[-1:]

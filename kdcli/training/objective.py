@@ -166,7 +166,7 @@ def weights(
         if kinds[name] == "response" and not response_seen:
             response_seen, value = True, alpha
             if name in given:
-                raise UsageError(f"the weight of '{name}' is --alpha; --weight is for further terms")
+                raise UsageError(f"the weight of '{name}' is --alpha; --weight is for the other terms")
         elif name in given:
             value = given[name]
         found[name] = methods[name].weight if value is None else value

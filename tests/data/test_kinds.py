@@ -95,6 +95,9 @@ def test_what_was_taken_is_told_with_the_way_out(tmp_path: Path) -> None:
     taken = load(str(path))
     assert taken.kind == "number"
     assert any("--task text-classification" in note and "ranked" in note for note in taken.notes)
+    broken = write(tmp_path / "scores.jsonl", [row | {"label": i / 8} for i, row in enumerate(rows)])
+    (note,) = (one for one in load(str(broken)).notes if "number" in one)
+    assert note.endswith("is a number, by which the rows of a query are ranked")  # and no classes
     wanted = Wanted("one-of", "--task text-classification")
     classes = load(str(path), wanted=wanted, columns="text_a=query,text_b=passage")
     assert (classes.kind, classes.label_names) == ("one-of", ["0", "1", "2", "3"])

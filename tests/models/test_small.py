@@ -332,6 +332,9 @@ def test_the_defaults_are_those_of_the_names() -> None:
     ("kind", "change", "words"),
     [
         ("cnn", {"widths": [3, 40]}, "widths in"),
+        ("static", {"pair_token_id": "3"}, "pair_token_id in"),
+        ("static", {"pair_token_id": -1}, "pair_token_id in"),
+        ("bilstm", {"pair_token_id": 10**6}, "pair_token_id in"),
         ("cnn", {"widths": "345"}, "widths in"),
         ("cnn", {"widths": [3] * 1000}, "widths in"),
         ("cnn", {"intermediate_size": 1_000_000, "hidden_size": 10_000}, "describes"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kdcli.data.readers import Rows
 from kdcli.export import onnx as exporter
 from kdcli.export import sessions
-from kdcli.inputs.text import TEXT, Encoded
+from kdcli.inputs import reading
+from kdcli.inputs.text import TEXT, Encoded, encode
 from kdcli.models import checkpoint as checkpoints
 from kdcli.models import small, students
 from kdcli.models.aliases import SMALL_STUDENTS
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.tokens import keep_tokens
+from kdcli.models.tokens import border, keep_tokens
 from kdcli.models.transforms import TransformLog
 from kdcli.stages.distill.options import STUDENT_PRESETS
 from kdcli.training.compact import compacted
@@ -171,6 +175,39 @@ def test_a_student_of_pairs_is_made_for_pairs_alone(tmp_path: Path) -> None:
     assert one.config.pair_token_id == SEP
     again = tiny.reload(one, tmp_path)
     np.testing.assert_array_equal(logits(again.model, *batch(*ROWS)), logits(one.model, *batch(*ROWS)))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_texts_that_a_student_was_not_made_for_are_told(pairs: bool) -> None:
+    one, two = Rows(["good film"] * 3), Rows(["good film"] * 3, second=["the plot", "", "it was"])
+    made_for, others = (two, one) if pairs else (one, two)
+    student = made("static", pairs)
+
+    def told(rows: Rows) -> list[str]:
+        found = reading.told(student, {"test": encode(rows, TOKENIZER, 40, None)})
+        return [one.message for one in found if one.code == "other-texts"]
+
+    assert told(made_for) == []
+    (message,) = told(others)
+    assert message.startswith(f"3 of 3 rows of test have {'one text' if pairs else 'two texts'}")
+    with_layers = replace(tiny.checkpoint(), tokenizer=TOKENIZER)
+    assert reading.told(with_layers, {"test": encode(two, TOKENIZER, 40, None)}) == []
+
+
+def test_a_tokenizer_without_a_separator_marks_the_border_by_its_end() -> None:
+    ids = {"sep_token_id": None, "eos_token_id": 1}
+    assert border(SimpleNamespace(**ids)) == 1
+    assert border(SimpleNamespace(**ids | {"sep_token_id": 0})) == 0
+    assert border(SimpleNamespace(sep_token_id=None, eos_token_id=None)) is None
+
+
+def test_a_token_id_that_is_none_stays_none_of_them_in_training() -> None:
+    one = made("static")
+    one.config.bos_token_id = -1  # as some configurations write none
+    rows = Encoded(np.array([len(TOKENIZER) - 1], np.int32), None, np.array([0, 1]), None)
+    with compacted(one.model, [rows], one.pad_id):
+        assert one.config.bos_token_id == -1
+    assert (one.config.bos_token_id, one.config.pair_token_id) == (-1, SEP)
 
 
 @pytest.mark.parametrize(("name", "said"), [("1x16", True), ("1x32", False), ("static-8", False)])

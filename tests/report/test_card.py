@@ -104,7 +104,11 @@ def test_a_model_without_integers_hears_nothing_of_int8() -> None:
     assert "Int8" not in card(quantized(["avx2"], scheme="fp16"))
 
 
-@pytest.mark.parametrize("task", [CLASSIFICATION, MultiLabel(), Regression()], ids=lambda task: task.name)
+@pytest.mark.parametrize(
+    "task",
+    [CLASSIFICATION, MultiLabel(), Regression(), Regression(activation="sigmoid")],
+    ids=["text-classification", "multi-label", "regression", "sigmoid"],
+)
 def test_the_python_in_the_card_is_python_and_ends_in_the_tasks_own(task: Task) -> None:
     blocks = re.findall(r"```python\n(.*?)```", card(full(), task), re.DOTALL)
     assert len(blocks) == 2

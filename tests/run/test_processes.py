@@ -32,7 +32,7 @@ def run(words: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
 
 
 def distill(teacher: Path, data: Path, out: Path) -> list[str]:
-    # 96 labelled rows and as many further texts in batches of 20: the last one is uneven.
+    # 96 labelled rows and as many extra texts in batches of 20: the last one is uneven.
     settings = ["teacher_epochs=6", "teacher_lr=5e-3", "teacher_batch_size=16", "dropout=0"]
     return [
         *["distill", "--teacher", str(teacher), "--student", "1x16", "--data", str(data), "-o", str(out)],

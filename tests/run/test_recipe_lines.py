@@ -30,6 +30,11 @@ from kdcli.run import lined, recipe
             "model: x\nstages:\n  - prune:\n      sparsity: 0.3\n      sparsity: 0.5\n",
             "line 5: 'sparsity' is given twice",
         ),
+        (
+            "model: x\nstages:\n  - prune: {max-drop: 0.1, sparsity: 0.3,\n      max_drop: 0.5}\n",
+            "line 4: 'max_drop' is given twice, first in line 3",
+        ),
+        ("model: x\nstages: !!omap\n  - quantize: {}\n", "has no list 'stages'"),
         ("model: x\nmodel: y\nstages: [quantize]\n", "line 2: 'model' is given twice, first in line 1"),
         ("model: x\nstages: [\n  a: b: c\n", "is not YAML: line 3: "),
     ],

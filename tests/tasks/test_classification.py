@@ -160,9 +160,8 @@ def test_mcnemar_is_scipys_binomial_test(n: int) -> None:
     for won in {0, n // 3, max(n // 2 - 1, 0), n // 2, n - n // 2, n}:
         found = classification.Paired(n - won, won, n).p_value
         want = binomtest(won, n, 0.5).pvalue if n else 1.0
-        assert found == pytest.approx(want, rel=1e-9), (
-            won
-        )  # SciPy sums the two tails, which differ in rounding
+        # SciPy sums the two tails, which differ in rounding.
+        assert found == pytest.approx(want, rel=1e-9), won
 
 
 def test_mcnemar_of_models_that_do_not_differ_is_one() -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from transformers import BartConfig, BartForSequenceClassification
 
 from kdcli import registry
 from kdcli.data import sources
@@ -169,6 +170,17 @@ def test_a_loss_of_numbers_is_a_share_of_their_variance(labels: np.ndarray) -> N
     mean = torch.full((96, 1), 50 * labels.mean())
     batch = Batch(np.arange(96), torch.ones(96, 4, dtype=torch.bool), 0.0)
     assert float(loss(SimpleNamespace(logits=mean), batch)) == pytest.approx(0.5, rel=1e-4)  # float32
+
+
+def test_a_head_of_another_name_is_found_by_its_outputs() -> None:
+    """BART and T5 call theirs ``classification_head``; a head that is missed would never reach 20,000."""
+    config = BartConfig(
+        vocab_size=len(tiny.tokenizer()), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=40, num_labels=1,
+    )  # fmt: skip
+    model = BartForSequenceClassification(config)
+    head = model.classification_head.out_proj
+    assert [id(p) for p in number_head.parameters(model)] == [id(head.weight), id(head.bias)]
 
 
 def test_classes_have_no_unit(data_dir: Path) -> None:

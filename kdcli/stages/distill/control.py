@@ -51,7 +51,7 @@ class Lesson:
     """What one control learns from."""
 
     name: str
-    rows: Encoded  # with labels; those of a extra text are of the first row it was made from
+    rows: Encoded  # with labels; those of an extra text are of the first row it was made from
     loss: BatchLoss
     further: int  # texts among the rows
     dropout: float

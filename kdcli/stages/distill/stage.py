@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -186,4 +187,4 @@ def _budget(train: Encoded, labels: int, seed: int, task: Task, outputs: int) ->
     kept = sampling.evenly(groups, labels, seed)
     hidden = task.unlabelled(len(train), outputs)
     hidden[kept] = train.labels[kept]
-    return Encoded(train.ids, train.type_ids, train.offsets, hidden)
+    return replace(train, labels=hidden)

@@ -269,8 +269,8 @@ def test_the_report_says_what_the_teacher_gives_wherever_it_is_shown(
     found = report.method.detail["control"]
     assert f"{100 * found['student_accuracy']:.2f} % distilled" in said
     assert f"{100 * found['runs'][0]['accuracy']:.2f} % with the labels alone" in said
-    assert "with the labels and the same further texts, " in said
-    assert "with the labels, the same further texts and dropout; " in said
+    assert "with the labels and the same extra texts, " in said
+    assert "with the labels, the same extra texts and dropout; " in said
     gain = 100 * (found["student_accuracy"] - max(run["accuracy"] for run in found["runs"]))
     assert f"the teacher gives {gain:+.2f} points over the best of them" in said
     whole = said[0].upper() + said[1:]

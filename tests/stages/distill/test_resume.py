@@ -62,7 +62,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CASES = {
-    # Each training has 6 steps an epoch, 3 without further texts: 2 x 6 of the features, 4 x 6 of the student
+    # Each training has 6 steps an epoch, 3 without extra texts: 2 x 6 of the features, 4 x 6 of the student
     # and so on.
     "features": (3, {"methods": ("response", "hidden")}, "student features"),
     "student": (8, {"methods": ("response", "hidden")}, "the student"),
