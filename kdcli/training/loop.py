@@ -136,7 +136,7 @@ def fit(
         InterruptedRun: SIGINT or SIGTERM arrived; the resume point holds the state after the last step.
         InputError: Its rows can teach or choose nothing, or it diverged: see :mod:`kdcli.training.divergence`.
     """
-    usable.check(task, train, validation, int(model.config.num_labels))
+    usable.check(task, train, validation, model)
     with compacted(model, [train, validation], pad_id) as (compact_train, compact_validation):
         if begin is not None:
             begin(compact_train)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from kdcli.errors import InputError
@@ -9,22 +11,24 @@ from kdcli.inputs.text import Encoded
 from kdcli.tasks.task import Task
 
 
-def check(task: Task, train: Encoded, validation: Encoded, outputs: int) -> None:
+def check(task: Task, train: Encoded, validation: Encoded, model: Any) -> None:
     """Refuse labels that no answer can be, and validation rows that have no primary metric.
 
     Args:
         task: What a label is.
         train: Rows that teach.
         validation: Rows whose primary metric chooses the epoch; they have labels.
-        outputs: C, of the model.
+        model: Of transformers; its configuration says how many outputs it has.
 
     Raises:
         InputError: Which, and what to do.
     """
     if train.labels is not None:
         task.check_learnable(train.labels)
-    assert validation.labels is not None
+    if validation.queries is None or validation.labels is None:
+        return
+    answers = np.zeros((len(validation), int(model.config.num_labels)), np.float32)
     try:
-        task.score(np.zeros((len(validation), outputs), np.float32), validation.labels, validation.queries)
+        task.score(answers, validation.labels, validation.queries)
     except InputError as error:
         raise InputError(f"the validation rows choose an epoch, but {error}", error.hint) from error

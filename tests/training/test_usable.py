@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from kdcli.inputs.text import Encoded
 from kdcli.tasks.classification import CLASSIFICATION
 from kdcli.tasks.regression import Regression
 from kdcli.training import usable
+
+ONE, THREE = (SimpleNamespace(config=SimpleNamespace(num_labels=n)) for n in (1, 3))
 
 
 def rows(labels: list[float], queries: list[int] | None = None) -> Encoded:
@@ -34,19 +37,19 @@ def test_validation_rows_without_a_query_to_rank_choose_no_epoch(
     with pytest.raises(
         InputError, match=f"validation rows choose an epoch, but {metric} orders the rows"
     ) as no:
-        usable.check(Regression(metric), train, other, 1)
+        usable.check(Regression(metric), train, other, ONE)
     assert "choose another --metric" in str(no.value.hint)
-    usable.check(Regression(), train, other, 1)  # another metric can
-    usable.check(Regression(metric), other, train, 1)  # rows that teach need no query to rank
+    usable.check(Regression(), train, other, ONE)  # another metric can
+    usable.check(Regression(metric), other, train, ONE)  # rows that teach need no query to rank
 
 
 def test_labels_outside_of_a_sigmoid_teach_nothing() -> None:
     fine, far = rows([0, 1]), rows([0, 5])
     with pytest.raises(InputError, match="between 0 and 1"):
-        usable.check(Regression("spearman", "sigmoid"), far, fine, 1)
-    usable.check(Regression("spearman", "sigmoid"), replace(far, labels=None), fine, 1)
+        usable.check(Regression("spearman", "sigmoid"), far, fine, ONE)
+    usable.check(Regression("spearman", "sigmoid"), replace(far, labels=None), fine, ONE)
 
 
 def test_classes_can_always_choose() -> None:
-    given = replace(rows([0, 0]), labels=np.array([0, 0]))
-    usable.check(CLASSIFICATION, given, given, 3)
+    given = replace(rows([0, 0], [0, 0]), labels=np.array([0, 0]))
+    usable.check(CLASSIFICATION, given, given, THREE)
