@@ -32,7 +32,7 @@ WINDOWS = [1, 2, 3, 5]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def made(kind: str, seed: int = 0) -> Checkpoint:
+def made(kind: str, seed: int = 0, pair_token_id: int | None = None) -> Checkpoint:
     """A random model of the tiny vocabulary, every weight of a size that matters."""
     tok = tiny.tokenizer()
     torch.manual_seed(seed)
@@ -42,6 +42,7 @@ def made(kind: str, seed: int = 0) -> Checkpoint:
         intermediate_size=INNER,
         max_position_embeddings=40,
         pad_token_id=tok.pad_token_id,
+        pair_token_id=pair_token_id,
         id2label=dict(enumerate(tiny.LABELS)),
         label2id={name: i for i, name in enumerate(tiny.LABELS)},
         **({"widths": WINDOWS} if kind == "cnn" else {}),

@@ -18,41 +18,22 @@ from kdcli.export import onnx as exporter
 from kdcli.export import sessions
 from kdcli.inputs import reading
 from kdcli.inputs.text import TEXT, Encoded, encode
-from kdcli.models import checkpoint as checkpoints
-from kdcli.models import small, students
+from kdcli.models import students
 from kdcli.models.aliases import SMALL_STUDENTS
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.tokens import border, keep_tokens
-from kdcli.models.transforms import TransformLog
 from kdcli.stages.distill.options import STUDENT_PRESETS
 from kdcli.training.compact import compacted
 from tests import tiny
+from tests.models import test_small
+from tests.models.test_small import CLOSE
 
-WIDTH, INNER = 16, 12
-# float32 sums of at most 100 terms of size 1 in another order; float64 references are as far away.
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 TOKENIZER = tiny.tokenizer()
 CLS, SEP, PAD = TOKENIZER.cls_token_id, TOKENIZER.sep_token_id, TOKENIZER.pad_token_id
 
 
 def made(kind: str, pairs: bool = True) -> Checkpoint:
-    """A random model of the tiny vocabulary, every weight of a size that matters."""
-    torch.manual_seed(0)
-    config = small.KINDS[kind][0](
-        vocab_size=len(TOKENIZER),
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        max_position_embeddings=40,
-        pad_token_id=PAD,
-        pair_token_id=SEP if pairs else None,
-        id2label=dict(enumerate(tiny.LABELS)),
-        label2id={name: i for i, name in enumerate(tiny.LABELS)},
-    )
-    model = checkpoints.fresh(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.5)
-    return Checkpoint(model.eval(), TOKENIZER, list(tiny.LABELS), TransformLog(), Path("/nonexistent"))
+    return test_small.made(kind, pair_token_id=SEP if pairs else None)
 
 
 def batch(*rows: tuple[list[int], list[int]], extra: int = 0) -> tuple[Tensor, Tensor]:
